@@ -1,0 +1,40 @@
+"""Fixtures and settings of all tests. Test file names are unique in tests/ (no packages there)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# CI must be reproducible: same examples every time. At home, hypothesis may look elsewhere.
+hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills every fresh torch buffer with NaN: a kernel that leaves an element unwritten shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the thread count after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A freshly seeded source of random numbers."""
+    return torch.Generator().manual_seed(0)
