@@ -1,0 +1,1 @@
+"""Functional kernels of dynamic layer attention on tensors."""

@@ -1,0 +1,1 @@
+"""One folder per op: schema and checks, reference, and one module per backend."""

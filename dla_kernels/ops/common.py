@@ -1,0 +1,16 @@
+"""Small rules shared by all ops: precision, memory format, wording of errors."""
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(feature_dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which everything small is kept: float64 for float64 features, else float32."""
+    return torch.float64 if feature_dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Context in which autocast leaves the reference formulas in their own precision."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,1 @@
+"""The op ``global_pool``."""

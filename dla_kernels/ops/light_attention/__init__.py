@@ -1,0 +1,1 @@
+"""The op ``light_attention``."""
