@@ -1,0 +1,172 @@
+// The Python module _dla_native. Tensors come as addresses: no torch headers, so one build serves
+// every torch. Callers are dla_kernels/ops/<op>/cpp.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <type_traits>
+
+#include "common/args.h"
+#include "common/isa.h"
+#include "ops/global_pool/op.h"
+
+namespace py = pybind11;
+
+namespace dla {
+namespace {
+
+Simd detect_simd() {
+  Simd level = Simd::baseline;
+#ifdef DLA_X86_ISAS
+  // Every processor with AVX2 and FMA has F16C as well.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    level = Simd::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      level = Simd::avx512;
+  }
+#endif
+  const char* cap = std::getenv("DLA_SIMD");
+  if (cap == nullptr || *cap == '\0') return level;
+  const std::string name = cap;
+  if (name == "baseline") return Simd::baseline;
+  if (name == "avx2") return std::min(level, Simd::avx2);
+  if (name == "avx512") return level;
+  throw std::invalid_argument("DLA_SIMD: expected baseline, avx2 or avx512, got '" + name + "'");
+}
+
+const char* simd_name(Simd level) {
+  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<int>(level)];
+}
+
+int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef __clang__
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  py::list isas;
+  isas.append("baseline");
+#ifdef DLA_X86_ISAS
+  isas.append("avx2");
+  isas.append("avx512");
+#endif
+  info["isas"] = isas;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+// --- argument structs ----------------------------------------------------------------------------
+
+// Python value -> field: an address (int, or None for null), a number, an enum from its int, or a
+// std::vector of these.
+template <class T>
+struct Field {
+  static T from(py::handle value) {
+    if constexpr (std::is_pointer_v<T>) {
+      if (value.is_none()) return nullptr;
+      return reinterpret_cast<T>(value.cast<std::uintptr_t>());
+    } else if constexpr (std::is_enum_v<T>) {
+      return static_cast<T>(value.cast<std::underlying_type_t<T>>());
+    } else {
+      return value.cast<T>();
+    }
+  }
+};
+
+template <class T>
+struct Field<std::vector<T>> {
+  static std::vector<T> from(py::handle value) {
+    std::vector<T> items;
+    for (py::handle item : value) items.push_back(Field<T>::from(item));
+    return items;
+  }
+};
+
+template <class Args, class T>
+struct NamedField {
+  PyObject* name;  // interned for the life of the process
+  T Args::*member;
+
+  NamedField(const char* name, T Args::*member)
+      : name(PyUnicode_InternFromString(name)), member(member) {}
+
+  void read(Args& args, const py::kwargs& values) const {
+    PyObject* value = PyDict_GetItemWithError(values.ptr(), name);
+    if (value == nullptr) throw py::type_error("missing argument " + text());
+    try {
+      args.*member = Field<T>::from(value);
+    } catch (const py::cast_error&) {
+      throw py::type_error("argument " + text() + ": cannot use " +
+                           py::repr(value).cast<std::string>());
+    }
+  }
+  std::string text() const { return py::cast<std::string>(py::handle(name)); }
+};
+
+// Binds a struct with a constructor that wants every field by keyword, and the function over it.
+template <class Args, class... T>
+void bind(py::module_& m, const char* function_name, void (*function)(const Args&),
+          const char* struct_name, NamedField<Args, T>... fields) {
+  py::class_<Args>(m, struct_name).def(py::init([fields...](const py::kwargs& values) {
+    Args args{};
+    (fields.read(args, values), ...);
+    if (values.size() != sizeof...(fields)) throw py::type_error("unknown argument given");
+    return args;
+  }));
+  m.def(function_name, function, py::call_guard<py::gil_scoped_release>());
+}
+
+// DLA_BIND(m, function, Struct, field, field, ...): __VA_OPT__ recursion over the field names.
+#define DLA_PARENS ()
+#define DLA_REPEAT1(...) DLA_REPEAT2(DLA_REPEAT2(DLA_REPEAT2(DLA_REPEAT2(__VA_ARGS__))))
+#define DLA_REPEAT2(...) DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(__VA_ARGS__))))
+#define DLA_REPEAT3(...) DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(__VA_ARGS__))))
+#define DLA_REPEAT4(...) __VA_ARGS__
+#define DLA_FIELD(Struct, field, ...)                            \
+  NamedField(#field, &Struct::field)                             \
+  __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
+#define DLA_FIELD_AGAIN() DLA_FIELD
+#define DLA_BIND(m, function, Struct, ...) \
+  bind<Struct>(m, #function, &cpu::function, #Struct, DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__)))
+
+}  // namespace
+
+Simd simd_level() {
+  static const Simd level = detect_simd();
+  return level;
+}
+
+PYBIND11_MODULE(_dla_native, m) {
+  m.doc() = "Native kernels of dla-kernels; call them through dla_kernels.ops.";
+  m.def("simd_level", [] { return simd_name(simd_level()); });
+  m.def("max_threads", &max_threads);
+  m.def("build_info", &build_info);
+
+  DLA_BIND(m, global_pool_forward, GlobalPoolForward, x, out, batch, channels, area, dtype,
+           channels_last, threads);
+  DLA_BIND(m, global_pool_backward, GlobalPoolBackward, grad, dx, batch, channels, area, dtype,
+           channels_last, threads);
+}
+
+}  // namespace dla

@@ -1,0 +1,13 @@
+// What the argument structs of all ops are made of.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace dla {
+
+// Element type of feature maps. Everything small (pooled values, states, parameters) is in the
+// compute type: double for f64, float for the others.
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+}  // namespace dla

@@ -1,0 +1,20 @@
+// Threads. The pool is OpenMP's, which torch uses too: no threads of our own.
+#pragma once
+
+#include <cstdint>
+
+namespace dla::DLA_ISA {
+
+// Calls body(i) for i in [0, count), contiguous ranges of i per thread. A result may depend on i
+// but not on the thread: then it does not depend on the number of threads either.
+template <class Body>
+void parallel_for(int threads, std::int64_t count, Body&& body) {
+  if (threads < 2 || count < 2) {
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (std::int64_t i = 0; i < count; ++i) body(i);
+}
+
+}  // namespace dla::DLA_ISA

@@ -1,0 +1,152 @@
+// Bound by memory: every feature element is read (or written) once, in the order it lies there.
+#include "ops/global_pool/op.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace dla::DLA_ISA {
+namespace {
+
+using Size = std::int64_t;
+
+// Sums run in the compute type within a block and in double over the blocks.
+constexpr Size kBlock = 1024;  // elements of a plane (NCHW)
+constexpr Size kGroup = 8;     // rows added pairwise before they meet the accumulator (channels_last)
+constexpr Size kGroups = 32;   // groups in a block (channels_last)
+constexpr Size kTile = 256;    // channels of one task, at most (channels_last)
+
+template <class T>
+double block_sum(const T* x, Size count) {
+  using A = Compute<T>;
+  constexpr Size lanes = kLanes<A>;
+  Vec<A> sums[4] = {};
+  Size i = 0;
+  for (; i + 4 * lanes <= count; i += 4 * lanes)
+    for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * lanes);
+  for (; i < count; i += lanes)
+    sums[0] += load_n(x + i, static_cast<int>(std::min(lanes, count - i)));
+  return sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+void pool_planes(const GlobalPoolForward& args) {
+  const T* x = static_cast<const T*>(args.x);
+  auto* out = static_cast<Compute<T>*>(args.out);
+  parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
+    const T* p = x + plane * args.area;
+    double total = 0;
+    for (Size i = 0; i < args.area; i += kBlock)
+      total += block_sum(p + i, std::min(kBlock, args.area - i));
+    out[plane] = static_cast<Compute<T>>(total / static_cast<double>(args.area));
+  });
+}
+
+// Channels [0, width) of `rows` rows: partial[c] += sum over the rows.
+template <int rows, class T>
+void add_rows(const T* x, Size stride, Size width, Compute<T>* partial) {
+  using A = Compute<T>;
+  constexpr Size lanes = kLanes<A>;
+  const auto add = [&](Size c, auto&& load_row) {
+    Vec<A> v[rows];
+    for (int r = 0; r < rows; ++r) v[r] = load_row(x + r * stride + c);
+    for (int half = rows / 2; half > 0; half /= 2)
+      for (int r = 0; r < half; ++r) v[r] += v[r + half];
+    store(partial + c, load(partial + c) + v[0]);
+  };
+  Size c = 0;
+  for (; c + lanes <= width; c += lanes) add(c, [](const T* p) { return load(p); });
+  if (c < width) add(c, [n = static_cast<int>(width - c)](const T* p) { return load_n(p, n); });
+}
+
+// Means of channels [0, width), width <= kTile, of one sample.
+template <class T>
+void pool_tile(const T* x, Size area, Size stride, Size width, Compute<T>* out) {
+  using A = Compute<T>;
+  double totals[kTile] = {};
+  for (Size block = 0; block < area; block += kGroup * kGroups) {
+    alignas(kVectorBytes) A partial[kTile] = {};
+    const Size end = std::min(area, block + kGroup * kGroups);
+    Size row = block;
+    for (; row + kGroup <= end; row += kGroup)
+      add_rows<kGroup>(x + row * stride, stride, width, partial);
+    for (; row < end; ++row) add_rows<1>(x + row * stride, stride, width, partial);
+    for (Size c = 0; c < width; ++c) totals[c] += partial[c];
+  }
+  for (Size c = 0; c < width; ++c)
+    out[c] = static_cast<A>(totals[c] / static_cast<double>(area));
+}
+
+// Calls body(sample, first channel, width); narrower tiles where the batch alone cannot occupy the
+// threads. A channel's result does not depend on the tile it is in.
+template <class Body>
+void for_tiles(int threads, Size batch, Size channels, Body&& body) {
+  Size tile = kTile;
+  const auto tiles = [&] { return (channels + tile - 1) / tile; };
+  while (tile > 32 && batch * tiles() < threads) tile /= 2;
+  parallel_for(threads, batch * tiles(), [&](Size task) {
+    const Size first = task % tiles() * tile;
+    body(task / tiles(), first, std::min(tile, channels - first));
+  });
+}
+
+template <class T>
+void pool_rows(const GlobalPoolForward& args) {
+  const T* x = static_cast<const T*>(args.x);
+  auto* out = static_cast<Compute<T>*>(args.out);
+  for_tiles(args.threads, args.batch, args.channels, [&](Size b, Size first, Size width) {
+    pool_tile(x + b * args.area * args.channels + first, args.area, args.channels, width,
+              out + b * args.channels + first);
+  });
+}
+
+template <class T>
+T shared_out(Compute<T> grad, Size area) {
+  T value;
+  from_compute(grad / static_cast<Compute<T>>(area), value);
+  return value;
+}
+
+template <class T>
+void spread_planes(const GlobalPoolBackward& args) {
+  const auto* grad = static_cast<const Compute<T>*>(args.grad);
+  T* dx = static_cast<T*>(args.dx);
+  parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
+    std::fill_n(dx + plane * args.area, args.area, shared_out<T>(grad[plane], args.area));
+  });
+}
+
+template <class T>
+void spread_rows(const GlobalPoolBackward& args) {
+  const auto* grad = static_cast<const Compute<T>*>(args.grad);
+  T* dx = static_cast<T*>(args.dx);
+  for_tiles(args.threads, args.batch, args.channels, [&](Size b, Size first, Size width) {
+    T row[kTile];
+    for (Size c = 0; c < width; ++c)
+      row[c] = shared_out<T>(grad[b * args.channels + first + c], args.area);
+    T* to = dx + b * args.area * args.channels + first;
+    for (Size i = 0; i < args.area; ++i)
+      std::memcpy(to + i * args.channels, row, static_cast<std::size_t>(width) * sizeof(T));
+  });
+}
+
+}  // namespace
+
+void global_pool_forward(const GlobalPoolForward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.channels_last ? pool_rows<T>(args) : pool_planes<T>(args);
+  });
+}
+
+void global_pool_backward(const GlobalPoolBackward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.channels_last ? spread_rows<T>(args) : spread_planes<T>(args);
+  });
+}
+
+}  // namespace dla::DLA_ISA
