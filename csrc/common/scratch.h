@@ -1,0 +1,45 @@
+// Working memory that a thread keeps between calls: fresh pages cost more than the small products
+// that use them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+namespace dla::DLA_ISA {
+
+// A block that only grows. One user at a time: reserve() may move the block and what it held is
+// lost.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
+
+  // Room for `count` elements, aligned to a cache line, not initialised.
+  template <class A>
+  A* reserve(std::int64_t count) {
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(A);
+    if (bytes > size_) {
+      release();
+      block_ = ::operator new(bytes, kAlignment);
+      size_ = bytes;
+    }
+    return static_cast<A*>(block_);
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  void release() {
+    if (block_ != nullptr) ::operator delete(block_, kAlignment);
+    block_ = nullptr;
+    size_ = 0;
+  }
+
+  void* block_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace dla::DLA_ISA

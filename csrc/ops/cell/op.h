@@ -1,0 +1,50 @@
+// Recurrent cells: arguments of the entry points. The mathematics is in README.md of the Python
+// package's ops/cell.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/args.h"
+#include "common/isa.h"
+
+namespace dla {
+
+enum class CellKind : int { dsu = 0, dsu_split = 1 };
+enum class Activation : int { sigmoid = 0, tanh = 1, relu = 2, identity = 3 };
+
+constexpr int kMaxCellParams = 8;
+constexpr int kMaxCellSlots = 2;
+
+// All arrays dense, of type `dtype`: f32 or f64 (the compute types).
+struct CellForward {
+  const void* y;                    // [batch, channels]
+  const void* state;                // [slots, batch, channels]
+  std::vector<const void*> params;  // in the order of the kind
+  void* out;                        // [slots, batch, channels]
+  std::int64_t batch, channels, hidden;
+  CellKind kind;
+  Activation activation;
+  DType dtype;
+  int threads;
+};
+
+struct CellBackward {
+  const void* grad_out;  // [slots, batch, channels]
+  const void* y;
+  const void* state;
+  std::vector<const void*> params;
+  void* grad_y;                    // overwritten
+  void* grad_state;                // overwritten
+  std::vector<void*> grad_params;  // overwritten
+  std::int64_t batch, channels, hidden;
+  CellKind kind;
+  Activation activation;
+  DType dtype;
+  int threads;
+};
+
+}  // namespace dla
+
+DLA_CPU_ENTRY(cell_forward, CellForward)
+DLA_CPU_ENTRY(cell_backward, CellBackward)
