@@ -1,0 +1,30 @@
+"""Real data: a DLA network learns scikit-learn's handwritten digits, fused and unfused alike."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_digits.py"
+
+
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_digits(fused: bool, record_property: pytest.RecordProperty) -> None:
+    accuracy = example().run(
+        "resnet20_dla_l", steps=200, batch=32, lr=0.1, seed=0, spec="official", fused=fused
+    )
+    record_property("accuracy", accuracy)
+    print(f"held-out accuracy {accuracy:.2%}")
+    assert accuracy >= 0.97

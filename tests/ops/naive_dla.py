@@ -1,0 +1,129 @@
+"""DLA-L in plain NumPy with explicit loops, written from the paper's and the design's formulas.
+
+Shares no code and no idea with the package: what the reference is held to. float64 only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy import ndarray as Array
+
+
+def sigmoid(u: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-u))
+
+
+ACTIVATIONS = {
+    "sigmoid": sigmoid,
+    "tanh": np.tanh,
+    "relu": lambda u: np.maximum(u, 0.0),
+    "identity": lambda u: u,
+}
+
+
+def cell_row(kind: str, y: Array, state: Array, params: list[Array], activation: str) -> Array:
+    """One sample: y [C], state [S, C] -> new state [S, C]."""
+    size = len(y)
+    if kind == "dsu":
+        c = state[0]
+        hidden = params[0] @ np.concatenate([ACTIVATIONS[activation](c), y])
+        gates = params[1] @ np.maximum(hidden, 0.0) + params[2]
+    else:
+        h, c = state
+        gates = np.zeros(3 * size)
+        for u, (w1, b1, w2, b2) in ((y, params[:4]), (h, params[4:])):
+            gates = gates + w2 @ np.maximum(w1 @ u + b1, 0.0) + b2
+    i, f, candidate = gates[:size], gates[size : 2 * size], gates[2 * size :]
+    new_c = sigmoid(f) * c + sigmoid(i) * np.tanh(candidate)
+    return np.stack([new_c]) if kind == "dsu" else np.stack([sigmoid(new_c), new_c])
+
+
+def cell(kind: str, y: Array, state: Array, params: list[Array], activation: str) -> Array:
+    """y [B, C], state [S, B, C] -> new state [S, B, C], sample by sample."""
+    rows = [cell_row(kind, y[b], state[:, b], params, activation) for b in range(len(y))]
+    return np.stack(rows, axis=1)
+
+
+def depthwise(x: Array, weight: Array) -> Array:
+    """3x3 cross-correlation of every plane of [B, C, H, W] with its filter [C, 1, 3, 3]."""
+    _, channels, height, width = x.shape
+    out = np.zeros_like(x)
+    for c in range(channels):
+        for row in range(height):
+            for column in range(width):
+                for i in (-1, 0, 1):
+                    for j in (-1, 0, 1):
+                        if 0 <= row + i < height and 0 <= column + j < width:
+                            tap = weight[c, 0, i + 1, j + 1]
+                            out[:, c, row, column] += tap * x[:, c, row + i, column + j]
+    return out
+
+
+def filter_channels(y: Array, weight: Array) -> Array:
+    """One filter [1, 1, k] along the channels of y [C]; zeros beyond the ends."""
+    taps = weight.reshape(-1)
+    reach = len(taps) // 2
+    out = np.zeros_like(y)
+    for c in range(len(y)):
+        for t, tap in enumerate(taps):
+            if 0 <= c + t - reach < len(y):
+                out[c] += tap * y[c + t - reach]
+    return out
+
+
+def attention(y: Array, q_weight: Array, k_weight: Array, head_dim: int) -> Array:
+    """a [C] of one sample: one sigmoid score per head."""
+    q, k = filter_channels(y, q_weight), filter_channels(y, k_weight)
+    a = np.zeros_like(y)
+    for start in range(0, len(y), head_dim):
+        head = slice(start, start + head_dim)
+        a[head] = sigmoid(np.dot(q[head], k[head]) / math.sqrt(head_dim))
+    return a
+
+
+def light_attention(
+    x, p, state, cell_params, q_weight, k_weight, v_weight, prev_weight, lam,
+    norm_weight, norm_bias, mean_in, var_in, drop_scale,
+    *, cell, activation, gate, context, head_dim, norm, eps, residual, return_o,
+):  # fmt: skip
+    """All arguments and results as for the op, as NumPy arrays."""
+    batch, channels = x.shape[:2]
+    y = x.mean(axis=(2, 3))
+    pooled_p = np.zeros_like(y) if p is None else p.mean(axis=(2, 3))
+    step = globals()["cell"]
+    new_state = state if cell == "none" else step(cell, y, state, cell_params, activation)
+    keys = depthwise(x, v_weight)
+    o = np.zeros_like(x)
+    for b in range(batch):
+        a = attention(y[b], q_weight, k_weight, head_dim)
+        o[b] = a[:, None, None] * keys[b]
+        if p is None:
+            continue
+        d = np.ones(channels)
+        if cell != "none":
+            own = new_state[:, 0 if context == "first_sample" else b]
+            d = cell_row(cell, pooled_p[b], own, cell_params, activation)[0]
+            d = sigmoid(d) if gate == "sigmoid" else d
+        history = p[b] * d[:, None, None]
+        if prev_weight is not None:
+            history = history + depthwise(p[b : b + 1], prev_weight)[0]
+        o[b] += lam[:, None, None] * history
+
+    nothing = np.zeros(0)
+    mean = var = nothing
+    n = o
+    if norm != "none":
+        used_mean, used_var = mean_in, var_in
+        if norm == "batch":
+            mean, var = o.mean(axis=(0, 2, 3)), o.var(axis=(0, 2, 3))
+            used_mean, used_var = mean, var
+        n = (o - used_mean[:, None, None]) / np.sqrt(used_var[:, None, None] + eps)
+        if norm_weight is not None:
+            n = n * norm_weight[:, None, None] + norm_bias[:, None, None]
+    if drop_scale is not None:
+        n = drop_scale[:, None, None, None] * n
+    out = x + n if residual else n
+    pooled = np.stack([y, pooled_p])
+    return out, o if return_o else nothing, new_state, mean, var, pooled

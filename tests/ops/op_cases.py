@@ -1,0 +1,285 @@
+"""What the tests of all ops share: backends, feature maps in awkward layouts, covering sets of cases.
+
+Every comparison is against the reference in float64 on the very same (rounded) inputs, so that the
+error measured is the tested kernel's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import pkgutil
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dla_kernels.ops
+from dla_kernels import use_backend
+from tolerances import assert_close, assert_gradients_close
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+ON_GPU = ("cuda", "triton")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Sizes of [C] and [H, W]. Channels: 1 (degenerate), 3 and 5 (less than a vector), 20 (vector of 16
+# plus a tail), 33 (odd, tail of one), 64 (whole vectors only). Maps: 1x1 and single rows or columns
+# (every stencil row or column is a border), 2x3 and 5x5 (narrower than a vector), 7x7 and 14x14
+# (ImageNet's last stages: tails), 8x8 (whole vectors, CIFAR's last stage), 17x31 (odd, rows in
+# blocks of eight leave one), 33x40 (more than 32 columns: blocks of four rows).
+CHANNELS = (1, 3, 5, 20, 33, 64)
+MAPS = ((1, 1), (1, 7), (7, 1), (2, 3), (5, 5), (7, 7), (8, 8), (14, 14), (17, 31), (33, 40))
+
+# Layouts of a feature map. All but the first two are no plain dense tensor; every element that is
+# not part of the map is NaN, so that a misread shows.
+DENSE = ("nchw", "nhwc")
+LAYOUTS = (*DENSE, "channel_slice", "width_slice", "nhwc_slice", "transposed", "expanded", "offset")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of everything small beside features of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def backends(op: str) -> list[Any]:
+    """The backends an op has, as pytest parameters; a missing GPU is the only reason to skip."""
+    package = importlib.import_module(f"dla_kernels.ops.{op}")
+    found = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    return [
+        pytest.param(name, marks=[no_gpu] if name in ON_GPU else [])
+        for name in BACKENDS
+        if name in found
+    ]
+
+
+def each_backend(op: str) -> pytest.MarkDecorator:
+    """Parametrizes a test with ``backend``."""
+    return pytest.mark.parametrize("backend", backends(op))
+
+
+def reference(op: str) -> Callable[..., Any]:
+    """The readable function that defines what ``op`` computes."""
+    return getattr(importlib.import_module(f"dla_kernels.ops.{op}.reference"), op)
+
+
+def op_names() -> list[str]:
+    """All ops, by convention packages below ``dla_kernels.ops``."""
+    return [m.name for m in pkgutil.iter_modules(dla_kernels.ops.__path__) if m.ispkg]
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tensors live."""
+    return "cuda" if backend in ON_GPU else "cpu"
+
+
+def _storage_view(shape: Sequence[int], layout: str, like: dict[str, Any]) -> Tensor:
+    """A view of ``shape`` in a buffer of NaN, with the strides that ``layout`` names."""
+    b, c, h, w = shape
+    nan = float("nan")
+    if layout == "channel_slice":
+        return torch.full((b, 2 * c, h, w), nan, **like)[:, ::2]
+    if layout == "width_slice":
+        return torch.full((b, c, h, w + 1), nan, **like)[..., 1:]
+    if layout == "nhwc_slice":
+        return torch.full((b, h, w, 2 * c), nan, **like)[..., :c].permute(0, 3, 1, 2)
+    if layout == "transposed":
+        return torch.full((b, c, w, h), nan, **like).transpose(2, 3)
+    if layout == "nhwc":
+        return torch.full((b, h, w, c), nan, **like).permute(0, 3, 1, 2)
+    if layout == "offset":  # dense, but not aligned to more than one element
+        numel = b * c * h * w
+        return torch.full((numel + 130,), nan, **like)[65 : 65 + numel].view(b, c, h, w)
+    assert layout == "nchw", layout
+    return torch.full((b, c, h, w), nan, **like)
+
+
+def feature(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: str = "nchw",
+    *,
+    generator: torch.Generator,
+    device: str = "cpu",
+) -> Tensor:
+    """Random [B, C, H, W]: noise around a random mean per plane (so that pooled values matter)."""
+    b, c, h, w = shape
+    rows = 1 if layout == "expanded" else b
+    noise = torch.randn(rows, c, h, w, generator=generator, dtype=torch.float64)
+    values = noise + torch.randn(rows, c, 1, 1, generator=generator, dtype=torch.float64)
+    if layout == "expanded":
+        return values.to(device, dtype).expand(b, c, h, w)
+    view = _storage_view(shape, layout, {"dtype": dtype, "device": device})
+    return view.copy_(values)
+
+
+def memory_format(layout: str) -> torch.memory_format | None:
+    """The format that results take after an input of this layout; None: any dense one."""
+    dense = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+    return {**dense, "offset": torch.contiguous_format}.get(layout)
+
+
+def assert_dense(x: Tensor, layout: str, name: str) -> None:
+    """``x`` [B, C, H, W] must be dense, in the format that an input of ``layout`` asks for."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    wanted = memory_format(layout)
+    assert any(x.is_contiguous(memory_format=f) for f in formats if wanted in (None, f)), (
+        f"{name}: strides {x.stride()} of shape {tuple(x.shape)} after an input in {layout}"
+    )
+
+
+def leaf(x: Tensor, wanted: bool) -> Tensor:
+    """``x`` with its own strides as a leaf of a new graph."""
+    return x.detach().requires_grad_(wanted)
+
+
+def random_small(*shape: int, generator: torch.Generator, scale: float = 1.0, **like: Any) -> Tensor:
+    """Random numbers for parameters and states."""
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(**like)
+
+
+def in_float64(value: Any) -> Any:
+    """Tensors (also in lists) as detached float64 copies; everything else unchanged."""
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64, copy=True)
+    if isinstance(value, list | tuple):
+        return [in_float64(v) for v in value]
+    return value
+
+
+def flatten(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names every tensor of the inputs: ``x``, ``params.0``, ...; None is left out."""
+    flat = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            flat[name] = value
+        elif isinstance(value, list):
+            flat |= {f"{name}.{i}": tensor for i, tensor in enumerate(value)}
+    return flat
+
+
+def wanted(name: str, wants: Iterable[str] | None) -> bool:
+    """Whether an input takes part in differentiation; ``wants`` None: all do."""
+    return wants is None or name in wants or name.split(".")[0] in wants
+
+
+def run(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    cotangents: Mapping[int, Tensor],
+    *,
+    constant: Iterable[str] = (),
+    wants: Iterable[str] | None = None,
+    **flags: Any,
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Calls ``function(*inputs, **flags)`` and differentiates it.
+
+    cotangents: per number of an output the gradient that arrives there; outputs that do not depend
+        on what is wanted are passed over.
+    constant: inputs that are never differentiated. wants: only these are (None: all).
+    Returns the detached outputs and the gradient of every wanted input.
+    """
+
+    def prepare(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [prepare(f"{name}.{i}", v) for i, v in enumerate(value)]
+        if not isinstance(value, Tensor):
+            return value
+        return leaf(value, wanted(name, wants) and name.split(".")[0] not in constant)
+
+    prepared = {name: prepare(name, value) for name, value in inputs.items()}
+    result = function(*prepared.values(), **flags)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    leaves = {n: t for n, t in flatten(prepared).items() if t.requires_grad}
+    reached = {i: g for i, g in cotangents.items() if outputs[i].requires_grad}
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if reached and leaves:
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in reached], list(leaves.values()), list(reached.values()),
+            allow_unused=True,
+        )
+    return [t.detach() for t in outputs], dict(zip(leaves, gradients, strict=True))
+
+
+def compare(
+    op: str,
+    function: Callable[..., Any],
+    backend: str,
+    inputs: Mapping[str, Any],
+    cotangents: Mapping[int, Tensor],
+    *,
+    case: torch.dtype,
+    names: Sequence[str] | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Forward and every gradient of ``function`` on ``backend`` against the float64 reference.
+
+    case: the feature dtype. names: of the outputs. options: as for ``run``.
+    Returns outputs and gradients for further checks (formats, dtypes).
+    """
+    with use_backend(backend):
+        outputs, gradients = run(function, inputs, cotangents, **options)
+    exact = {i: in_float64(g) for i, g in cotangents.items()}
+    values = {name: in_float64(value) for name, value in inputs.items()}
+    expected, expected_gradients = run(reference(op), values, exact, **options)
+    assert len(outputs) == len(expected)
+    for i, (got, want) in enumerate(zip(outputs, expected, strict=True)):
+        name = names[i] if names else f"output {i}"
+        assert_close(got, want, name=name, dtype=got.dtype)
+    dtypes = {name: tensor.dtype for name, tensor in flatten(inputs).items()}
+    assert_gradients_close(gradients, expected_gradients, case=case, dtypes=dtypes)
+    return outputs, gradients
+
+
+def covering(
+    axes: Mapping[str, Sequence[Any]],
+    valid: Callable[[dict[str, Any]], bool] = lambda case: True,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Few cases in which every (valid) pair of values of any two axes occurs; always the same ones.
+
+    Greedy: each case is the best of some random candidates that contain a pair still missing.
+    """
+    rng = random.Random(seed)
+
+    def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, int], ...]]:
+        indices = [(name, axes[name].index(value)) for name, value in case.items()]
+        return set(itertools.combinations(indices, 2))
+
+    def candidate(pair: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+        fixed = {name: axes[name][index] for name, index in pair}
+        return {name: fixed.get(name, rng.choice(values)) for name, values in axes.items()}
+
+    numbered = [[(name, i) for i in range(len(values))] for name, values in axes.items()]
+    missing = {
+        pair for one, two in itertools.combinations(numbered, 2)
+        for pair in itertools.product(one, two)
+    }
+    cases = []
+    while missing:
+        pair = min(missing)
+        candidates = [c for c in (candidate(pair) for _ in range(40)) if valid(c)]
+        if not candidates:  # the pair itself is invalid
+            missing.discard(pair)
+            continue
+        best = max(candidates, key=lambda c: len(pairs(c) & missing))
+        missing -= pairs(best)
+        cases.append(best)
+    return cases
+
+
+def python(
+    code_or_args: str | Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Any = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -c code`` or ``python *args`` in a fresh process and returns what it said."""
+    args = ["-c", code_or_args] if isinstance(code_or_args, str) else list(code_or_args)
+    return subprocess.run(
+        [sys.executable, *args], env={**os.environ, **(env or {})}, cwd=cwd,
+        capture_output=True, text=True, timeout=600,
+    )
