@@ -1,7 +1,6 @@
 // The Python module _dla_native. Tensors come as addresses: no torch headers, so one build serves
 // every torch. Callers are dla_kernels/ops/<op>/cpp.py.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -9,8 +8,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "common/args.h"
 #include "common/isa.h"
