@@ -16,6 +16,7 @@
 #include "common/args.h"
 #include "common/isa.h"
 #include "ops/global_pool/op.h"
+#include "ops/light_attention/op.h"
 
 namespace py = pybind11;
 
@@ -145,7 +146,7 @@ void bind(py::module_& m, const char* function_name, void (*function)(const Args
 #define DLA_REPEAT3(...) DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(__VA_ARGS__))))
 #define DLA_REPEAT4(...) __VA_ARGS__
 #define DLA_FIELD(Struct, field, ...)                            \
-  NamedField(#field, &Struct::field)                             \
+  NamedField<Struct, decltype(Struct::field)>(#field, &Struct::field) \
   __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
 #define DLA_FIELD_AGAIN() DLA_FIELD
 #define DLA_BIND(m, function, Struct, ...) \
@@ -168,6 +169,18 @@ PYBIND11_MODULE(_dla_native, m) {
            channels_last, threads);
   DLA_BIND(m, global_pool_backward, GlobalPoolBackward, grad, dx, batch, channels, area, dtype,
            channels_last, threads);
+
+  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
+           height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
+           channels_last, sigmoid_gate, first_sample, residual, eps, threads, mean_in, var_in, out,
+           o, state_out, mean, var, pooled);
+  DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
+           height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
+           channels_last, sigmoid_gate, first_sample, residual, eps, threads, grad_out, grad_o,
+           grad_state, mean, var, pooled, dx, dp, dstate, dq_weight, dk_weight, dv_weight,
+           dprev_weight, dlam, dnorm_weight, dnorm_bias, dcell_params);
 }
 
 }  // namespace dla

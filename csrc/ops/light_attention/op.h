@@ -1,0 +1,55 @@
+// One DLA-L layer step in one call: pooling, cell, scores, stencil, normalisation, residual.
+// dla_kernels/ops/light_attention/README.md has the mathematics and the cost of each pass.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/args.h"
+#include "common/isa.h"
+
+namespace dla {
+
+enum class LightNorm : int { none = 0, batch = 1, running = 2 };
+
+// What forward and backward share. Features (x, p, out, o and their gradients) are dense, of type
+// `dtype`, in one memory format; everything else is dense and of the compute type. Optional
+// tensors are null.
+struct LightAttentionInputs {
+  const void *x, *p;                                  // [B, C, H, W]
+  const void* state;                                  // [S, B, C]
+  std::vector<const void*> cell_params;               // empty: static attention, d = 1
+  const void *q_weight, *k_weight;                    // [kernel_size]
+  const void *v_weight, *prev_weight;                 // [C, 3, 3]
+  const void *lam, *norm_weight, *norm_bias;          // [C]
+  const void* drop_scale;                             // [B]
+  std::int64_t batch, channels, height, width, head_dim, kernel_size, hidden;
+  DType dtype;
+  int cell, activation;  // CellKind and Activation of ops/cell
+  LightNorm norm;
+  bool channels_last, sigmoid_gate, first_sample, residual;
+  double eps;
+  int threads;
+};
+
+struct LightAttentionForward : LightAttentionInputs {
+  const void *mean_in, *var_in;  // [C], norm running
+  void *out, *o;                 // [B, C, H, W]; o may be null
+  void* state_out;               // [S, B, C]; null when static
+  void *mean, *var;              // [C], norm batch
+  void* pooled;                  // [2, B, C]
+};
+
+struct LightAttentionBackward : LightAttentionInputs {
+  const void *grad_out, *grad_o, *grad_state;  // each may be null
+  const void *mean, *var, *pooled;             // as the forward step used them (mean and var: of the norm)
+  void *dx, *dp;                               // dp null: not wanted
+  void* dstate;                                // [S, B, C]; null when static
+  void *dq_weight, *dk_weight, *dv_weight, *dprev_weight, *dlam, *dnorm_weight, *dnorm_bias;
+  std::vector<void*> dcell_params;
+};
+
+}  // namespace dla
+
+DLA_CPU_ENTRY(light_attention_forward, dla::LightAttentionForward)
+DLA_CPU_ENTRY(light_attention_backward, dla::LightAttentionBackward)

@@ -1,0 +1,504 @@
+// The passes of light_attention over whole feature maps. With u = DW_v(x), e = DW_prev(p):
+//   moments    per plane: the pooled values, sums and co-moments of u, p, e and their products
+//              with arriving gradients. All that statistics and gate gradients need.
+//   stencil    o = a u + lam (d p + e), out = [x] + scale o + shift.
+//   gradients  g = dL/do formed on the fly, then dx, dp and the correlations that make the weight
+//              gradients.
+// o is never stored unless asked for; every pass recomputes it from x and p.
+#pragma once
+
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/stencil.h"
+
+namespace dla::DLA_ISA {
+
+// Work is cut into units of some planes by some samples, whatever the number of threads: a unit's
+// result depends on nothing else, so results are the same for any number of threads.
+template <class A>
+struct Units {
+  int64_t groups_per_unit, samples_per_unit, group_units, batch_units;
+
+  Units(const MapShape& s, const Tiling<A>& t) {
+    const int64_t group_bytes = s.pixels() * t.planes * static_cast<int64_t>(sizeof(A));
+    groups_per_unit = std::clamp<int64_t>(16 * 1024 / group_bytes, 1, t.groups);
+    group_units = ceil_div(t.groups, groups_per_unit);
+    // Enough units to share out; few, since each leaves its own partial weight gradients.
+    samples_per_unit = ceil_div(s.batch, std::min(s.batch, ceil_div(32, group_units)));
+    batch_units = ceil_div(s.batch, samples_per_unit);
+  }
+  int64_t count() const { return group_units * batch_units; }
+};
+
+// Calls body(unit, group, b) over all groups and samples of a unit.
+template <class A, class Body>
+inline void for_planes(const Units<A>& units, const MapShape& s, const Tiling<A>& t, int64_t unit,
+                       const Body& body) {
+  const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
+  const int64_t first_group = unit % units.group_units * units.groups_per_unit;
+  const int64_t last_sample = std::min(s.batch, first_sample + units.samples_per_unit);
+  const int64_t last_group = std::min(t.groups, first_group + units.groups_per_unit);
+  for (int64_t b = first_sample; b < last_sample; ++b)
+    for (int64_t group = first_group; group < last_group; ++group) body(group, b);
+}
+
+template <class A>
+inline Vec<A> lane_mask(const Tiling<A>& t, int vector) {
+  Vec<A> mask;
+  const int valid = vector == t.vectors - 1 ? t.tail : kLanes<A>;
+  for (int i = 0; i < kLanes<A>; ++i) mask[i] = i < valid ? A(1) : A(0);
+  return mask;
+}
+
+// 3x3 filters of a group's channels: one vector per tap.
+template <class A>
+inline void load_filter(const A* weight, const MapShape& s, const Tiling<A>& t, int64_t group,
+                        Vec<A> (&filter)[9]) {
+  const int lanes = t.lanes(s, group);
+  for (int tap = 0; tap < 9; ++tap) {
+    if (!t.channel_lanes) {
+      filter[tap] = splat(weight[group * 9 + tap]);
+      continue;
+    }
+    filter[tap] = Vec<A>{};
+    for (int lane = 0; lane < lanes; ++lane)
+      filter[tap][lane] = weight[(group * t.planes + lane) * 9 + tap];
+  }
+}
+
+// ---- moments -----------------------------------------------------------------------------------
+
+// Sums over a plane. u, p, e are shifted by their value at one pixel (kShift*), which keeps the
+// squares small: raw float sums of squares lose the variance when the mean is large.
+enum PlaneSum : int {
+  kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE,  // of the features
+  kG, kGU, kGP, kGE,                             // with the gradient of out
+  kD, kDU, kDP, kDE,                             // with the gradient arriving at o
+  kSums,
+  kShiftU = kSums, kShiftP, kShiftE,
+  kPlaneFields
+};
+
+// Per-plane numbers, one array [B, C] per field.
+template <class A>
+struct PlaneTable {
+  A* data;
+  int64_t planes;
+  A* field(int f) const { return data + f * planes; }
+};
+
+template <class T>
+struct MomentsPass {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const MapShape& shape;
+  const Tiling<A>& tiling;
+  const T *x, *p, *grad_out, *grad_o;
+  const A *v_weight, *prev_weight;
+  PlaneTable<A> table;
+
+  static std::size_t scratch_bytes(const Tiling<A>& t) {
+    return 4 * Arena::bytes_of<A>(t.tile_elements(1));
+  }
+
+  template <int R>
+  void block(int64_t row, const Tile<A> (&tiles)[4], const V (&v_filter)[9], const V (&e_filter)[9],
+             const V (&shift)[3], V (&sums)[kSums]) const {
+    const int64_t stride = tiling.row_stride;
+    for (int k = 0; k < tiling.vectors; ++k) {
+      const V mask = lane_mask(tiling, k);
+      const A* at[4];
+      for (int f = 0; f < 4; ++f) at[f] = tiles[f].row(row) + k * kLanes<A>;
+      V u[R] = {}, q[R] = {}, e[R] = {};
+      stencil_block<R, A>(at[0], stride, tiling.pixel_stride, v_filter, u);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        u[r] = (u[r] - shift[0]) * mask;
+        sums[kX] += load(at[0] + r * stride);
+        sums[kU] += u[r];
+        sums[kUU] += u[r] * u[r];
+      }
+      if (p != nullptr) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          q[r] = (load(at[1] + r * stride) - shift[1]) * mask;
+          sums[kP] += q[r];
+          sums[kPP] += q[r] * q[r];
+          sums[kUP] += u[r] * q[r];
+        }
+      }
+      if (prev_weight != nullptr) {
+        stencil_block<R, A>(at[1], stride, tiling.pixel_stride, e_filter, e);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          e[r] = (e[r] - shift[2]) * mask;
+          sums[kE] += e[r];
+          sums[kEE] += e[r] * e[r];
+          sums[kPE] += q[r] * e[r];
+          sums[kUE] += u[r] * e[r];
+        }
+      }
+      if (grad_out != nullptr) products<R>(at[2], u, q, e, sums + kG);
+      if (grad_o != nullptr) products<R>(at[3], u, q, e, sums + kD);
+    }
+  }
+
+  template <int R>
+  void products(const A* grad, const V (&u)[R], const V (&q)[R], const V (&e)[R], V* sums) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V g = load(grad + r * tiling.row_stride);
+      sums[0] += g;
+      sums[1] += g * u[r];
+      if (p != nullptr) sums[2] += g * q[r];
+      if (prev_weight != nullptr) sums[3] += g * e[r];
+    }
+  }
+
+  // Value of a feature, or of its stencil, at the middle pixel of the strip in the tile.
+  V at_middle(const Tile<A>& tile, int64_t row, const V* filter) const {
+    const A* at = tile.row(row) + shape.width / 2 * tiling.pixel_stride;
+    V value[1] = {};
+    if (filter != nullptr)
+      stencil_block<1, A>(at, tiling.row_stride, tiling.pixel_stride, filter, value);
+    else
+      value[0] = load(at);
+    return tiling.channel_lanes ? value[0] : splat<A>(value[0][0]);
+  }
+
+  void plane(int64_t group, int64_t b, Tile<A> (&tiles)[4]) const {
+    const T* features[4] = {x, p, grad_out, grad_o};
+    V v_filter[9], e_filter[9], shift[3] = {}, total[kSums] = {};
+    load_filter(v_weight, shape, tiling, group, v_filter);
+    if (prev_weight != nullptr) load_filter(prev_weight, shape, tiling, group, e_filter);
+    for (int64_t first = 0; first < shape.height; first += tiling.strip_rows) {
+      const int64_t last = std::min(shape.height, first + tiling.strip_rows);
+      for (int f = 0; f < 4; ++f) {
+        const int64_t halo = f < 2 ? 1 : 0;
+        if (features[f] != nullptr)
+          load_rows(tiles[f], features[f], shape, tiling, b, group, first - halo, last + halo);
+      }
+      if (first == 0) {
+        const int64_t middle = last / 2;
+        shift[0] = at_middle(tiles[0], middle, v_filter);
+        if (p != nullptr) shift[1] = at_middle(tiles[1], middle, nullptr);
+        if (prev_weight != nullptr) shift[2] = at_middle(tiles[1], middle, e_filter);
+      }
+      V strip[kSums] = {};
+      for_row_blocks(first, last, [&]<int R>(int64_t row) {
+        block<R>(row, tiles, v_filter, e_filter, shift, strip);
+      });
+      for (int f = 0; f < kSums; ++f) total[f] += strip[f];
+    }
+    const int64_t offset = b * shape.channels;
+    for (int f = 0; f < kSums; ++f)
+      store_channel_sums(table.field(f) + offset, total[f], shape, tiling, group);
+    for (int f = 0; f < 3; ++f) {
+      A* field = table.field(kShiftU + f) + offset;
+      if (tiling.channel_lanes)
+        store_channel_sums(field, shift[f], shape, tiling, group);
+      else
+        field[group] = shift[f][0];
+    }
+  }
+
+  void run(int threads) const {
+    const Units<A> units(shape, tiling);
+    parallel_for(threads, units.count(), [&](int64_t unit) {
+      thread_local Arena arena;
+      arena.reserve(scratch_bytes(tiling));
+      Tile<A> tiles[4];
+      for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
+      for_planes(units, shape, tiling, unit,
+                 [&](int64_t group, int64_t b) { plane(group, b, tiles); });
+    });
+  }
+};
+
+// ---- stencil -----------------------------------------------------------------------------------
+
+// Per-plane coefficients of o = a u + lam (d p + e), arrays [B, C] and lam [C].
+template <class A>
+struct Mixture {
+  const A *v_weight, *prev_weight;  // [C, 3, 3]; prev_weight may be null
+  const A *a, *d, *lam;             // d null: 1
+
+  // The two filters of o = x_filter * x + p_filter * p.
+  void filters(const MapShape& s, const Tiling<A>& t, int64_t b, int64_t group, bool has_p,
+               Vec<A> (&x_filter)[9], Vec<A> (&p_filter)[9]) const {
+    load_filter(v_weight, s, t, group, x_filter);
+    const Vec<A> scale = channel_vector(a + b * s.channels, s, t, group);
+    for (Vec<A>& tap : x_filter) tap *= scale;
+    if (!has_p) return;
+    const Vec<A> weight = channel_vector(lam, s, t, group);
+    if (prev_weight != nullptr) {
+      load_filter(prev_weight, s, t, group, p_filter);
+      for (Vec<A>& tap : p_filter) tap *= weight;
+    } else {
+      for (Vec<A>& tap : p_filter) tap = Vec<A>{};
+    }
+    p_filter[4] += d == nullptr ? weight : weight * channel_vector(d + b * s.channels, s, t, group);
+  }
+};
+
+template <class T>
+struct StencilPass {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const MapShape& shape;
+  const Tiling<A>& tiling;
+  const T *x, *p;
+  T *out, *o;  // o may be null
+  Mixture<A> mixture;
+  const A *scale, *shift;  // [B, C]
+  bool residual;
+
+  static std::size_t scratch_bytes(const Tiling<A>& t) {
+    return 4 * Arena::bytes_of<A>(t.tile_elements(1));
+  }
+
+  template <int R>
+  void block(int64_t row, const Tile<A> (&tiles)[4], const V (&x_filter)[9], const V (&p_filter)[9],
+             V scaled, V shifted) const {
+    const int64_t stride = tiling.row_stride;
+    for (int k = 0; k < tiling.vectors; ++k) {
+      const int64_t offset = k * kLanes<A>;
+      const A* x_at = tiles[0].row(row) + offset;
+      V acc[R] = {};
+      stencil_block<R, A>(x_at, stride, tiling.pixel_stride, x_filter, acc);
+      if (p != nullptr)
+        stencil_block<R, A>(tiles[1].row(row) + offset, stride, tiling.pixel_stride, p_filter, acc);
+      A* out_at = tiles[2].row(row) + offset;
+      A* o_at = tiles[3].row(row) + offset;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V base = residual ? load(x_at + r * stride) + shifted : shifted;
+        store(out_at + r * stride, scaled * acc[r] + base);
+        if (o != nullptr) store(o_at + r * stride, acc[r]);
+      }
+    }
+  }
+
+  void plane(int64_t group, int64_t b, Tile<A> (&tiles)[4]) const {
+    V x_filter[9], p_filter[9];
+    mixture.filters(shape, tiling, b, group, p != nullptr, x_filter, p_filter);
+    const V scaled = channel_vector(scale + b * shape.channels, shape, tiling, group);
+    const V shifted = channel_vector(shift + b * shape.channels, shape, tiling, group);
+    for (int64_t first = 0; first < shape.height; first += tiling.strip_rows) {
+      const int64_t last = std::min(shape.height, first + tiling.strip_rows);
+      load_rows(tiles[0], x, shape, tiling, b, group, first - 1, last + 1);
+      if (p != nullptr) load_rows(tiles[1], p, shape, tiling, b, group, first - 1, last + 1);
+      tiles[2].first_row = tiles[3].first_row = first;
+      for_row_blocks(first, last, [&]<int R>(int64_t row) {
+        block<R>(row, tiles, x_filter, p_filter, scaled, shifted);
+      });
+      store_rows(tiles[2], out, shape, tiling, b, group, first, last);
+      if (o != nullptr) store_rows(tiles[3], o, shape, tiling, b, group, first, last);
+    }
+  }
+
+  void run(int threads) const {
+    const Units<A> units(shape, tiling);
+    parallel_for(threads, units.count(), [&](int64_t unit) { run_unit(units, unit); });
+  }
+
+  void run_unit(const Units<A>& units, int64_t unit) const {
+    thread_local Arena arena;
+    arena.reserve(scratch_bytes(tiling));
+    Tile<A> tiles[4];
+    for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
+    for_planes(units, shape, tiling, unit,
+               [&](int64_t group, int64_t b) { plane(group, b, tiles); });
+  }
+};
+
+// ---- gradients ---------------------------------------------------------------------------------
+
+template <class T>
+struct GradientsPass {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const MapShape& shape;
+  const Tiling<A>& tiling;
+  const T *x, *p, *grad_out, *grad_o;
+  T *dx, *dp;  // dp may be null
+  Mixture<A> mixture;
+  // g = out_scale grad_out + o_scale o + offset + grad_o; o_scale and offset are null where g does
+  // not depend on o.
+  const A* out_scale;             // [B, C]
+  const A *o_scale, *offset;      // [C]
+  const A *x_offset, *p_offset;   // [B, C]: what pooling adds to every pixel of dx and dp
+  bool residual;
+  A* partial;  // [batch_units, 18, C]: sum_b a R_{g,x} and sum_b R_{g,p}
+
+  enum { kTileX, kTileP, kTileOut, kTileO, kTileG, kTiles };
+
+  static std::size_t scratch_bytes(const Tiling<A>& t, const Units<A>& units) {
+    return kTiles * Arena::bytes_of<A>(t.tile_elements(2)) +
+           Arena::bytes_of<V>(18 * units.groups_per_unit);
+  }
+
+  struct Plane {
+    V x_filter[9], p_filter[9];
+    V a, out_scale, o_scale, offset, x_offset, p_offset;
+  };
+
+  Plane plane_of(int64_t group, int64_t b) const {
+    const auto vector = [&](const A* values) {
+      return values == nullptr ? V{} : channel_vector(values, shape, tiling, group);
+    };
+    const int64_t row = b * shape.channels;
+    Plane c;
+    mixture.filters(shape, tiling, b, group, p != nullptr, c.x_filter, c.p_filter);
+    c.a = vector(mixture.a + row);
+    c.out_scale = vector(out_scale + row);
+    c.o_scale = vector(o_scale);
+    c.offset = vector(offset);
+    c.x_offset = vector(x_offset + row);
+    c.p_offset = vector(p_offset == nullptr ? nullptr : p_offset + row);
+    return c;
+  }
+
+  // g of rows [row, row + R), into its tile.
+  template <int R>
+  void form_g(int64_t row, const Tile<A> (&tiles)[kTiles], const Plane& c) const {
+    const int64_t stride = tiling.row_stride;
+    for (int k = 0; k < tiling.vectors; ++k) {
+      const int64_t at = k * kLanes<A>;
+      V g[R] = {};
+      if (o_scale != nullptr) {
+        const V mask = lane_mask(tiling, k);
+        stencil_block<R, A>(tiles[kTileX].row(row) + at, stride, tiling.pixel_stride, c.x_filter, g);
+        if (p != nullptr)
+          stencil_block<R, A>(tiles[kTileP].row(row) + at, stride, tiling.pixel_stride, c.p_filter,
+                              g);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) g[r] = (c.o_scale * g[r] + c.offset) * mask;
+      }
+      if (grad_out != nullptr) {
+        const A* from = tiles[kTileOut].row(row) + at;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) g[r] += c.out_scale * load(from + r * stride);
+      }
+      if (grad_o != nullptr) {
+        const A* from = tiles[kTileO].row(row) + at;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) g[r] += load(from + r * stride);
+      }
+      A* to = tiles[kTileG].row(row) + at;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) store(to + r * stride, g[r]);
+    }
+  }
+
+  // Adds the correlations of g with a feature over rows [row, row + R).
+  template <int R>
+  void correlate(int64_t row, const Tile<A>& g_tile, const Tile<A>& feature, V (&sums)[9]) const {
+    V acc[9];
+    std::copy(sums, sums + 9, acc);
+    for (int k = 0; k < tiling.vectors; ++k) {
+      const int64_t at = k * kLanes<A>;
+      V g[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) g[r] = load(g_tile.row(row) + at + r * tiling.row_stride);
+      correlate_block<R, A>(feature.row(row) + at, tiling.row_stride, tiling.pixel_stride, g, acc);
+    }
+    std::copy(acc, acc + 9, sums);
+  }
+
+  // Gradient of a feature over rows [row, row + R), in place of the feature itself.
+  template <int R>
+  void spread(int64_t row, const Tile<A> (&tiles)[kTiles], const V (&flipped)[9], V offset,
+              bool add_out, const Tile<A>& result) const {
+    const int64_t stride = tiling.row_stride;
+    for (int k = 0; k < tiling.vectors; ++k) {
+      const int64_t at = k * kLanes<A>;
+      V acc[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r] = offset;
+      stencil_block<R, A>(tiles[kTileG].row(row) + at, stride, tiling.pixel_stride, flipped, acc);
+      if (add_out) {
+        const A* from = tiles[kTileOut].row(row) + at;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r] += load(from + r * stride);
+      }
+      A* to = result.row(row) + at;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) store(to + r * stride, acc[r]);
+    }
+  }
+
+  void spread_rows(int64_t first, int64_t last, const Tile<A> (&tiles)[kTiles],
+                   const V (&filter)[9], V offset, bool add_out, const Tile<A>& result) const {
+    V flipped[9];
+    std::reverse_copy(filter, filter + 9, flipped);
+    for_row_blocks(first, last, [&]<int R>(int64_t row) {
+      spread<R>(row, tiles, flipped, offset, add_out, result);
+    });
+  }
+
+  void load_strip(Tile<A> (&tiles)[kTiles], int64_t group, int64_t b, int64_t first,
+                  int64_t last) const {
+    const T* features[4] = {x, p, grad_out, grad_o};
+    for (int f = 0; f < 4; ++f) {
+      const int64_t halo = f < kTileOut ? 2 : 1;
+      if (features[f] != nullptr)
+        load_rows(tiles[f], features[f], shape, tiling, b, group, first - halo, last + halo);
+    }
+  }
+
+  void plane(int64_t group, int64_t b, Tile<A> (&tiles)[kTiles], V* weight_sums) const {
+    const Plane c = plane_of(group, b);
+    V x_sums[9] = {}, p_sums[9] = {};
+    for (int64_t first = 0; first < shape.height; first += tiling.strip_rows) {
+      const int64_t last = std::min(shape.height, first + tiling.strip_rows);
+      load_strip(tiles, group, b, first, last);
+      Tile<A>& g = tiles[kTileG];
+      g.first_row = first - 1;
+      if (first == 0) detail::zero_row(g.row(-1), tiling);
+      if (last == shape.height) detail::zero_row(g.row(last), tiling);
+      for_row_blocks(std::max<int64_t>(0, first - 1), std::min(shape.height, last + 1),
+                     [&]<int R>(int64_t row) { form_g<R>(row, tiles, c); });
+      for_row_blocks(first, last, [&]<int R>(int64_t row) {
+        correlate<R>(row, g, tiles[kTileX], x_sums);
+        if (p != nullptr) correlate<R>(row, g, tiles[kTileP], p_sums);
+      });
+      spread_rows(first, last, tiles, c.x_filter, c.x_offset, residual && grad_out != nullptr,
+                  tiles[kTileX]);
+      store_rows(tiles[kTileX], dx, shape, tiling, b, group, first, last);
+      if (dp != nullptr) {
+        spread_rows(first, last, tiles, c.p_filter, c.p_offset, false, tiles[kTileP]);
+        store_rows(tiles[kTileP], dp, shape, tiling, b, group, first, last);
+      }
+    }
+    for (int tap = 0; tap < 9; ++tap) {
+      weight_sums[tap] += c.a * x_sums[tap];
+      weight_sums[9 + tap] += p_sums[tap];
+    }
+  }
+
+  void run(int threads) const {
+    const Units<A> units(shape, tiling);
+    parallel_for(threads, units.count(), [&](int64_t unit) {
+      thread_local Arena arena;
+      arena.reserve(scratch_bytes(tiling, units));
+      Tile<A> tiles[kTiles];
+      for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 2);
+      V* sums = arena.take<V>(18 * units.groups_per_unit);
+      std::fill_n(sums, 18 * units.groups_per_unit, V{});
+      const int64_t first_group = unit % units.group_units * units.groups_per_unit;
+      for_planes(units, shape, tiling, unit, [&](int64_t group, int64_t b) {
+        plane(group, b, tiles, sums + 18 * (group - first_group));
+      });
+      A* rows = partial + unit / units.group_units * 18 * shape.channels;
+      const int64_t last_group = std::min(tiling.groups, first_group + units.groups_per_unit);
+      for (int64_t group = first_group; group < last_group; ++group)
+        for (int f = 0; f < 18; ++f)
+          store_channel_sums(rows + f * shape.channels, sums[18 * (group - first_group) + f], shape,
+                             tiling, group);
+    });
+  }
+};
+
+}  // namespace dla::DLA_ISA

@@ -1,0 +1,103 @@
+// The part of light_attention that works on [B, C] numbers only: attention scores, statistics of o
+// from the plane sums, and their gradients. Statistics are combined in double.
+#pragma once
+
+#include <cmath>
+
+#include "ops/light_attention/passes.h"
+
+namespace dla::DLA_ISA {
+
+template <class A>
+struct ScoreWeights {
+  const A *q, *k;
+  int64_t kernel_size, channels, head_dim;
+
+  double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
+
+  // out[c] = sum_t weight[t] y[c + t - pad], zero outside.
+  void convolve(const A* weight, const A* y, A* out) const {
+    std::fill_n(out, channels, A(0));
+    for (int64_t t = 0; t < kernel_size; ++t) {
+      const int64_t shift = t - kernel_size / 2;
+      const int64_t first = std::max<int64_t>(0, -shift);
+      const int64_t last = std::min(channels, channels - shift);
+      for (int64_t c = first; c < last; ++c) out[c] += weight[t] * y[c + shift];
+    }
+  }
+
+  // Gradients of convolve: dy += and dweight[t] +=.
+  void convolve_backward(const A* weight, const A* y, const A* grad, A* dy, double* dweight) const {
+    for (int64_t t = 0; t < kernel_size; ++t) {
+      const int64_t shift = t - kernel_size / 2;
+      const int64_t first = std::max<int64_t>(0, -shift);
+      const int64_t last = std::min(channels, channels - shift);
+      double sum = 0;
+      for (int64_t c = first; c < last; ++c) {
+        dy[c + shift] += weight[t] * grad[c];
+        sum += static_cast<double>(grad[c]) * y[c + shift];
+      }
+      dweight[t] += sum;
+    }
+  }
+
+  // a[c] = sigmoid(q . k / sqrt(head_dim)) of c's head, for one sample; q and k are [C] buffers.
+  void forward(const A* y, A* query, A* key, A* a) const {
+    convolve(q, y, query);
+    convolve(k, y, key);
+    for (int64_t head = 0; head < channels; head += head_dim) {
+      double dot = 0;
+      for (int64_t c = head; c < head + head_dim; ++c)
+        dot += static_cast<double>(query[c]) * key[c];
+      const A score = static_cast<A>(1.0 / (1.0 + std::exp(-dot * scale())));
+      std::fill_n(a + head, head_dim, score);
+    }
+  }
+
+  // From da [C] of one sample: dy += and the filters' gradients +=.
+  void backward(const A* y, const A* a, const A* da, A* query, A* key, A* grad_query, A* grad_key,
+                A* dy, double* dq, double* dk) const {
+    convolve(q, y, query);
+    convolve(k, y, key);
+    for (int64_t head = 0; head < channels; head += head_dim) {
+      double grad = 0;
+      for (int64_t c = head; c < head + head_dim; ++c) grad += da[c];
+      const double score = a[head];
+      const A dscore = static_cast<A>(grad * score * (1 - score) * scale());
+      for (int64_t c = head; c < head + head_dim; ++c) {
+        grad_query[c] = dscore * key[c];
+        grad_key[c] = dscore * query[c];
+      }
+    }
+    convolve_backward(q, y, grad_query, dy, dq);
+    convolve_backward(k, y, grad_key, dy, dk);
+  }
+};
+
+// o of one plane as a combination: o = a u + lam_d p + lam e, with the plane's shifted sums.
+struct PlaneStatistics {
+  double n, a, lam_d, lam;
+  double u, p, e, uu, pp, ee, up, ue, pe, shift_u, shift_p, shift_e;
+
+  template <class A>
+  PlaneStatistics(const PlaneTable<A>& t, int64_t plane, double pixels, A a, A d, A lam)
+      : n(pixels), a(a), lam_d(static_cast<double>(lam) * d), lam(lam),
+        u(t.field(kU)[plane]), p(t.field(kP)[plane]), e(t.field(kE)[plane]),
+        uu(t.field(kUU)[plane]), pp(t.field(kPP)[plane]), ee(t.field(kEE)[plane]),
+        up(t.field(kUP)[plane]), ue(t.field(kUE)[plane]), pe(t.field(kPE)[plane]),
+        shift_u(t.field(kShiftU)[plane]), shift_p(t.field(kShiftP)[plane]),
+        shift_e(t.field(kShiftE)[plane]) {}
+
+  double mix(double of_u, double of_p, double of_e) const {
+    return a * of_u + lam_d * of_p + lam * of_e;
+  }
+  double shift() const { return mix(shift_u, shift_p, shift_e); }
+  // Sum of o - shift, and of its square about its own mean.
+  double sum() const { return mix(u, p, e); }
+  double centred_square() const {
+    const double square = a * mix(uu, up, ue) + lam_d * mix(up, pp, pe) + lam * mix(ue, pe, ee);
+    return std::max(0.0, square - sum() * sum() / n);
+  }
+};
+
+}  // namespace dla::DLA_ISA
