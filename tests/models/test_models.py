@@ -235,7 +235,7 @@ def test_initialisation(name: str, options: dict) -> None:
             fan_out = math.prod(module.kernel_size) * module.out_channels / groups
             expected = math.sqrt(2 / fan_out)
             spread = 6 / math.sqrt(2 * module.weight.numel())
-            assert module.weight.std() == pytest.approx(expected, rel=spread), key
+            assert module.weight.std().item() == pytest.approx(expected, rel=spread), key
             assert module.weight.mean().abs() < 6 * expected / math.sqrt(module.weight.numel()), key
 
 

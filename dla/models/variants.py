@@ -1,0 +1,122 @@
+"""The variants: how a run of residual blocks becomes a stage, one function each.
+
+The patterns beside a variant say where the authors' CIFAR code keeps the same parameters, after
+`dla.models.official` has brought both of its spellings of a stage to ``stages.<i>.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dla.models.registry import register_variant
+from dla.nn import DLAStage
+
+# In the authors' key: the stem and the head, then what a block consists of.
+_STEM_AND_HEAD = (r"^(conv1|bn1|fc)\.", r"\1.")
+_IN_BLOCK = r"(conv\d|bn\d|downsample\.\d)\."
+
+
+class PlainStage(nn.Module):
+    """A run of residual blocks and nothing else: [B, C_in, H, W] -> [B, C, H', W']."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+
+@register_variant(
+    "plain",
+    official_keys=(
+        _STEM_AND_HEAD,
+        (r"^stages\.(\d+)\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+    ),
+)
+def plain(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
+    """The backbone alone: the baseline."""
+    return PlainStage(blocks)
+
+
+@register_variant(
+    "mrla_l",
+    official_keys=(
+        _STEM_AND_HEAD,
+        (r"^stages\.(\d+)\.(\d+)\.mrla\.lambda_t$", r"stages.\1.layers.\2.lam"),
+        (r"^stages\.(\d+)\.(\d+)\.mrla\.mrla\.W([qkv])\.", r"stages.\1.layers.\2.\3_conv."),
+        (r"^stages\.(\d+)\.(\d+)\.bn_mrla\.", r"stages.\1.layers.\2.norm."),
+        (r"^stages\.(\d+)\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+    ),
+)
+def mrla_l(
+    blocks: Sequence[nn.Module],
+    channels: int,
+    *,
+    spec: str = "paper",
+    fused: bool = True,
+    head_dim: int = 32,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """MRLA-L, the static counterpart of DLA-L; ``spec`` only sets the initialisation."""
+    return DLAStage(
+        blocks,
+        channels,
+        static=True,
+        spec=spec,
+        fused=fused,
+        head_dim=min(head_dim, channels),
+        drop_path=drop_path,
+    )
+
+
+_ATTENTION = r"^stages\.(\d+)\.attention\.(\d+)\."
+
+
+@register_variant(
+    "dla_l",
+    official_keys=(
+        _STEM_AND_HEAD,
+        (r"^stages\.(\d+)\.layers\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+        (_ATTENTION + r"layer_attention\.lambda_t$", r"stages.\1.layers.\2.lam"),
+        (
+            _ATTENTION + r"layer_attention\.layer_attention\.W([qkv])\.",
+            r"stages.\1.layers.\2.\3_conv.",
+        ),
+        (_ATTENTION + r"bn_layer_attention\.", r"stages.\1.layers.\2.norm."),
+        (r"^stages\.(\d+)\.lstm\.w_ih\.0\.seq\.0\.(\w)\w+$", r"stages.\1.cell.y_\g<2>1"),
+        (r"^stages\.(\d+)\.lstm\.w_ih\.0\.seq\.2\.(\w)\w+$", r"stages.\1.cell.y_\g<2>2"),
+        (r"^stages\.(\d+)\.lstm\.w_hh\.0\.seq\.0\.(\w)\w+$", r"stages.\1.cell.h_\g<2>1"),
+        (r"^stages\.(\d+)\.lstm\.w_hh\.0\.seq\.2\.(\w)\w+$", r"stages.\1.cell.h_\g<2>2"),
+        (r"^stages\.(\d+)\.excite\.", r"stages.\1.prev_conv."),
+    ),
+    official_options={"spec": "official"},
+)
+def dla_l(
+    blocks: Sequence[nn.Module],
+    channels: int,
+    *,
+    spec: str = "paper",
+    fused: bool = True,
+    cell: str | None = None,
+    reduction: int = 4,
+    head_dim: int = 32,
+    context: str = "per_sample",
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """DLA-L: dynamic layer attention, "light". ``cell=None`` is the spec's own cell."""
+    return DLAStage(
+        blocks,
+        channels,
+        spec=spec,
+        fused=fused,
+        cell=cell,
+        reduction=reduction,
+        head_dim=min(head_dim, channels),
+        context=context,
+        drop_path=drop_path,
+    )
