@@ -38,3 +38,8 @@ def threads() -> Iterator[None]:
 def generator() -> torch.Generator:
     """A freshly seeded source of random numbers."""
     return torch.Generator().manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers, so that a misspelt one is an error under --strict-markers."""
+    config.addinivalue_line("markers", "simd: repeated at every SIMD level that the machine has")

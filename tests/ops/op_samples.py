@@ -1,0 +1,117 @@
+"""A few typical calls of every op, for the promises that all ops make alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dla_kernels
+from light_cases import CONSTANT, Case, cell_params
+from op_cases import compute_dtype, feature, random_small
+
+Shape = tuple[int, int, int, int]
+SMALL: Shape = (2, 4, 3, 5)  # for gradcheck
+MEDIUM: Shape = (3, 33, 17, 19)  # enough work to be cut into blocks, in no multiple of anything
+
+
+@dataclass
+class Call:
+    """One call of an op: inputs in order, flags, and the gradients that arrive at its outputs."""
+
+    function: Callable[..., Any]
+    inputs: dict[str, Any]
+    cotangents: dict[int, Tensor]
+    flags: dict[str, Any]
+    constant: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for ``op_cases.run``."""
+        return {"constant": self.constant, **self.flags}
+
+
+Make = Callable[[Shape, torch.dtype, str, torch.Generator], Call]
+
+
+def global_pool(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
+    grad = random_small(*shape[:2], generator=generator, dtype=compute_dtype(dtype))
+    x = feature(shape, dtype, layout, generator=generator)
+    return Call(dla_kernels.global_pool, {"x": x}, {0: grad}, {})
+
+
+def cell(kind: str, slots: int) -> Make:
+    def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
+        batch, channels = shape[:2]
+        like = {"generator": generator, "dtype": compute_dtype(dtype)}
+        inputs = {
+            "y": random_small(batch, channels, **like),
+            "state": random_small(slots, batch, channels, **like),
+            "params": cell_params(kind, channels, max(1, channels // 4), **like),
+        }
+        grad = random_small(slots, batch, channels, **like)
+        return Call(dla_kernels.cell, inputs, {0: grad}, {"kind": kind, "activation": "tanh"})
+
+    return make
+
+
+def gate(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
+    batch, channels, height, width = shape
+    shapes = [shape, (batch, channels + 1, 2, 2), (batch, channels, height + 1, width)]
+
+    def maps() -> list[Tensor]:
+        return [feature(s, dtype, layout, generator=generator) for s in shapes]
+
+    like = {"generator": generator, "dtype": compute_dtype(dtype)}
+    gates = [random_small(*s[:2], **like) for s in shapes]
+    return Call(
+        dla_kernels.gate, {"features": maps(), "gates": gates}, dict(enumerate(maps())), {}
+    )
+
+
+def light_attention(**changes: Any) -> Make:
+    def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
+        channels = shape[1]
+        case = Case(
+            shape=shape, head_dim=channels // (3 if channels % 3 == 0 else 2),
+            hidden=max(1, channels // 4), dtype=dtype,
+            x_layout=layout, p_layout=layout, grad_layout=layout,
+        ).with_(**changes)  # fmt: skip
+        return Call(
+            dla_kernels.light_attention, case.inputs(generator), case.cotangents(generator),
+            case.flags(), CONSTANT,
+        )
+
+    return make
+
+
+# op -> variant -> how to make a call
+SAMPLES: dict[str, dict[str, Make]] = {
+    "global_pool": {"": global_pool},
+    "cell": {"dsu": cell("dsu", 1), "dsu_split": cell("dsu_split", 2)},
+    "gate": {"": gate},
+    "light_attention": {
+        "official": light_attention(drop="some"),
+        "paper": light_attention(cell="dsu", has_prev=False, return_o=True),
+        "first_layer": light_attention(cell="dsu", has_p=False, has_prev=False, return_o=True),
+        "evaluation": light_attention(norm="running", context="first_sample"),
+        "static": light_attention(cell="none", has_prev=False),
+        "own_norm": light_attention(cell="dsu", gate="sigmoid", norm="none", residual=False),
+    },
+}
+
+NAMES = [(op, variant) for op, variants in SAMPLES.items() for variant in variants]
+
+
+def sample(
+    op: str,
+    variant: str,
+    shape: Shape = MEDIUM,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "nchw",
+) -> Call:
+    """The same call every time."""
+    return SAMPLES[op][variant](shape, dtype, layout, torch.Generator().manual_seed(0))

@@ -1,0 +1,193 @@
+"""cell: every backend against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dla_kernels
+from light_cases import cell_params
+from op_cases import compare, covering, each_backend, random_small
+from refusals import assert_refused
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SLOTS = {"dsu": 1, "dsu_split": 2}
+ACTIVATIONS = ["sigmoid", "tanh", "relu", "identity"]
+AXES = {
+    "kind": list(SLOTS),
+    "activation": ACTIVATIONS,
+    "dtype": [torch.float32, torch.float64],
+    "batch": [1, 2, 3, 32],  # one row; rows fewer than a register block; whole blocks
+    "channels": [1, 3, 5, 20, 33, 64, 256],
+    "hidden": [1, 2, 5, 16, 64],
+    "strides": ["dense", "transposed", "sliced", "expanded"],
+    "wants": [None, ("y",), ("state",), ("params",), ("params.1", "y")],
+}
+
+
+def strided(*shape: int, strides: str, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Random numbers in memory order other than the dense one."""
+    like: dict[str, Any] = {"generator": generator, "dtype": dtype}
+    if strides == "transposed":
+        return random_small(*shape[:-2], shape[-1], shape[-2], **like).transpose(-1, -2)
+    if strides == "sliced":
+        return random_small(*shape[:-1], 2 * shape[-1], **like)[..., ::2]
+    if strides == "expanded":
+        return random_small(*shape[:-2], 1, shape[-1], **like).expand(shape)
+    return random_small(*shape, **like)
+
+
+def check(
+    backend: str,
+    kind: str,
+    activation: str,
+    dtype: torch.dtype,
+    batch: int,
+    channels: int,
+    hidden: int,
+    strides: str,
+    wants: tuple[str, ...] | None,
+) -> None:
+    generator = torch.Generator().manual_seed(batch + 100 * channels + hidden)
+    like = {"strides": strides, "generator": generator, "dtype": dtype}
+    state = (SLOTS[kind], batch, channels)
+    inputs = {
+        "y": strided(batch, channels, **like),
+        "state": strided(*state, **like),
+        "params": cell_params(kind, channels, hidden, generator, dtype=dtype),
+    }
+    outputs, _ = compare(
+        "cell", dla_kernels.cell, backend, inputs, {0: strided(*state, **like)}, case=dtype,
+        wants=wants, kind=kind, activation=activation,
+    )
+    assert outputs[0].dtype == dtype
+
+
+@each_backend("cell")
+@pytest.mark.parametrize("case", covering(AXES), ids=str)
+@pytest.mark.simd
+def test_against_the_reference(backend: str, case: dict) -> None:
+    check(backend, **case)
+
+
+@each_backend("cell")
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    kind=st.sampled_from(AXES["kind"]), activation=st.sampled_from(ACTIVATIONS),
+    dtype=st.sampled_from(AXES["dtype"]), batch=st.integers(1, 40), channels=st.integers(1, 80),
+    hidden=st.integers(1, 40), strides=st.sampled_from(AXES["strides"]),
+    wants=st.sampled_from(AXES["wants"]),
+)  # fmt: skip
+def test_any_shape(backend: str, **case) -> None:
+    check(backend, **case)
+
+
+@each_backend("cell")
+@pytest.mark.parametrize("kind", SLOTS)
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch.Generator) -> None:
+    """Far out on the sigmoid and tanh: no overflow, no NaN, right limits and (zero) gradients."""
+    like = {"generator": generator, "dtype": torch.float32}
+    inputs = {
+        "y": scale * random_small(3, 8, **like),
+        "state": scale * random_small(SLOTS[kind], 3, 8, **like),
+        "params": cell_params(kind, 8, 4, **like),
+    }
+    cotangents = {0: random_small(SLOTS[kind], 3, 8, **like)}
+    compare("cell", dla_kernels.cell, backend, inputs, cotangents, case=torch.float32,
+            kind=kind, activation="sigmoid")
+
+
+@each_backend("cell")
+@pytest.mark.parametrize("slot", [0, 1])
+def test_gradient_at_one_slot_only(backend: str, slot: int, generator: torch.Generator) -> None:
+    """The output (slot 0) and what is carried (slot 1) are differentiated separately."""
+    inputs = {
+        "y": random_small(2, 6, generator=generator),
+        "state": random_small(2, 2, 6, generator=generator),
+        "params": cell_params("dsu_split", 6, 3, generator, dtype=torch.float64),
+    }
+    grad = torch.zeros(2, 2, 6, dtype=torch.float64)
+    grad[slot] = random_small(2, 6, generator=generator)
+    compare("cell", dla_kernels.cell, backend, inputs, {0: grad}, case=torch.float64,
+            kind="dsu_split", activation="sigmoid")
+
+
+@each_backend("cell")
+@pytest.mark.parametrize("activation", ["relu", "identity", "tanh"])
+def test_zero_state(backend: str, activation: str, generator: torch.Generator) -> None:
+    """Every stage starts from c = 0, exactly where relu has its kink: its slope there is 0."""
+    inputs = {
+        "y": random_small(2, 6, generator=generator),
+        "state": torch.zeros(1, 2, 6, dtype=torch.float64),
+        "params": cell_params("dsu", 6, 3, generator, dtype=torch.float64),
+    }
+    grad = random_small(1, 2, 6, generator=generator)
+    compare("cell", dla_kernels.cell, backend, inputs, {0: grad}, case=torch.float64,
+            kind="dsu", activation=activation)
+
+
+def arguments(kind: str = "dsu_split", **changes: Any) -> tuple[Any, ...]:
+    """Good arguments (B = 2, C = 4, h = 3) but for the changes; a callable changes the good one."""
+    generator = torch.Generator().manual_seed(0)
+    good: dict[str, Any] = {
+        "y": torch.zeros(2, 4),
+        "state": torch.zeros(SLOTS[kind], 2, 4),
+        "params": cell_params(kind, 4, 3, generator, dtype=torch.float32),
+        "kind": kind,
+        "activation": "sigmoid",
+    }
+    changed = {n: c(good[n]) if callable(c) else c for n, c in changes.items()}
+    return tuple((good | changed).values())
+
+
+def with_param(number: int, value: Tensor) -> Any:
+    """Changes one parameter of the list."""
+    return lambda params: [*params[:number], value, *params[number + 1 :]]
+
+
+BAD = {
+    "kind": ({"kind": lambda _: "gru"}, "kind", "dsu_split", "gru"),
+    "activation": ({"activation": "softplus"}, "activation", "sigmoid", "softplus"),
+    "not a tensor": ({"y": 1.0}, "y", "Tensor", "float"),
+    "rank of y": ({"y": torch.zeros(2, 4, 1, 1)}, "y", "B, C", "2, 4, 1, 1"),
+    "no samples": ({"y": torch.zeros(0, 4), "state": torch.zeros(2, 0, 4)}, "y", "0, 4"),
+    "integers": ({"y": torch.zeros(2, 4, dtype=torch.int64)}, "y", "float32", "int64"),
+    "half": ({"y": torch.zeros(2, 4, dtype=torch.float16)}, "y", "float32", "float16"),
+    "slots": ({"state": torch.zeros(1, 2, 4)}, "state", "2, 2, 4", "1, 2, 4"),
+    "state's batch": ({"state": torch.zeros(2, 3, 4)}, "state", "2, 2, 4", "2, 3, 4"),
+    "state's channels": ({"state": torch.zeros(2, 2, 5)}, "state", "2, 2, 4", "2, 2, 5"),
+    "state's rank": ({"state": torch.zeros(2, 4)}, "state", "2, 2, 4", "2, 4"),
+    "state's dtype": (
+        {"state": torch.zeros(2, 2, 4, dtype=torch.float64)}, "state", "float32", "float64",
+    ),
+    "state's device": ({"state": lambda s: s.to("meta")}, "state", "cpu", "meta"),
+    "number of params": ({"params": lambda p: p[:7]}, "params", "8", "7"),
+    "params of dsu": ({"params": lambda p: p[:3]}, "params", "8", "3"),
+    "param's shape": ({"params": with_param(2, torch.zeros(8, 3))}, "params", "12, 3", "8, 3"),
+    "param's channels": ({"params": with_param(0, torch.zeros(3, 5))}, "params", "4", "3, 5"),
+    "bias": ({"params": with_param(1, torch.zeros(4))}, "params", "3", "4"),
+    "no hidden units": ({"params": with_param(0, torch.zeros(0, 4))}, "params", "0, 4"),
+    "param's dtype": (
+        {"params": with_param(3, torch.zeros(12, dtype=torch.float64))},
+        "params", "float32", "float64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad: str) -> None:
+    changes, *words = BAD[bad]
+    assert_refused(lambda: dla_kernels.cell(*arguments(**changes)), *words)
+
+
+def test_good_arguments_are_good() -> None:
+    """What the refusals start from is accepted."""
+    for kind in SLOTS:
+        assert dla_kernels.cell(*arguments(kind)).shape == (SLOTS[kind], 2, 4)

@@ -1,0 +1,253 @@
+"""What every op promises alike: gradients, schema, determinism, torch.compile, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import dla_kernels
+from dla_kernels import use_backend
+from op_cases import backends, flatten, op_names, reference, run
+from op_samples import NAMES, SMALL, Call, sample
+from tolerances import assert_gradients_close
+
+EACH = pytest.mark.parametrize(
+    ("op", "variant", "backend"),
+    [
+        pytest.param(op, variant, *backend.values, marks=backend.marks, id=f"{op}-{variant}-{backend.values[0]}")
+        for op, variant in NAMES
+        for backend in backends(op)
+    ],
+)
+EACH_SAMPLE = pytest.mark.parametrize(("op", "variant"), NAMES)
+
+Result = tuple[list[Tensor], dict[str, Tensor | None]]
+
+
+def run_call(call: Call) -> Result:
+    return run(call.function, call.inputs, call.cotangents, **call.options)
+
+
+def differentiable(call: Call) -> dict[str, Tensor]:
+    """The inputs that can be differentiated, made to require gradients."""
+    named = flatten(call.inputs).items()
+    return {name: t.requires_grad_() for name, t in named if name not in call.constant}
+
+
+def outputs_of(call: Call) -> list[Tensor]:
+    result = call.function(*call.inputs.values(), **call.flags)
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def assert_identical(one: Result, other: Result) -> None:
+    """Bitwise equality of all outputs and gradients."""
+    for i, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
+        assert torch.equal(a, b), f"output {i} differs"
+    assert one[1].keys() == other[1].keys()
+    for name, a in one[1].items():
+        b = other[1][name]
+        assert a is b is None or torch.equal(a, b), f"gradient of {name} differs"
+
+
+def test_every_op_is_covered() -> None:
+    """An op without samples, a test file or a README is unfinished."""
+    assert set(op_names()) == {op for op, _ in NAMES}
+    here = Path(__file__).parent
+    root = Path(dla_kernels.__file__).parent / "ops"
+    for op in op_names():
+        assert (here / f"test_{op}.py").is_file(), f"{op}: no tests"
+        readme = (root / op / "README.md").read_text().lower()
+        assert "bytes" in readme and "flop" in readme, f"{op}: README without bytes and flops"
+
+
+def gradcheck(function: Callable[..., Any], call: Call) -> bool:
+    """Numerical against analytical gradients of every differentiable output."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in flatten(call.inputs).items()
+        if name not in call.constant and tensor.numel()
+    }
+
+    def flat_function(*values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(leaves, values, strict=True))
+
+        def rebuilt(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [rebuilt(f"{name}.{i}", v) for i, v in enumerate(value)]
+            return given.get(name, value)
+
+        result = function(*(rebuilt(n, v) for n, v in call.inputs.items()), **call.flags)
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        return tuple(outputs[i] for i in call.cotangents)
+
+    return torch.autograd.gradcheck(flat_function, list(leaves.values()))
+
+
+@EACH
+def test_gradients_of_the_op_numerically(op: str, variant: str, backend: str) -> None:
+    call = sample(op, variant, SMALL, torch.float64)
+    with use_backend(backend):
+        assert gradcheck(call.function, call)
+
+
+@EACH_SAMPLE
+def test_gradients_of_the_reference_numerically(op: str, variant: str) -> None:
+    assert gradcheck(reference(op), sample(op, variant, SMALL, torch.float64))
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of this package's ops, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dla_kernels":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "channel_slice"])
+def test_schema_fake_and_autograd(
+    op: str, variant: str, backend: str, dtype: torch.dtype, layout: str
+) -> None:
+    """torch.library.opcheck on forward and backward op as the public function calls them."""
+    call = sample(op, variant, SMALL, dtype, layout)
+    with use_backend(backend), Recorder() as recorder:
+        run_call(call)
+    recorded = {func.name(): (func, args, kwargs) for func, args, kwargs in recorder.calls}
+    assert recorded.keys() == {f"dla_kernels::{op}", f"dla_kernels::{op}_backward"}
+    with use_backend(backend):
+        for name, (func, args, kwargs) in recorded.items():
+            differentiable = not name.endswith("_backward")
+            constants = {id(t) for n, t in flatten(call.inputs).items() if n in call.constant}
+
+            def prepare(t: Tensor, differentiable=differentiable, constants=constants) -> Tensor:
+                wanted = differentiable and t.is_floating_point() and id(t) not in constants
+                return t.detach().requires_grad_(wanted)
+
+            args, kwargs = tree_map_only(Tensor, prepare, (args, kwargs))
+            torch.library.opcheck(func, args, kwargs)
+
+
+@EACH
+def test_repeats_bitwise(op: str, variant: str, backend: str) -> None:
+    call = sample(op, variant)
+    with use_backend(backend):
+        assert_identical(run_call(call), run_call(call))
+
+
+@EACH
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(3, 33, 17, 19), (2, 64, 8, 8), (1, 5, 40, 33)], ids=str)
+@pytest.mark.usefixtures("threads")
+def test_thread_count_does_not_matter(
+    op: str, variant: str, backend: str, layout: str, shape: tuple[int, int, int, int]
+) -> None:
+    """Fixed blocks of work and fixed orders of summation: bitwise equality for 1 to 4 threads."""
+    if shape[1] == 5 and op == "light_attention":
+        shape = (1, 6, *shape[2:])  # heads of two or three
+    call = sample(op, variant, shape, layout=layout)
+    results = []
+    for count in (1, 2, 3, 4):
+        torch.set_num_threads(count)
+        with use_backend(backend):
+            results.append(run_call(call))
+    for other in results[1:]:
+        assert_identical(results[0], other)
+
+
+@EACH
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_graph_breaks(
+    op: str, variant: str, backend: str, dynamic: bool
+) -> None:
+    """Same numbers under torch.compile(fullgraph=True), shapes fixed or symbolic, two sizes."""
+    torch.compiler.reset()
+    compiled = torch.compile(
+        sample(op, variant).function, fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for shape in ((2, 4, 3, 5), (3, 6, 5, 4)):
+        call = sample(op, variant, shape, layout="nhwc")
+        with use_backend(backend):
+            result = run(compiled, call.inputs, call.cotangents, **call.options)
+            assert_identical(result, run_call(call))
+
+
+@EACH
+def test_autocast_changes_nothing(op: str, variant: str, backend: str) -> None:
+    """Precision is the op's own business, forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16):
+        call = sample(op, variant, dtype=dtype)
+        with use_backend(backend):
+            outside = run_call(call)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                inside = run_call(call)
+        assert_identical(inside, outside)
+
+
+@EACH_SAMPLE
+def test_autocast_changes_nothing_in_the_reference(op: str, variant: str) -> None:
+    call = sample(op, variant)
+    call.function = reference(op)
+    outside = run_call(call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_identical(run_call(call), outside)
+
+
+@EACH
+def test_graph_can_be_kept_and_used_again(op: str, variant: str, backend: str) -> None:
+    """retain_graph: the second backward pass gives the same gradients as the first."""
+    call = sample(op, variant)
+    leaves = list(differentiable(call).values())
+    with use_backend(backend):
+        outputs = outputs_of(call)
+        reached = [outputs[i] for i in call.cotangents]
+        grads = list(call.cotangents.values())
+
+        def backward(retain: bool) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(
+                reached, leaves, grads, retain_graph=retain, allow_unused=True
+            )
+
+        for one, two in zip(backward(True), backward(False), strict=True):
+            assert one is two is None or torch.equal(one, two)
+
+
+@EACH
+def test_forward_and_backward_on_different_backends(op: str, variant: str, backend: str) -> None:
+    """What forward saves serves every backend's backward: same schema, same meaning."""
+    call = sample(op, variant, dtype=torch.float64)
+    with use_backend(backend):
+        _, expected = run_call(call)
+    leaves = differentiable(call)
+    with use_backend(backend):
+        outputs = outputs_of(call)
+    with use_backend("reference"):
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in call.cotangents], list(leaves.values()),
+            list(call.cotangents.values()), allow_unused=True,
+        )
+    got = dict(zip(leaves, gradients, strict=True))
+    assert_gradients_close(got, expected, case=torch.float64)
+
+
+@EACH
+def test_second_derivatives_are_refused(op: str, variant: str, backend: str) -> None:
+    """There are none, and silence would be a wrong answer."""
+    call = sample(op, variant, SMALL)
+    first = next(iter(flatten(call.inputs).values()))
+    first.requires_grad_()
+    with use_backend(backend), pytest.raises(RuntimeError, match="(?i)derivative|differentia"):
+        (gradient,) = torch.autograd.grad(outputs_of(call)[0].square().sum(), first, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), first)

@@ -1,0 +1,136 @@
+"""global_pool: every backend against the reference."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dla_kernels
+from dla_kernels import use_backend
+from op_cases import (
+    CHANNELS,
+    DTYPES,
+    LAYOUTS,
+    MAPS,
+    assert_dense,
+    backends,
+    compare,
+    compute_dtype,
+    covering,
+    each_backend,
+    feature,
+    random_small,
+)
+from refusals import assert_refused
+from tolerances import assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+AXES = {
+    "dtype": DTYPES,
+    "layout": LAYOUTS,
+    "batch": [1, 2, 3],
+    "channels": CHANNELS,
+    "size": MAPS,
+    "grad": ["dense", "transposed", "expanded"],
+}
+
+
+def gradient(
+    batch: int, channels: int, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """A gradient [B, C]; autograd hands over expanded and transposed ones, too."""
+    if layout == "expanded":  # what .sum().backward() sends
+        return random_small(1, 1, generator=generator, dtype=dtype).expand(batch, channels)
+    if layout == "transposed":
+        return random_small(channels, batch, generator=generator, dtype=dtype).t()
+    return random_small(batch, channels, generator=generator, dtype=dtype)
+
+
+def check(
+    backend: str,
+    dtype: torch.dtype,
+    layout: str,
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    grad: str,
+) -> None:
+    generator = torch.Generator().manual_seed(batch + 10 * channels + 1000 * size[1])
+    x = feature((batch, channels, *size), dtype, layout, generator=generator)
+    cotangent = gradient(batch, channels, grad, compute_dtype(dtype), generator)
+    outputs, gradients = compare(
+        "global_pool", dla_kernels.global_pool, backend, {"x": x}, {0: cotangent}, case=dtype
+    )
+    assert outputs[0].dtype == compute_dtype(dtype)
+    assert_dense(gradients["x"], layout, "gradient of x")
+
+
+@each_backend("global_pool")
+@pytest.mark.parametrize("case", covering(AXES), ids=str)
+@pytest.mark.simd
+def test_against_the_reference(backend: str, case: dict) -> None:
+    check(backend, **case)
+
+
+@each_backend("global_pool")
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS), batch=st.integers(1, 4),
+    channels=st.integers(1, 70), size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    grad=st.sampled_from(AXES["grad"]),
+)  # fmt: skip
+def test_any_shape(backend: str, **case) -> None:
+    check(backend, **case)
+
+
+@each_backend("global_pool")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_map(backend: str, layout: str, dtype: torch.dtype) -> None:
+    """112x112 after ImageNet's stem: a running float32 sum would lose digits, blocks do not."""
+    check(backend, dtype, layout, 1, 40, (112, 112), "dense")
+
+
+@each_backend("global_pool")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_long_sum_of_one_sign(backend: str, layout: str, generator: torch.Generator) -> None:
+    """A million values near 1: naive float32 accumulation is off by 1e-4 to 1e-2."""
+    x = 1 + 0.01 * torch.rand(1, 2, 1024, 1024, generator=generator)
+    x = x.contiguous(memory_format={"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout])
+    with use_backend(backend):
+        got = dla_kernels.global_pool(x)
+    assert_close(got, x.double().mean((2, 3)), dtype=torch.float32)
+
+
+@each_backend("global_pool")
+def test_half_sums_beyond_the_range_of_half(backend: str) -> None:
+    """The sum of a float16 plane may exceed 65504; its mean does not."""
+    x = torch.full((1, 3, 40, 40), 60000.0, dtype=torch.float16)
+    with use_backend(backend):
+        got = dla_kernels.global_pool(x)
+    assert_close(got, x.double().mean((2, 3)), dtype=torch.float32)
+
+
+BAD = {
+    "not a tensor": (lambda: [[1.0]], "x", "Tensor", "list"),
+    "rank": (lambda: torch.zeros(2, 3, 4), "x", "B, C, H, W", "2, 3, 4"),
+    "integers": (lambda: torch.zeros(1, 2, 3, 3, dtype=torch.int64), "x", "float", "int64"),
+    "complex": (lambda: torch.zeros(1, 2, 3, 3, dtype=torch.complex64), "x", "float", "complex64"),
+    "no samples": (lambda: torch.zeros(0, 2, 3, 3), "x", "0, 2, 3, 3"),
+    "no channels": (lambda: torch.zeros(2, 0, 3, 3), "x", "2, 0, 3, 3"),
+    "no pixels": (lambda: torch.zeros(2, 3, 0, 3), "x", "2, 3, 0, 3"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad: str) -> None:
+    make, *words = BAD[bad]
+    assert_refused(lambda: dla_kernels.global_pool(make()), *words)
+
+
+def test_all_backends_are_found() -> None:
+    assert {p.values[0] for p in backends("global_pool")} >= {"cpp", "reference"}
