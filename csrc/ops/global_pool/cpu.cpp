@@ -19,8 +19,9 @@ constexpr Size kGroup = 8;     // rows added pairwise before they meet the accum
 constexpr Size kGroups = 32;   // groups in a block (channels_last)
 constexpr Size kTile = 256;    // channels of one task, at most (channels_last)
 
+// Lane-wise partial sums of at most kBlock consecutive elements.
 template <class T>
-double block_sum(const T* x, Size count) {
+Vec<Compute<T>> block_sums(const T* x, Size count) {
   using A = Compute<T>;
   constexpr Size lanes = kLanes<A>;
   Vec<A> sums[4] = {};
@@ -29,19 +30,40 @@ double block_sum(const T* x, Size count) {
     for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * lanes);
   for (; i < count; i += lanes)
     sums[0] += load_n(x + i, static_cast<int>(std::min(lanes, count - i)));
-  return sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <class T>
-void pool_planes(const GlobalPoolForward& args) {
+void pool_large_planes(const GlobalPoolForward& args) {
+  using A = Compute<T>;
   const T* x = static_cast<const T*>(args.x);
-  auto* out = static_cast<Compute<T>*>(args.out);
+  auto* out = static_cast<A*>(args.out);
   parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
     const T* p = x + plane * args.area;
     double total = 0;
     for (Size i = 0; i < args.area; i += kBlock)
-      total += block_sum(p + i, std::min(kBlock, args.area - i));
-    out[plane] = static_cast<Compute<T>>(total / static_cast<double>(args.area));
+      total += sum<A>(block_sums(p + i, std::min(kBlock, args.area - i)));
+    out[plane] = static_cast<A>(total / static_cast<double>(args.area));
+  });
+}
+
+// Planes of one block each: one transpose sums the lanes of kLanes planes at once.
+template <class T>
+void pool_small_planes(const GlobalPoolForward& args) {
+  using A = Compute<T>;
+  constexpr Size lanes = kLanes<A>;
+  const Size planes = args.batch * args.channels;
+  const T* x = static_cast<const T*>(args.x);
+  auto* out = static_cast<A*>(args.out);
+  const A area = static_cast<A>(args.area);
+  parallel_for(args.threads, (planes + lanes - 1) / lanes, [&](Size task) {
+    const Size first = task * lanes, count = std::min(lanes, planes - first);
+    Vec<A> rows[lanes] = {};
+    for (Size i = 0; i < count; ++i) rows[i] = block_sums(x + (first + i) * args.area, args.area);
+    transpose<A>(rows);
+    for (Size half = lanes / 2; half > 0; half /= 2)
+      for (Size i = 0; i < half; ++i) rows[i] += rows[i + half];
+    store_n(out + first, rows[0] / splat(area), static_cast<int>(count));
   });
 }
 
@@ -138,7 +160,8 @@ void spread_rows(const GlobalPoolBackward& args) {
 void global_pool_forward(const GlobalPoolForward& args) {
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    args.channels_last ? pool_rows<T>(args) : pool_planes<T>(args);
+    if (args.channels_last) return pool_rows<T>(args);
+    args.area > kBlock ? pool_large_planes<T>(args) : pool_small_planes<T>(args);
   });
 }
 
