@@ -14,3 +14,10 @@ def compute_dtype(feature_dtype: torch.dtype) -> torch.dtype:
 def without_autocast(x: Tensor) -> torch.autocast:
     """Context in which autocast leaves the reference formulas in their own precision."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def describe(value: object) -> str:
+    """What came, for error messages: dtype, shape and device of a tensor, the repr of the rest."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"

@@ -1,0 +1,1 @@
+"""Dynamic Layer Attention networks: layers, models and training."""

@@ -1,0 +1,18 @@
+"""Layers of Dynamic Layer Attention."""
+
+from dla.nn.cells import Cell, DSUCell, DSUSplitCell
+from dla.nn.drop import DropPath
+from dla.nn.layer import DLALayer, MRLALayer
+from dla.nn.stage import DLAStage
+from dla.nn.state import DLAState
+
+__all__ = [
+    "Cell",
+    "DLALayer",
+    "DLAStage",
+    "DLAState",
+    "DSUCell",
+    "DSUSplitCell",
+    "DropPath",
+    "MRLALayer",
+]

@@ -1,0 +1,132 @@
+"""Recurrent cells that a stage's layers share. Their formulas are in dla_kernels.ops.cell."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import dla_kernels
+from dla.nn.checks import hidden_width, one_of
+from dla_kernels.ops.common import compute_dtype
+
+INITIAL_STATES = ("zeros", "normal", "learned")
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
+
+
+class Cell(nn.Module):
+    """A recurrent cell and the state it starts from; subclasses are the kinds of cell.
+
+    Parameters start as those of torch.nn.Linear do: uniform within 1 / sqrt(fan-in).
+
+    Args:
+        channels: C, of input and state.
+        reduction: the hidden width is C // reduction.
+        activation: what normalises c on its way into a ``dsu`` cell: "sigmoid", "tanh", "relu"
+            or "identity". Other kinds take no notice.
+        initial_state: "zeros"; "normal", drawn anew from N(0, 1) for every stage and batch; or
+            "learned", a parameter [S, C] that starts at zero.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range or of the wrong type.
+    """
+
+    kind: ClassVar[str]
+    slots: ClassVar[int]
+    # The gate that the official model puts on the output, which must come to lie in (0, 1).
+    official_gate: ClassVar[str]
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 4,
+        activation: str = "sigmoid",
+        initial_state: str = "zeros",
+    ) -> None:
+        super().__init__()
+        self.channels, self.hidden = channels, hidden_width(channels, reduction)
+        self.activation = one_of("activation", activation, ACTIVATIONS)
+        self.start = one_of("initial_state", initial_state, INITIAL_STATES)
+        self._names: list[str] = []
+        learned = nn.Parameter(torch.zeros(self.slots, channels))
+        self.initial = learned if initial_state == "learned" else None
+
+    def _add_weight(self, name: str, *shape: int, fan_in: int) -> None:
+        """The order of the calls is the order in which the op takes the weights."""
+        bound = 1.0 / math.sqrt(fan_in)
+        setattr(self, name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+        self._names.append(name)
+
+    def weights(self) -> list[Tensor]:
+        """The parameters in the order that ``dla_kernels.cell`` takes them."""
+        return [getattr(self, name) for name in self._names]
+
+    def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """State [S, B, C] before the first layer of a stage."""
+        shape = (self.slots, batch, self.channels)
+        if self.initial is not None:
+            return self.initial.to(dtype).unsqueeze(1).expand(shape)
+        if self.start == "normal":
+            return torch.randn(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def forward(self, y: Tensor, state: Tensor | None = None) -> Tensor:
+        """One step: input [B, C] and state [S, B, C] (None: the initial one) to the new state.
+
+        Both are of the compute dtype (float64 or float32). Slot 0 of a state is the cell's output.
+        """
+        if state is None:
+            state = self.initial_state(y.shape[0], compute_dtype(y.dtype), y.device)
+        weights = [weight.to(y.dtype) for weight in self.weights()]
+        return dla_kernels.cell(y, state, weights, self.kind, self.activation)
+
+    def extra_repr(self) -> str:
+        text = f"{self.channels}, hidden={self.hidden}, initial_state={self.start!r}"
+        return text + (f", activation={self.activation!r}" if self.kind == "dsu" else "")
+
+
+class DSUCell(Cell):
+    """Dynamic sharing unit of the paper (Eq. 7-9). State: (c); 5 C h + 3 C parameters."""
+
+    kind = "dsu"
+    slots = 1
+    official_gate = "sigmoid"
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 4,
+        activation: str = "sigmoid",
+        initial_state: str = "zeros",
+    ) -> None:
+        super().__init__(channels, reduction, activation, initial_state)
+        hidden = self.hidden
+        self._add_weight("w_hidden", hidden, 2 * channels, fan_in=2 * channels)
+        self._add_weight("w_gates", 3 * channels, hidden, fan_in=hidden)
+        self._add_weight("b_gates", 3 * channels, fan_in=hidden)
+
+
+class DSUSplitCell(Cell):
+    """Dynamic sharing unit of the official code. State: (h, c); 2 (4 C h + h + 3 C) parameters."""
+
+    kind = "dsu_split"
+    slots = 2
+    official_gate = "identity"  # h' = sigmoid(c') is in (0, 1) already
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 4,
+        activation: str = "sigmoid",
+        initial_state: str = "zeros",
+    ) -> None:
+        super().__init__(channels, reduction, activation, initial_state)
+        hidden = self.hidden
+        for side in ("y", "h"):
+            self._add_weight(f"{side}_w1", hidden, channels, fan_in=channels)
+            self._add_weight(f"{side}_b1", hidden, fan_in=channels)
+            self._add_weight(f"{side}_w2", 3 * channels, hidden, fan_in=hidden)
+            self._add_weight(f"{side}_b2", 3 * channels, fan_in=hidden)
+
+
+CELLS: dict[str, type[Cell]] = {cell.kind: cell for cell in (DSUCell, DSUSplitCell)}

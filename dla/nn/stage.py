@@ -1,0 +1,106 @@
+"""A run of blocks with layer attention after each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dla.nn.layer import STATIC, DLALayer, shared_parts
+
+
+class DLAStage(nn.Module):
+    """Blocks of one resolution, each followed by a `DLALayer`; the layers share one cell.
+
+    A block maps x to its output, or to (output, shortcut). The shortcut, which layers with
+    ``prev_from="shortcut"`` attend to, has the shape of the output; it is the block's input unless
+    the block returns it. The recurrent state starts anew in every call.
+
+    Args:
+        blocks: at least one; all put out ``channels`` channels at one resolution.
+        channels: C.
+        variant, spec, cell, ...: of every layer, see `DLALayer`.
+        drop_path: one rate, or one per block.
+        static: make the layers static (MRLA-L): ``cell="none"``.
+
+    Attributes:
+        blocks, layers: lists of equal length.
+        cell, prev_conv: shared by all layers; None where the form has none.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        channels: int,
+        variant: str = "light",
+        spec: str = "paper",
+        cell: str | None = None,
+        reduction: int = 4,
+        drop_path: float | Sequence[float] = 0.0,
+        activation: str = "sigmoid",
+        initial_state: str = "zeros",
+        static: bool = False,
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        if not self.blocks:
+            raise ValueError("blocks: expected at least one, got none")
+        rates = _one_per_block(drop_path, len(self.blocks))
+        if static:
+            if cell not in (None, STATIC):
+                raise ValueError(f"cell: expected None in a static stage, got {cell!r}")
+            cell = STATIC
+        self.layers = nn.ModuleList(
+            DLALayer(
+                channels,
+                variant,
+                spec,
+                cell,
+                drop_path=rate,
+                activation=activation,
+                initial_state=initial_state,
+                shared=True,
+                **layer_options,
+            )
+            for rate in rates
+        )
+        form = self.layers[0].form
+        self.cell, self.prev_conv = shared_parts(
+            channels, form, spec, reduction, activation, initial_state
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do.
+
+        Raises:
+            ValueError, TypeError: a block's output or shortcut does not fit; under ``prev`` in
+                the message it is the shortcut.
+        """
+        state = None
+        last = len(self.layers) - 1
+        for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
+            result = block(x)
+            out, shortcut = result if isinstance(result, tuple) else (result, x)
+            x, state = layer(
+                out,
+                shortcut if layer.form.prev_from == "shortcut" else None,
+                state,
+                cell=self.cell,
+                prev_conv=self.prev_conv,
+                keep_output=index < last,
+            )
+        return x
+
+
+def _one_per_block(drop_path: float | Sequence[float], count: int) -> list[float]:
+    if not isinstance(drop_path, Sequence):
+        return [drop_path] * count
+    if len(drop_path) != count:
+        raise ValueError(
+            f"drop_path: expected one rate or one for each of the {count} blocks, "
+            f"got {len(drop_path)}"
+        )
+    return list(drop_path)
