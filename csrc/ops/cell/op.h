@@ -34,9 +34,9 @@ struct CellBackward {
   const void* y;
   const void* state;
   std::vector<const void*> params;
-  void* grad_y;                    // overwritten
-  void* grad_state;                // overwritten
-  std::vector<void*> grad_params;  // overwritten
+  void* grad_y;                    // added to
+  void* grad_state;                // added to
+  std::vector<void*> grad_params;  // added to
   std::int64_t batch, channels, hidden;
   CellKind kind;
   Activation activation;

@@ -1,0 +1,127 @@
+// Small matrix products, one thread. The matrices of this package are a few hundred wide and lie in
+// the L2 cache: one register-blocked kernel serves every product and its gradients, because the
+// operand that is broadcast may be strided in any way.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/simd.h"
+
+namespace dla::DLA_ISA {
+
+using Size = std::int64_t;
+
+// Element (m, k) of the broadcast operand is data[m * row + k * column].
+template <class A>
+struct Strided {
+  const A* data;
+  Size row, column;
+};
+
+// c[m][j] += sum over k of a(m, k) b[k][j] for `rows` m and `vectors` whole vectors of j, of which
+// the last has `tail` lanes. The sum over k is sequential in every element.
+template <int rows, int vectors, bool whole, class A>
+inline void multiply_block(Size depth, Strided<A> a, const A* b, Size b_stride, A* c, Size c_stride,
+                           int tail) {
+  constexpr int lanes = kLanes<A>;
+  const auto columns = [&](int v) { return whole || v < vectors - 1 ? lanes : tail; };
+  Vec<A> sums[rows][vectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      sums[m][v] = load_n(c + m * c_stride + v * lanes, columns(v));
+  const A* a_column = a.data;
+  for (Size k = 0; k < depth; ++k) {
+    Vec<A> row[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) row[v] = load_n(b + v * lanes, columns(v));
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[m][v] += a_column[m * a.row] * row[v];
+    a_column += a.column;
+    b += b_stride;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      store_n(c + m * c_stride + v * lanes, sums[m][v], columns(v));
+}
+
+// All rows of one group of vectors: blocks of `rows`, then of half as many, down to one.
+template <int rows, int vectors, bool whole, class A>
+inline void multiply_rows(Size count, Size depth, Strided<A> a, const A* b, Size b_stride, A* c,
+                          Size c_stride, int tail) {
+  Size m = 0;
+  for (; m + rows <= count; m += rows) {
+    const Strided<A> block{a.data + m * a.row, a.row, a.column};
+    multiply_block<rows, vectors, whole>(depth, block, b, b_stride, c + m * c_stride, c_stride,
+                                         tail);
+  }
+  if constexpr (rows > 1) {
+    const Strided<A> rest{a.data + m * a.row, a.row, a.column};
+    multiply_rows<rows / 2, vectors, whole>(count - m, depth, rest, b, b_stride, c + m * c_stride,
+                                            c_stride, tail);
+  }
+}
+
+// c[m][j] += sum over k of a(m, k) b[k][j], m < rows, j < columns, k < depth. One copy per type:
+// inlined at every use it would fill the instruction cache and the compiler's time.
+template <class A>
+[[gnu::noinline]] void multiply_add(Size rows, Size columns, Size depth, Strided<A> a, const A* b,
+                         Size b_stride, A* c, Size c_stride) {
+  constexpr int lanes = kLanes<A>;
+  constexpr Size max_depth = 256;  // a block of b, two vectors wide, stays in the L1 cache
+#if defined(__AVX512F__)
+  constexpr int pair_rows = 8;
+#else
+  constexpr int pair_rows = 4;  // 16 registers
+#endif
+  for (Size k = 0; k < depth; k += max_depth) {
+    const Size block = std::min(max_depth, depth - k);
+    const Strided<A> part{a.data + k * a.column, a.row, a.column};
+    const A* b_block = b + k * b_stride;
+    Size j = 0;
+    for (; j + 2 * lanes <= columns; j += 2 * lanes)
+      multiply_rows<pair_rows, 2, true>(rows, block, part, b_block + j, b_stride, c + j, c_stride,
+                                        lanes);
+    if (j + lanes <= columns) {
+      multiply_rows<8, 1, true>(rows, block, part, b_block + j, b_stride, c + j, c_stride, lanes);
+      j += lanes;
+    }
+    if (j < columns)
+      multiply_rows<8, 1, false>(rows, block, part, b_block + j, b_stride, c + j, c_stride,
+                                 static_cast<int>(columns - j));
+  }
+}
+
+// out[m] += w[m] . x for row-major w [rows, depth]: the product for a single vector x, where there
+// is nothing to broadcast to.
+template <class A>
+[[gnu::noinline]] void multiply_add_vector(Size rows, Size depth, const A* w, Size w_stride, const A* x,
+                                A* out) {
+  constexpr int lanes = kLanes<A>;
+  for (Size m = 0; m < rows; m += lanes) {
+    const int block = static_cast<int>(std::min<Size>(lanes, rows - m));
+    const A* row[lanes];  // a short block repeats its last row
+    for (int i = 0; i < lanes; ++i) row[i] = w + (m + std::min(i, block - 1)) * w_stride;
+    Vec<A> sums[lanes] = {};
+    const auto step = [&](Size k, int n) {
+      const Vec<A> v = load_n(x + k, n);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) sums[i] += load_n(row[i] + k, n) * v;
+    };
+    Size k = 0;
+    for (; k + lanes <= depth; k += lanes) step(k, lanes);
+    if (k < depth) step(k, static_cast<int>(depth - k));
+    transpose<A>(sums);
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    store_n(out + m, load_n(out + m, block) + sums[0], block);
+  }
+}
+
+}  // namespace dla::DLA_ISA
