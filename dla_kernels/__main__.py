@@ -1,0 +1,130 @@
+"""``python -m dla_kernels``: what is installed, which backends serve which op, a self-check."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import platform
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import dla_kernels
+from dla_kernels import native, ops
+from dla_kernels.backend import AUTOMATIC_ORDER, use_backend
+
+TOLERANCE = 1e-4  # float32, relative; the tests are stricter
+
+
+def op_names() -> list[str]:
+    """All ops: the packages below ``dla_kernels.ops``."""
+    return [module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg]
+
+
+def facts() -> dict[str, str]:
+    """What to quote in a bug report."""
+    found = {
+        "dla-kernels": dla_kernels.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    if problem := native.error():
+        return found | {"native module": problem}
+    module = native.load()
+    build = module.build_info()
+    return found | {
+        "native module": str(module.__file__),
+        "compiler": build["compiler"] + ("" if build["openmp"] else ", without OpenMP: one thread"),
+        "SIMD level": f"{module.simd_level()}, built for {', '.join(build['isas'])} (DLA_SIMD caps)",
+    }
+
+
+def flat_tensors(values: Any) -> list[Tensor]:
+    """The non-empty tensors in a nest of values."""
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.numel()]
+
+
+def run(function: Callable[..., Any], inputs: dict[str, Any], outputs: list[int] | None = None):
+    """Outputs and gradients of one call, and which outputs were differentiated."""
+    inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), inputs)
+    results = flat_tensors(function(**inputs))
+    if outputs is None:
+        outputs = [i for i, result in enumerate(results) if result.requires_grad]
+    reached = [results[i] for i in outputs]
+    cotangents = [torch.arange(t.numel(), device=t.device).sin().view(t.shape) for t in reached]
+    gradients = torch.autograd.grad(reached, flat_tensors(inputs), cotangents)
+    return [*results, *gradients], outputs
+
+
+def error_of(op: str, backend: str, device: torch.device) -> float:
+    """Largest relative error of an op's outputs and gradients against its reference."""
+    package = f"{ops.__name__}.{op}"
+    torch.manual_seed(0)
+    inputs = importlib.import_module(f"{package}.example").example(device)
+    with use_backend(backend):
+        got, outputs = run(getattr(dla_kernels, op), inputs)
+    formula = getattr(importlib.import_module(f"{package}.reference"), op)
+    expected, _ = run(formula, inputs, outputs)
+    norms = [t.norm() for t in expected]
+    floor = 1e-3 * max(norms)  # some gradients are zero but for rounding
+    errors = [
+        (a - b).norm() / max(norm, floor)
+        for a, b, norm in zip(got, expected, norms, strict=True)
+    ]
+    return torch.stack(errors).max().item()
+
+
+def implementation(op: str, backend: str) -> ModuleType | None:
+    """The module with an op's implementation for a backend, by convention of its name."""
+    package = importlib.import_module(f"{ops.__name__}.{op}")
+    if backend not in {module.name for module in pkgutil.iter_modules(package.__path__)}:
+        return None
+    return importlib.import_module(f"{package.__name__}.{backend}")
+
+
+def check(op: str, backend: str) -> tuple[str, bool]:
+    """One cell of the table, and whether it is no failure."""
+    module = implementation(op, backend)
+    if module is None:
+        return "[dim]not written yet[/]", True
+    gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    if reason := module.unsupported(torch.zeros(1, 1, 1, 1, device=device)):
+        return f"[yellow]no:[/] {escape(reason)}", True
+    try:
+        error = error_of(op, backend, device)
+    except Exception as problem:  # a report has to survive what it reports
+        return f"[red]fails:[/] {escape(repr(problem))}", False
+    good = error <= TOLERANCE
+    return f"[green]ok[/] {error:.0e}" if good else f"[red]wrong:[/] error {error:.1e}", good
+
+
+def main() -> int:
+    """Prints the report; the exit status is 1 if an available implementation fails its check."""
+    console = Console()
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts().items():
+        grid.add_row(f"[bold]{name}[/]", escape(value))
+    console.print(grid)
+    table = Table("op", *AUTOMATIC_ORDER, title="Backends, and their relative error on a small call")
+    failed = False
+    for op in op_names():
+        cells = [check(op, backend) for backend in AUTOMATIC_ORDER]
+        failed |= not all(good for _, good in cells)
+        table.add_row(op, *(text for text, _ in cells))
+    console.print(table)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
