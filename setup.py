@@ -27,9 +27,9 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True, env=env)
             subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
         except FileNotFoundError:
-            sys.exit("dla-kernels: cmake was not found. Install it: pip install cmake ninja pybind11")
+            sys.exit("dla-kernels: no cmake found; pip install cmake ninja pybind11 provides it")
         except subprocess.CalledProcessError as error:
-            sys.exit(f"dla-kernels: the C++ build failed (cmake: exit status {error.returncode}); the reason is above")
+            sys.exit(f"dla-kernels: cmake failed ({error.returncode}); the reason is above")
 
 
 setup(ext_modules=[Extension("_dla_native", sources=[])], cmdclass={"build_ext": CMakeBuild})

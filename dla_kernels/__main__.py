@@ -78,8 +78,7 @@ def error_of(op: str, backend: str, device: torch.device) -> float:
     norms = [t.norm() for t in expected]
     floor = 1e-3 * max(norms)  # some gradients are zero but for rounding
     errors = [
-        (a - b).norm() / max(norm, floor)
-        for a, b, norm in zip(got, expected, norms, strict=True)
+        (a - b).norm() / max(norm, floor) for a, b, norm in zip(got, expected, norms, strict=True)
     ]
     return torch.stack(errors).max().item()
 
@@ -116,7 +115,9 @@ def main() -> int:
     for name, value in facts().items():
         grid.add_row(f"[bold]{name}[/]", escape(value))
     console.print(grid)
-    table = Table("op", *AUTOMATIC_ORDER, title="Backends, and their relative error on a small call")
+    table = Table(
+        "op", *AUTOMATIC_ORDER, title="Backends, and their relative error on a small call"
+    )
     failed = False
     for op in op_names():
         cells = [check(op, backend) for backend in AUTOMATIC_ORDER]
