@@ -11,10 +11,13 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/args.h"
 #include "common/isa.h"
+#include "ops/cell/op.h"
+#include "ops/gate/op.h"
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/op.h"
 
@@ -105,37 +108,48 @@ struct Field<std::vector<T>> {
   }
 };
 
-template <class Args, class T>
+// A field of Args by name. Type-erased: a struct of forty fields must not become a pack of forty
+// types, which is slow to compile.
+template <class Args>
 struct NamedField {
   PyObject* name;  // interned for the life of the process
-  T Args::*member;
+  void (*assign)(Args&, py::handle);
+};
 
-  NamedField(const char* name, T Args::*member)
-      : name(PyUnicode_InternFromString(name)), member(member) {}
+template <auto member, class Args>
+NamedField<Args> named_field(const char* name) {
+  return {PyUnicode_InternFromString(name), [](Args& args, py::handle value) {
+            using T = std::remove_reference_t<decltype(args.*member)>;
+            args.*member = Field<T>::from(value);
+          }};
+}
 
-  void read(Args& args, const py::kwargs& values) const {
+template <class Args>
+Args from_keywords(const std::vector<NamedField<Args>>& fields, const py::kwargs& values) {
+  Args args{};
+  for (const auto& [name, assign] : fields) {
     PyObject* value = PyDict_GetItemWithError(values.ptr(), name);
+    const auto text = [name = name] { return py::cast<std::string>(py::handle(name)); };
     if (value == nullptr) throw py::type_error("missing argument " + text());
     try {
-      args.*member = Field<T>::from(value);
+      assign(args, value);
     } catch (const py::cast_error&) {
       throw py::type_error("argument " + text() + ": cannot use " +
                            py::repr(value).cast<std::string>());
     }
   }
-  std::string text() const { return py::cast<std::string>(py::handle(name)); }
-};
+  if (values.size() != fields.size()) throw py::type_error("unknown argument given");
+  return args;
+}
 
 // Binds a struct with a constructor that wants every field by keyword, and the function over it.
-template <class Args, class... T>
+template <class Args>
 void bind(py::module_& m, const char* function_name, void (*function)(const Args&),
-          const char* struct_name, NamedField<Args, T>... fields) {
-  py::class_<Args>(m, struct_name).def(py::init([fields...](const py::kwargs& values) {
-    Args args{};
-    (fields.read(args, values), ...);
-    if (values.size() != sizeof...(fields)) throw py::type_error("unknown argument given");
-    return args;
-  }));
+          const char* struct_name, std::vector<NamedField<Args>> fields) {
+  py::class_<Args>(m, struct_name)
+      .def(py::init([fields = std::move(fields)](const py::kwargs& values) {
+        return from_keywords(fields, values);
+      }));
   m.def(function_name, function, py::call_guard<py::gil_scoped_release>());
 }
 
@@ -145,12 +159,13 @@ void bind(py::module_& m, const char* function_name, void (*function)(const Args
 #define DLA_REPEAT2(...) DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(__VA_ARGS__))))
 #define DLA_REPEAT3(...) DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(__VA_ARGS__))))
 #define DLA_REPEAT4(...) __VA_ARGS__
-#define DLA_FIELD(Struct, field, ...)                            \
-  NamedField<Struct, decltype(Struct::field)>(#field, &Struct::field) \
+#define DLA_FIELD(Struct, field, ...)                  \
+  named_field<&Struct::field, Struct>(#field)          \
   __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
 #define DLA_FIELD_AGAIN() DLA_FIELD
-#define DLA_BIND(m, function, Struct, ...) \
-  bind<Struct>(m, #function, &cpu::function, #Struct, DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__)))
+#define DLA_BIND(m, function, Struct, ...)              \
+  bind<Struct>(m, #function, &cpu::function, #Struct,   \
+               {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))})
 
 }  // namespace
 
@@ -169,6 +184,16 @@ PYBIND11_MODULE(_dla_native, m) {
            channels_last, threads);
   DLA_BIND(m, global_pool_backward, GlobalPoolBackward, grad, dx, batch, channels, area, dtype,
            channels_last, threads);
+
+  DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
+           activation, dtype, threads);
+  DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
+           grad_params, batch, channels, hidden, kind, activation, dtype, threads);
+
+  DLA_BIND(m, gate_forward, GateForward, x, gates, out, batch, channels, area, channels_last, dtype,
+           threads);
+  DLA_BIND(m, gate_backward, GateBackward, grad, x, gates, dx, dgates, batch, channels, area,
+           channels_last, dtype, threads);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,

@@ -1,0 +1,206 @@
+// Bound by memory: forward reads x and writes out, backward reads grad and x once and writes dx.
+// Feature after feature, each divided among all threads, without a barrier in between.
+#include "ops/gate/op.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/dtype.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace dla::DLA_ISA {
+namespace {
+
+using Size = std::int64_t;
+
+// Products are summed in the compute type within a block and in double over the blocks.
+constexpr Size kBlock = 1024;        // elements of a plane (NCHW)
+constexpr Size kGroup = 8;           // pixels whose sum stays in a register (channels_last)
+constexpr Size kGroups = 32;         // groups in a block (channels_last)
+constexpr Size kTile = 256;          // channels of one task, at most (channels_last)
+constexpr Size kTaskElements = 8192;  // of one forward task, about
+
+// One feature and its gates; T is the feature type.
+template <class T>
+struct Feature {
+  const T* x;
+  const Compute<T>* gates;
+  Size batch, channels, area;
+  bool rows;  // pixels are rows of channels: channels_last
+
+  Feature(const GateShapes& shapes, const void* x, const void* gates, std::size_t i)
+      : x(static_cast<const T*>(x)),
+        gates(static_cast<const Compute<T>*>(gates)),
+        batch(shapes.batch[i]),
+        channels(shapes.channels[i]),
+        area(shapes.area[i]),
+        rows(shapes.channels_last[i] != 0 || area == 1) {}
+};
+
+// Calls body(offset, lanes) for `count` elements, a vector at a time. Passing the full length as a
+// constant lets loads and stores of whole vectors compile to one instruction.
+template <class A, class Body>
+void for_vectors(Size count, Body&& body) {
+  constexpr Size lanes = kLanes<A>;
+  Size i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, kLanes<A>);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
+// Iterations among the threads of the enclosing parallel region.
+template <class Body>
+void share(Size count, Body&& body) {
+#pragma omp for schedule(static) nowait
+  for (Size i = 0; i < count; ++i) body(i);
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <class T>
+void scale_planes(const Feature<T>& f, T* out) {
+  using A = Compute<T>;
+  share(f.batch * f.channels, [&](Size plane) {
+    const T* from = f.x + plane * f.area;
+    T* to = out + plane * f.area;
+    const Vec<A> d = splat<A>(f.gates[plane]);
+    for_vectors<A>(f.area, [&](Size i, int n) { store_n(to + i, load_n(from + i, n) * d, n); });
+  });
+}
+
+template <class T>
+void scale_rows(const Feature<T>& f, T* out) {
+  using A = Compute<T>;
+  const Size per_task = std::max<Size>(1, kTaskElements / f.channels);
+  const Size tasks = (f.area + per_task - 1) / per_task;  // of a sample
+  share(f.batch * tasks, [&](Size task) {
+    const Size b = task / tasks, first = task % tasks * per_task;
+    const Size last = std::min(f.area, first + per_task);
+    const A* d = f.gates + b * f.channels;
+    for (Size pixel = b * f.area + first; pixel < b * f.area + last; ++pixel) {
+      const T* from = f.x + pixel * f.channels;
+      T* to = out + pixel * f.channels;
+      for_vectors<A>(f.channels, [&](Size c, int n) {
+        store_n(to + c, load_n(from + c, n) * load_n(d + c, n), n);
+      });
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// One block of a plane: writes dx (unless null) and returns sum grad * x.
+template <class T>
+Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size count, T* dx) {
+  using A = Compute<T>;
+  constexpr int chains = 4;
+  Vec<A> sums[chains] = {};
+  const auto step = [&](Size i, int n, Vec<A>& total) {
+    const Vec<A> g = load_n(grad + i, n);
+    total += g * load_n(x + i, n);
+    if (dx != nullptr) store_n(dx + i, g * d, n);
+  };
+  Size i = 0;
+  for (; i + chains * kLanes<A> <= count; i += chains * kLanes<A>)
+    for (int j = 0; j < chains; ++j) step(i + j * kLanes<A>, kLanes<A>, sums[j]);
+  for_vectors<A>(count - i, [&](Size rest, int n) { step(i + rest, n, sums[0]); });
+  return sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+void planes_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates) {
+  using A = Compute<T>;
+  share(f.batch * f.channels, [&](Size plane) {
+    const Size start = plane * f.area;
+    const Vec<A> d = splat<A>(f.gates[plane]);
+    double total = 0;
+    for (Size i = start; i < start + f.area; i += kBlock)
+      total += plane_block(grad + i, f.x + i, d, std::min(kBlock, start + f.area - i),
+                           dx == nullptr ? nullptr : dx + i);
+    if (dgates != nullptr) dgates[plane] = static_cast<A>(total);
+  });
+}
+
+// `pixels` rows of a tile of `width` channels: writes dx (unless null), adds grad * x to partial.
+template <class T>
+void row_group(const T* grad, const T* x, const Compute<T>* d, Size stride, Size pixels, Size width,
+               T* dx, Compute<T>* partial) {
+  using A = Compute<T>;
+  for_vectors<A>(width, [&](Size c, int n) {
+    const Vec<A> factor = load_n(d + c, n);
+    Vec<A> total = {};
+    for (Size pixel = 0; pixel < pixels; ++pixel) {
+      const Vec<A> g = load_n(grad + pixel * stride + c, n);
+      total += g * load_n(x + pixel * stride + c, n);
+      if (dx != nullptr) store_n(dx + pixel * stride + c, g * factor, n);
+    }
+    store(partial + c, load(partial + c) + total);
+  });
+}
+
+template <class T>
+void rows_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates, int threads) {
+  using A = Compute<T>;
+  // Narrower tiles where the batch alone cannot occupy the threads; a channel's sum is the same
+  // in any tile.
+  Size tile = kTile;
+  while (tile > 32 && f.batch * ((f.channels + tile - 1) / tile) < threads) tile /= 2;
+  const Size tiles = (f.channels + tile - 1) / tile;
+  share(f.batch * tiles, [&](Size task) {
+    const Size b = task / tiles, first = task % tiles * tile;
+    const Size width = std::min(tile, f.channels - first);
+    const A* d = f.gates + b * f.channels + first;
+    double totals[kTile] = {};
+    for (Size block = 0; block < f.area; block += kGroup * kGroups) {
+      alignas(kVectorBytes) A partial[kTile] = {};
+      const Size end = std::min(f.area, block + kGroup * kGroups);
+      for (Size pixel = block; pixel < end; pixel += kGroup) {
+        const Size at = (b * f.area + pixel) * f.channels + first;
+        row_group(grad + at, f.x + at, d, f.channels, std::min(kGroup, end - pixel), width,
+                  dx == nullptr ? nullptr : dx + at, partial);
+      }
+      for (Size c = 0; c < width; ++c) totals[c] += partial[c];
+    }
+    if (dgates == nullptr) return;
+    for (Size c = 0; c < width; ++c)
+      dgates[b * f.channels + first + c] = static_cast<A>(totals[c]);
+  });
+}
+
+// Calls body(i, T{}) for every feature i of type T on every thread. Types are checked first: an
+// exception may not leave a parallel region.
+template <class Body>
+void for_features(const GateShapes& shapes, Body&& body) {
+  for (const DType dtype : shapes.dtype) with_element_type(dtype, [](auto) {});
+#pragma omp parallel num_threads(shapes.threads)
+  for (std::size_t i = 0; i < shapes.dtype.size(); ++i)
+    with_element_type(shapes.dtype[i], [&](auto element) { body(i, element); });
+}
+
+}  // namespace
+
+void gate_forward(const GateForward& args) {
+  for_features(args, [&](std::size_t i, auto element) {
+    using T = decltype(element);
+    const Feature<T> f(args, args.x[i], args.gates[i], i);
+    T* out = static_cast<T*>(args.out[i]);
+    f.rows ? scale_rows(f, out) : scale_planes(f, out);
+  });
+}
+
+void gate_backward(const GateBackward& args) {
+  for_features(args, [&](std::size_t i, auto element) {
+    using T = decltype(element);
+    const Feature<T> f(args, args.x[i], args.gates[i], i);
+    const T* grad = static_cast<const T*>(args.grad[i]);
+    T* dx = static_cast<T*>(args.dx[i]);
+    auto* dgates = static_cast<Compute<T>*>(args.dgates[i]);
+    if (f.rows) {
+      rows_backward(f, grad, dx, dgates, args.threads);
+    } else {
+      planes_backward(f, grad, dx, dgates);
+    }
+  });
+}
+
+}  // namespace dla::DLA_ISA

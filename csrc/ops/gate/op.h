@@ -1,0 +1,35 @@
+// gate: x * d, one factor per sample and channel, for a list of features. Features lie
+// [batch, channels, area] (NCHW) or [batch, area, channels] (channels_last); factors are
+// [batch, channels] in the compute type.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/args.h"
+#include "common/isa.h"
+
+namespace dla {
+
+// All vectors have one entry per feature.
+struct GateShapes {
+  std::vector<std::int64_t> batch, channels, area;
+  std::vector<int> channels_last;
+  std::vector<DType> dtype;
+  int threads;
+};
+
+struct GateForward : GateShapes {
+  std::vector<const void*> x, gates;
+  std::vector<void*> out;
+};
+
+struct GateBackward : GateShapes {
+  std::vector<const void*> grad, x, gates;
+  std::vector<void*> dx, dgates;  // null entries are not computed
+};
+
+}  // namespace dla
+
+DLA_CPU_ENTRY(gate_forward, GateForward)
+DLA_CPU_ENTRY(gate_backward, GateBackward)

@@ -1,0 +1,72 @@
+"""``cell`` on the compiled CPU kernels (``csrc/ops/cell``)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dla_kernels import native
+from dla_kernels.ops.cpp_common import DTYPES, address
+from dla_kernels.ops.cpp_common import unsupported as unsupported
+
+# CellKind and Activation of csrc/ops/cell/op.h.
+KINDS = {"dsu": 0, "dsu_split": 1}
+ACTIVATIONS = {"sigmoid": 0, "tanh": 1, "relu": 2, "identity": 3}
+
+
+def forward(
+    y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+) -> Tensor:
+    """Arguments and result of ``dla_kernels::cell``."""
+    y, state = y.contiguous(), state.contiguous()
+    params = [w.contiguous() for w in params]
+    out = torch.empty_like(state)
+    module = native.load()
+    module.cell_forward(
+        module.CellForward(**_inputs(y, state, params, kind, activation), out=address(out))
+    )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    y: Tensor,
+    state: Tensor,
+    params: Sequence[Tensor],
+    kind: str,
+    activation: str,
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::cell_backward``."""
+    grad, y, state = grad.contiguous(), y.contiguous(), state.contiguous()
+    params = [w.contiguous() for w in params]
+    grads = [torch.zeros_like(t) for t in (y, state, *params)]  # the kernel adds to them
+    module = native.load()
+    module.cell_backward(
+        module.CellBackward(
+            **_inputs(y, state, params, kind, activation),
+            grad_out=address(grad),
+            grad_y=address(grads[0]),
+            grad_state=address(grads[1]),
+            grad_params=[address(g) for g in grads[2:]],
+        )
+    )
+    return grads
+
+
+def _inputs(
+    y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+) -> dict[str, object]:
+    """The fields that the two native structs share."""
+    batch, channels = y.shape
+    return {
+        "y": address(y),
+        "state": address(state),
+        "params": [address(w) for w in params],
+        "batch": batch,
+        "channels": channels,
+        "hidden": params[0].shape[0],
+        "kind": KINDS[kind],
+        "activation": ACTIVATIONS[activation],
+        "dtype": DTYPES[y.dtype],
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,60 @@
+"""``gate`` on the compiled CPU kernels (``csrc/ops/gate``): one native call for the whole list."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dla_kernels import native
+from dla_kernels.ops.cpp_common import DTYPES, address, dense, memory_format
+from dla_kernels.ops.cpp_common import unsupported as unsupported
+
+
+def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::gate``."""
+    features = [dense(x, memory_format(x)) for x in features]
+    gates = [d.contiguous() for d in gates]
+    outs = [torch.empty_like(x) for x in features]
+    module = native.load()
+    module.gate_forward(
+        module.GateForward(
+            **_inputs(features, gates),
+            out=[address(out) for out in outs],
+        )
+    )
+    return outs
+
+
+def backward(
+    grads: Sequence[Tensor], features: Sequence[Tensor], gates: Sequence[Tensor]
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::gate_backward``: of all features, then all gates."""
+    features = [dense(x, memory_format(x)) for x in features]
+    grads = [dense(g, memory_format(x)) for g, x in zip(grads, features, strict=True)]
+    gates = [d.contiguous() for d in gates]
+    dx = [torch.empty_like(x) for x in features]
+    dgates = [torch.empty_like(d) for d in gates]
+    module = native.load()
+    module.gate_backward(
+        module.GateBackward(
+            **_inputs(features, gates),
+            grad=[address(g) for g in grads],
+            dx=[address(g) for g in dx],
+            dgates=[address(g) for g in dgates],
+        )
+    )
+    return dx + dgates
+
+
+def _inputs(features: Sequence[Tensor], gates: Sequence[Tensor]) -> dict[str, object]:
+    """The fields that the two native structs share."""
+    return {
+        "x": [address(x) for x in features],
+        "gates": [address(d) for d in gates],
+        "batch": [x.shape[0] for x in features],
+        "channels": [x.shape[1] for x in features],
+        "area": [x.shape[2] * x.shape[3] for x in features],
+        "channels_last": [memory_format(x) is torch.channels_last for x in features],
+        "dtype": [DTYPES[x.dtype] for x in features],
+        "threads": torch.get_num_threads(),
+    }
