@@ -69,7 +69,7 @@ def mrla_l(
         static=True,
         spec=spec,
         fused=fused,
-        head_dim=min(head_dim, channels),
+        head_dim=head_dim,
         drop_path=drop_path,
     )
 
@@ -116,7 +116,7 @@ def dla_l(
         fused=fused,
         cell=cell,
         reduction=reduction,
-        head_dim=min(head_dim, channels),
+        head_dim=head_dim,
         context=context,
         drop_path=drop_path,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import FLOOR, MODELS, assert_close
 from torch import Tensor, nn
 
@@ -85,35 +86,82 @@ def test_first_sample_context_reproduces_the_batched_defect(
 @each_path
 @each_dtype
 @each_variant
-def test_training_step(variant: str, dtype: torch.dtype, fused: bool, memory_format: str) -> None:
+def test_training_step(
+    variant: str,
+    dtype: torch.dtype,
+    fused: bool,
+    memory_format: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     options = {"context": "first_sample"} if variant == "dla_l" else {}
+    monkeypatch.setattr(F, "relu", ReluSides(variant, options))
     model = official_model(variant, dtype, fused, memory_format, **options).train()
-    x = images(variant, dtype, memory_format).requires_grad_()
+    x = images(variant, dtype, memory_format).detach().requires_grad_()
     logits = model(x)
     assert_logits(logits, variant, "logits_train", dtype)
     (logits * recorded(variant)["w"].to(dtype)).sum().backward()
-
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    norms = renamed(variant, "gradnorm/")
-    assert norms.keys() == gradients.keys()
     assert all(g is not None for g in gradients.values())
-    scale = max(*(n.item() for n in norms.values()), recorded(variant)["grad_x"].norm().item())
+    assert_recorded_gradients(gradients | {"x": x.grad}, variant, dtype)
+
+
+class ReluSides:
+    """F.relu that stays on the side of zero where float64 puts every input.
+
+    One input of the recorded step is 6e-7. In float32 it may come out on either side, by the order
+    of a sum, and with it an element of the gradient goes or stays: up to 3e-3 of a weight's
+    gradient. That is no error of a kernel, so a float32 step is compared on the recorded side.
+    """
+
+    ROUNDING = 1e-5
+
+    def __init__(self, variant: str, options: dict[str, str]) -> None:
+        self.relu, self.sides = F.relu, []
+        model = official_model(variant, torch.float64, False, "nchw", **options).train()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "relu", self.record)
+            model(images(variant, torch.float64, "nchw"))
+        self.remaining = iter(self.sides)
+
+    def record(self, x: Tensor, inplace: bool = False) -> Tensor:
+        self.sides.append(x > 0)
+        return self.relu(x, inplace)
+
+    def __call__(self, x: Tensor, inplace: bool = False) -> Tensor:
+        side = next(self.remaining)
+        moved = x.detach()[side != (x > 0)]
+        assert moved.numel() <= 1 and (moved.abs() < self.ROUNDING).all()
+        return x * side
+
+
+def assert_recorded_gradients(
+    gradients: dict[str, Tensor], variant: str, dtype: torch.dtype
+) -> None:
+    """Norms of all gradients, and all values of those that are recorded in full."""
+    inputs = {"x": recorded(variant)["grad_x"]}
+    full = renamed(variant, "grad/") | inputs
+    norms = renamed(variant, "gradnorm/") | {"x": inputs["x"].norm()}
+    assert norms.keys() == gradients.keys()
+    scale = max(norm.item() for norm in norms.values())
     tolerance = MODELS[dtype].gradient
-    for name, norm in norms.items():
-        error = abs(gradients[name].double().norm() - norm)
-        assert error <= tolerance * max(norm, FLOOR * scale), f"norm of the gradient of {name}"
-    full = renamed(variant, "grad/") | {"x": recorded(variant)["grad_x"]}
-    for name, expected in full.items():
-        gradient = x.grad if name == "x" else gradients[name]
-        assert_close(
-            gradient,
-            expected.reshape(gradient.shape),
-            name=name,
-            gradient=True,
-            scale=scale,
-            dtype=dtype,
-            table=MODELS,
-        )
+    for name, expected in norms.items():
+        norm = gradients[name].double().norm()
+        if expected < 1e-12 * scale:
+            # Zero in exact arithmetic (a bias whose effect the next batch norm removes): what
+            # is left is the rounding of a sum, which no relative tolerance can measure.
+            assert norm <= torch.finfo(dtype).eps * scale, name
+            continue
+        assert abs(norm - expected) <= tolerance * max(expected, FLOOR * scale), name
+        if name in full:
+            assert_close(
+                gradients[name],
+                full[name].reshape(gradients[name].shape),
+                name=name,
+                gradient=True,
+                scale=scale,
+                dtype=dtype,
+                table=MODELS,
+            )
 
 
 def renamed(variant: str, prefix: str) -> dict[str, Tensor]:
