@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from op_cases import compute_dtype, feature, random_small
+from op_cases import compute_dtype, feature, label, random_small
 
 OUTPUTS = ("out", "o", "state", "mean", "var", "pooled")
 CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
@@ -46,6 +46,11 @@ class Case:
         a small difference of large numbers: a larger eps keeps such a case meaningful."""
         batch, _, height, width = self.shape
         return 1e-5 if batch > 1 and height * width >= 16 else 0.3
+
+    def __str__(self) -> str:
+        """What differs from the default, for names of tests."""
+        named = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        return " ".join(label(name, value) for name, value, default in named if value != default)
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)

@@ -1,4 +1,4 @@
-"""What the tests of all ops share: backends, feature maps in awkward layouts, covering sets of cases.
+"""What the tests of all ops share: backends, maps in awkward layouts, covering sets of cases.
 
 Every comparison is against the reference in float64 on the very same (rounded) inputs, so that the
 error measured is the tested kernel's own.
@@ -13,13 +13,14 @@ import pkgutil
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import dla_kernels
 import dla_kernels.ops
 from dla_kernels import use_backend
 from tolerances import assert_close, assert_gradients_close
@@ -134,50 +135,54 @@ def assert_dense(x: Tensor, layout: str, name: str) -> None:
     )
 
 
-def leaf(x: Tensor, wanted: bool) -> Tensor:
-    """``x`` with its own strides as a leaf of a new graph."""
-    return x.detach().requires_grad_(wanted)
-
-
-def random_small(*shape: int, generator: torch.Generator, scale: float = 1.0, **like: Any) -> Tensor:
+def random_small(
+    *shape: int, generator: torch.Generator, scale: float = 1.0, **like: Any
+) -> Tensor:
     """Random numbers for parameters and states."""
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(**like)
 
 
-def in_float64(value: Any) -> Any:
-    """Tensors (also in lists) as detached float64 copies; everything else unchanged."""
+Result = tuple[list[Tensor], dict[str, Tensor | None]]
+
+
+def mapped(function: Callable[[str, Tensor], Any], value: Any, name: str = "") -> Any:
+    """``function(name, tensor)`` for every tensor in dicts and lists: ``x``, ``params.0``, ..."""
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float64, copy=True)
-    if isinstance(value, list | tuple):
-        return [in_float64(v) for v in value]
+        return function(name, value)
+    prefix = f"{name}." if name else ""
+    if isinstance(value, list):
+        return [mapped(function, v, f"{prefix}{i}") for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: mapped(function, v, f"{prefix}{key}") for key, v in value.items()}
     return value
 
 
-def flatten(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names every tensor of the inputs: ``x``, ``params.0``, ...; None is left out."""
-    flat = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            flat[name] = value
-        elif isinstance(value, list):
-            flat |= {f"{name}.{i}": tensor for i, tensor in enumerate(value)}
+def in_float64(value: Any) -> Any:
+    """Tensors (also in lists and dicts) as detached float64 copies."""
+    return mapped(lambda _, t: t.detach().to(torch.float64, copy=True), value)
+
+
+def flatten(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of the inputs by name; None and flags are left out."""
+    flat: dict[str, Tensor] = {}
+    mapped(flat.__setitem__, inputs)
     return flat
 
 
-def wanted(name: str, wants: Iterable[str] | None) -> bool:
-    """Whether an input takes part in differentiation; ``wants`` None: all do."""
-    return wants is None or name in wants or name.split(".")[0] in wants
+def named_by(names: Iterable[str], name: str) -> bool:
+    """Whether ``name`` or a part of it (``params`` in ``params.0``) is among the names."""
+    return not {name, *name.split(".")}.isdisjoint(names)
 
 
 def run(
     function: Callable[..., Any],
-    inputs: Mapping[str, Any],
-    cotangents: Mapping[int, Tensor],
+    inputs: dict[str, Any],
+    cotangents: dict[int, Tensor],
     *,
     constant: Iterable[str] = (),
     wants: Iterable[str] | None = None,
     **flags: Any,
-) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+) -> Result:
     """Calls ``function(*inputs, **flags)`` and differentiates it.
 
     cotangents: per number of an output the gradient that arrives there; outputs that do not depend
@@ -186,14 +191,11 @@ def run(
     Returns the detached outputs and the gradient of every wanted input.
     """
 
-    def prepare(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [prepare(f"{name}.{i}", v) for i, v in enumerate(value)]
-        if not isinstance(value, Tensor):
-            return value
-        return leaf(value, wanted(name, wants) and name.split(".")[0] not in constant)
+    def prepare(name: str, tensor: Tensor) -> Tensor:
+        wanted = (wants is None or named_by(wants, name)) and not named_by(constant, name)
+        return tensor.detach().requires_grad_(wanted)
 
-    prepared = {name: prepare(name, value) for name, value in inputs.items()}
+    prepared = mapped(prepare, inputs)
     result = function(*prepared.values(), **flags)
     outputs = [result] if isinstance(result, Tensor) else list(result)
     leaves = {n: t for n, t in flatten(prepared).items() if t.requires_grad}
@@ -203,31 +205,49 @@ def run(
         gradients = torch.autograd.grad(
             [outputs[i] for i in reached], list(leaves.values()), list(reached.values()),
             allow_unused=True,
-        )
+        )  # fmt: skip
     return [t.detach() for t in outputs], dict(zip(leaves, gradients, strict=True))
+
+
+_last_expected: dict[Hashable, Result] = {}
+
+
+def expected_result(
+    op: str,
+    inputs: dict[str, Any],
+    cotangents: dict[int, Tensor],
+    key: Hashable,
+    **options: Any,
+) -> Result:
+    """``run`` of the reference in float64; computed once for consecutive tests of one ``key``."""
+    if key is None or key not in _last_expected:
+        _last_expected.clear()
+        _last_expected[key] = run(
+            reference(op), in_float64(inputs), in_float64(cotangents), **options
+        )
+    return _last_expected[key]
 
 
 def compare(
     op: str,
-    function: Callable[..., Any],
     backend: str,
-    inputs: Mapping[str, Any],
-    cotangents: Mapping[int, Tensor],
+    inputs: dict[str, Any],
+    cotangents: dict[int, Tensor],
     *,
     case: torch.dtype,
     names: Sequence[str] | None = None,
+    key: Hashable = None,
     **options: Any,
-) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """Forward and every gradient of ``function`` on ``backend`` against the float64 reference.
+) -> Result:
+    """Forward and every gradient of ``op`` on ``backend`` against the float64 reference.
 
-    case: the feature dtype. names: of the outputs. options: as for ``run``.
+    case: the feature dtype. names: of the outputs. options: as for ``run``. key: stands for the
+    whole case when its backends are tested one after the other.
     Returns outputs and gradients for further checks (formats, dtypes).
     """
     with use_backend(backend):
-        outputs, gradients = run(function, inputs, cotangents, **options)
-    exact = {i: in_float64(g) for i, g in cotangents.items()}
-    values = {name: in_float64(value) for name, value in inputs.items()}
-    expected, expected_gradients = run(reference(op), values, exact, **options)
+        outputs, gradients = run(getattr(dla_kernels, op), inputs, cotangents, **options)
+    expected, expected_gradients = expected_result(op, inputs, cotangents, key, **options)
     assert len(outputs) == len(expected)
     for i, (got, want) in enumerate(zip(outputs, expected, strict=True)):
         name = names[i] if names else f"output {i}"
@@ -272,6 +292,22 @@ def covering(
         missing -= pairs(best)
         cases.append(best)
     return cases
+
+
+def label(name: str, value: Any) -> str:
+    """Short text for the name of a test."""
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) if name != "wants" else f"wants({'+'.join(value)})"
+    if isinstance(value, str | torch.dtype):
+        return str(value).removeprefix("torch.")
+    return f"{name}={value}"
+
+
+def case_id(axes: Mapping[str, Any]) -> str:
+    """Name of a case made by ``covering``."""
+    return " ".join(label(name, value) for name, value in axes.items())
 
 
 def python(

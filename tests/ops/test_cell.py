@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dla_kernels
 from light_cases import cell_params
-from op_cases import compare, covering, each_backend, random_small
+from op_cases import case_id, compare, covering, each_backend, random_small
 from refusals import assert_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -63,14 +63,14 @@ def check(
         "params": cell_params(kind, channels, hidden, generator, dtype=dtype),
     }
     outputs, _ = compare(
-        "cell", dla_kernels.cell, backend, inputs, {0: strided(*state, **like)}, case=dtype,
+        "cell", backend, inputs, {0: strided(*state, **like)}, case=dtype,
         wants=wants, kind=kind, activation=activation,
     )
     assert outputs[0].dtype == dtype
 
 
 @each_backend("cell")
-@pytest.mark.parametrize("case", covering(AXES), ids=str)
+@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
@@ -100,7 +100,7 @@ def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch
         "params": cell_params(kind, 8, 4, **like),
     }
     cotangents = {0: random_small(SLOTS[kind], 3, 8, **like)}
-    compare("cell", dla_kernels.cell, backend, inputs, cotangents, case=torch.float32,
+    compare("cell", backend, inputs, cotangents, case=torch.float32,
             kind=kind, activation="sigmoid")
 
 
@@ -115,7 +115,7 @@ def test_gradient_at_one_slot_only(backend: str, slot: int, generator: torch.Gen
     }
     grad = torch.zeros(2, 2, 6, dtype=torch.float64)
     grad[slot] = random_small(2, 6, generator=generator)
-    compare("cell", dla_kernels.cell, backend, inputs, {0: grad}, case=torch.float64,
+    compare("cell", backend, inputs, {0: grad}, case=torch.float64,
             kind="dsu_split", activation="sigmoid")
 
 
@@ -129,7 +129,7 @@ def test_zero_state(backend: str, activation: str, generator: torch.Generator) -
         "params": cell_params("dsu", 6, 3, generator, dtype=torch.float64),
     }
     grad = random_small(1, 2, 6, generator=generator)
-    compare("cell", dla_kernels.cell, backend, inputs, {0: grad}, case=torch.float64,
+    compare("cell", backend, inputs, {0: grad}, case=torch.float64,
             kind="dsu", activation=activation)
 
 

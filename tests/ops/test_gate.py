@@ -17,6 +17,7 @@ from op_cases import (
     LAYOUTS,
     MAPS,
     assert_dense,
+    case_id,
     compare,
     compute_dtype,
     covering,
@@ -65,7 +66,7 @@ def check(
         i: feature(shape, dtype, grad, generator=generator) for i, shape in enumerate(shapes)
     }
     outputs, gradients = compare(
-        "gate", dla_kernels.gate, backend, {"features": features, "gates": gates}, cotangents,
+        "gate", backend, {"features": features, "gates": gates}, cotangents,
         case=dtype, wants=wants,
     )
     for i, (out, name) in enumerate(zip(outputs, layouts, strict=True)):
@@ -76,7 +77,7 @@ def check(
 
 
 @each_backend("gate")
-@pytest.mark.parametrize("case", covering(AXES), ids=str)
+@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
@@ -96,7 +97,9 @@ def test_any_shape(backend: str, **case) -> None:
 
 @each_backend("gate")
 @pytest.mark.parametrize("layout", DENSE)
-def test_transposed_and_expanded_gates(backend: str, layout: str, generator: torch.Generator) -> None:
+def test_transposed_and_expanded_gates(
+    backend: str, layout: str, generator: torch.Generator
+) -> None:
     """Gates come as slices of a state or as one row for all samples."""
     features = [feature((3, 4, 5, 5), torch.float32, layout, generator=generator) for _ in range(3)]
     like = {"generator": generator, "dtype": torch.float32}
@@ -107,7 +110,7 @@ def test_transposed_and_expanded_gates(backend: str, layout: str, generator: tor
     ]
     cotangents = dict(enumerate(features[::-1]))
     compare(
-        "gate", dla_kernels.gate, backend, {"features": features, "gates": gates}, cotangents,
+        "gate", backend, {"features": features, "gates": gates}, cotangents,
         case=torch.float32,
     )
 
@@ -128,7 +131,7 @@ def test_one_output_unused(backend: str, generator: torch.Generator) -> None:
     features = [feature((2, 3, 4, 4), torch.float32, "nchw", generator=generator) for _ in range(2)]
     gates = [random_small(2, 3, generator=generator, dtype=torch.float32) for _ in range(2)]
     compare(
-        "gate", dla_kernels.gate, backend, {"features": features, "gates": gates},
+        "gate", backend, {"features": features, "gates": gates},
         {1: features[0]}, case=torch.float32,
     )
 

@@ -17,11 +17,13 @@ from op_cases import (
     MAPS,
     assert_dense,
     backends,
+    case_id,
     compare,
     compute_dtype,
     covering,
     each_backend,
     feature,
+    memory_format,
     random_small,
 )
 from refusals import assert_refused
@@ -63,14 +65,14 @@ def check(
     x = feature((batch, channels, *size), dtype, layout, generator=generator)
     cotangent = gradient(batch, channels, grad, compute_dtype(dtype), generator)
     outputs, gradients = compare(
-        "global_pool", dla_kernels.global_pool, backend, {"x": x}, {0: cotangent}, case=dtype
+        "global_pool", backend, {"x": x}, {0: cotangent}, case=dtype
     )
     assert outputs[0].dtype == compute_dtype(dtype)
     assert_dense(gradients["x"], layout, "gradient of x")
 
 
 @each_backend("global_pool")
-@pytest.mark.parametrize("case", covering(AXES), ids=str)
+@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
@@ -100,7 +102,7 @@ def test_large_map(backend: str, layout: str, dtype: torch.dtype) -> None:
 def test_long_sum_of_one_sign(backend: str, layout: str, generator: torch.Generator) -> None:
     """A million values near 1: naive float32 accumulation is off by 1e-4 to 1e-2."""
     x = 1 + 0.01 * torch.rand(1, 2, 1024, 1024, generator=generator)
-    x = x.contiguous(memory_format={"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout])
+    x = x.contiguous(memory_format=memory_format(layout))
     with use_backend(backend):
         got = dla_kernels.global_pool(x)
     assert_close(got, x.double().mean((2, 3)), dtype=torch.float32)

@@ -72,7 +72,8 @@ def test_official_cell_starts_from_zero_not_from_one_half() -> None:
 @pytest.mark.parametrize("kind", ["dsu", "dsu_split"])
 def test_cell_gradients(kind: str, generator: torch.Generator) -> None:
     slots = {"dsu": 1, "dsu_split": 2}[kind]
-    leaves = [random_small(2, 4, generator=generator), random_small(slots, 2, 4, generator=generator)]
+    shapes = [(2, 4), (slots, 2, 4)]
+    leaves = [random_small(*shape, generator=generator) for shape in shapes]
     leaves += cell_params(kind, 4, 2, generator, dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(

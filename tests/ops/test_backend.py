@@ -1,0 +1,183 @@
+"""Choice of backends: explicit, automatic, and what is said about it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dla_kernels
+from dla_kernels import use_backend
+from op_cases import BACKENDS, op_names, python
+from op_samples import NAMES, SMALL, Call, sample
+
+ROOT = Path(__file__).resolve().parents[2]
+EACH_OP = pytest.mark.parametrize("op", op_names())
+WITHOUT_EXTENSION = "import sys; sys.modules['_dla_native'] = None\n"
+POOL = """
+import torch, dla_kernels
+x = torch.ones(2, 3, 4, 4)
+"""
+
+
+def first_sample(op: str) -> Call:
+    return sample(op, next(variant for name, variant in NAMES if name == op), SMALL)
+
+
+def call(op: str) -> None:
+    made = first_sample(op)
+    made.function(*made.inputs.values(), **made.flags)
+
+
+def serving(op: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backends whose forward runs, in order, from now on."""
+    seen: list[str] = []
+    for name in ("cpp", "reference"):
+        module = importlib.import_module(f"dla_kernels.ops.{op}.{name}")
+
+        def spy(*args, name=name, forward=module.forward, **kwargs):
+            seen.append(name)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", spy)
+    return seen
+
+
+@EACH_OP
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_explicit_choice_is_obeyed(
+    op: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = serving(op, monkeypatch)
+    with use_backend(backend):
+        call(op)
+    assert seen == [backend]
+
+
+@EACH_OP
+def test_automatic_choice_takes_the_kernels(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = serving(op, monkeypatch)
+    call(op)
+    with use_backend("auto"):
+        call(op)
+    assert seen == ["cpp", "cpp"]
+
+
+def test_choice_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested, left by an error, and used twice."""
+    seen = serving("global_pool", monkeypatch)
+    again = use_backend("reference")
+    with use_backend("reference"):
+        call("global_pool")
+        with use_backend("cpp"):
+            call("global_pool")
+        call("global_pool")
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    call("global_pool")
+    with again:
+        call("global_pool")
+    call("global_pool")
+    assert seen == ["reference", "cpp", "reference", "cpp", "reference", "cpp"]
+
+
+def test_choice_is_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice in one thread does not reach another one that runs at the same time."""
+    seen = serving("global_pool", monkeypatch)
+    entered, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with use_backend("reference"):
+            entered.set()
+            done.wait(10)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        future = pool.submit(other)
+        assert entered.wait(10)
+        call("global_pool")
+        done.set()
+        future.result()
+    assert seen == ["cpp"]
+
+
+@EACH_OP
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_request_that_cannot_be_served(op: str, backend: str) -> None:
+    """An explicit request never falls back; the error says what asked, why not and what helps."""
+    with use_backend(backend), pytest.raises(RuntimeError) as info:
+        call(op)
+    message = str(info.value)
+    assert op in message and backend in message
+    assert "use_backend" in message, f"no remedy: {message}"
+
+
+@pytest.mark.parametrize("name", ["", "CPP", "numpy"])
+def test_unknown_name(name: str) -> None:
+    with pytest.raises(ValueError) as info, use_backend(name):
+        pass
+    assert repr(name) in str(info.value)
+    assert all(known in str(info.value) for known in (*BACKENDS, "auto"))
+
+
+def test_explicit_request_without_the_extension() -> None:
+    """The package imports; only asking for its kernels is an error, with the way to get them."""
+    done = python(
+        WITHOUT_EXTENSION + POOL + "with dla_kernels.use_backend('cpp'): dla_kernels.global_pool(x)"
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()
+    assert any(line.startswith("RuntimeError") for line in last), done.stderr
+    for word in ("cpp", "global_pool", "_dla_native", "pip install"):
+        assert word in done.stderr, f"does not say {word}: {done.stderr}"
+
+
+def test_automatic_choice_is_logged_once() -> None:
+    """One line per op and reason; with the kernels at hand and without."""
+    repeated = POOL + (
+        "import logging; logging.basicConfig(level=logging.DEBUG)\n"
+        "for _ in range(3): dla_kernels.global_pool(x)\n"
+        "for _ in range(3): dla_kernels.gate([x], [x[:, :, 0, 0]])\n"
+    )
+    for prefix, chosen in (("", "cpp"), (WITHOUT_EXTENSION, "reference")):
+        done = python(prefix + repeated)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stderr.splitlines() if "dla_kernels" in line]
+        for op in ("global_pool", "gate"):
+            about = [line for line in lines if op in line and chosen in line]
+            assert len(about) == 1, f"{len(about)} lines about {op}: {done.stderr}"
+
+
+def test_fallback_warns_without_logging_being_set_up() -> None:
+    """Running without the compiled kernels is slow: that must not pass in silence, nor flood."""
+    done = python(WITHOUT_EXTENSION + POOL + "for _ in range(3): dla_kernels.global_pool(x)")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("global_pool") == 1, done.stderr
+    quiet = python(POOL + "dla_kernels.global_pool(x)")
+    assert quiet.stderr == ""
+
+
+@pytest.mark.parametrize("where", ["repository", "elsewhere"])
+def test_report(where: str, tmp_path: Path) -> None:
+    """python -m dla_kernels: versions, backends per op, SIMD level, threads, a self-check."""
+    done = python(["-m", "dla_kernels"], cwd=ROOT if where == "repository" else tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    for word in (torch.__version__, dla_kernels.__version__, *op_names(), "cpp", "reference"):
+        assert word in said, f"does not say {word}:\n{said}"
+    for word in ("simd", "threads", "self-check"):
+        assert word in said.lower(), f"does not say {word}:\n{said}"
+
+
+def test_report_without_the_extension() -> None:
+    """The report is what a user runs when something is wrong: it must not fail then."""
+    run = "import runpy; sys.argv[:] = ['dla_kernels']; "
+    done = python(
+        WITHOUT_EXTENSION + run + "runpy.run_module('dla_kernels', run_name='__main__')"
+    )
+    assert "Traceback" not in done.stderr
+    assert "_dla_native" in done.stdout and "pip install" in done.stdout, done.stdout

@@ -1,0 +1,553 @@
+"""light_attention: every backend against the reference, over everything it has switches for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dla_kernels
+import naive_dla
+from dla_kernels import use_backend
+from light_cases import CONSTANT, OUTPUTS, Case, cell_params
+from op_cases import (
+    DTYPES,
+    LAYOUTS,
+    assert_dense,
+    compare,
+    compute_dtype,
+    covering,
+    each_backend,
+    feature,
+    in_float64,
+    mapped,
+    memory_format,
+    random_small,
+    reference,
+    run,
+)
+from refusals import assert_refused
+from tolerances import assert_close, assert_gradients_close
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+CELLS = ["dsu_split", "dsu", "none"]
+ACTIVATIONS = ["sigmoid", "tanh", "relu", "identity"]
+CONTEXTS = ["per_sample", "first_sample"]
+NORMS = ["batch", "running", "none"]
+DROPS = ["none", "some", "all"]
+ARRIVES = [("out", "o", "state"), ("out",), ("o",), ("state",), ("out", "state"), ("out", "o")]
+WANTS = [
+    None, (), ("x",), ("p",), ("x", "p"), ("state",), ("cell_params",), ("q_weight",),
+    ("v_weight",), ("prev_weight", "lam"), ("norm_weight",), ("norm_bias",),
+    ("x", "cell_params.0", "norm_bias"),
+]  # fmt: skip
+
+# [B, C, H, W], head_dim, kernel over the channels, hidden units; with the code path that it is for.
+SHAPES = [
+    ((1, 1, 1, 1), 1, 1, 1),  # one of everything
+    ((3, 1, 7, 1), 1, 1, 1),  # one channel, one column: left and right taps all fall outside
+    ((2, 3, 1, 7), 3, 1, 1),  # one row: upper and lower taps all fall outside
+    ((3, 5, 1, 1), 5, 3, 2),  # pooled map: only centre taps; odd channels in channels_last
+    ((2, 20, 2, 3), 4, 3, 5),  # smaller than a vector in width; five heads
+    ((3, 20, 5, 5), 20, 3, 5),  # one head for all channels
+    ((2, 33, 7, 7), 11, 3, 8),  # ImageNet's last stage: tails in width; one channel beyond vectors
+    ((2, 64, 8, 8), 32, 3, 16),  # CIFAR's last stage: whole vectors and blocks, two heads
+    ((1, 64, 8, 8), 32, 5, 16),  # one sample: batch statistics within one plane
+    ((2, 16, 14, 14), 16, 3, 4),  # width 14: 8 + 4 + 2; whole vector of channels
+    ((2, 6, 17, 31), 3, 3, 3),  # odd both ways: a row beyond blocks of 8, all tails in width
+    ((1, 5, 33, 40), 1, 5, 2),  # more than 32 columns: lower row blocks; heads of one channel
+    ((2, 24, 16, 32), 8, 3, 6),  # whole vectors in both directions, of any width
+    ((1, 3, 9, 70), 3, 1, 1),  # wide: several strips of columns
+    ((2, 130, 3, 4), 26, 5, 32),  # more channels than one block of them
+    ((33, 4, 4, 4), 4, 1, 1),  # more samples than channels
+]
+
+AXES: dict[str, Any] = {
+    "where": SHAPES,
+    "dtype": DTYPES,
+    "x_layout": LAYOUTS,
+    "p_layout": LAYOUTS,
+    "grad_layout": LAYOUTS,
+    "cell": CELLS,
+    "activation": ACTIVATIONS,
+    "gate": ["identity", "sigmoid"],
+    "context": CONTEXTS,
+    "norm": NORMS,
+    "affine": [True, False],
+    "residual": [True, False],
+    "return_o": [True, False],
+    "has_p": [True, False],
+    "has_prev": [True, False],
+    "drop": DROPS,
+    "arrives": ARRIVES,
+    "wants": WANTS,
+}
+
+
+def make_case(where: tuple[Any, ...], **rest: Any) -> Case:
+    shape, head_dim, kernel, hidden = where
+    return Case(shape=shape, head_dim=head_dim, kernel=kernel, hidden=hidden, **rest)
+
+
+def is_valid(axes: dict[str, Any]) -> bool:
+    return make_case(**axes).valid
+
+
+def check(backend: str, case: Case) -> None:
+    """Forward and gradients against the reference; dtypes and formats of all results."""
+    generator = torch.Generator().manual_seed(sum(case.shape))
+    inputs = case.inputs(generator)
+    cotangents = case.cotangents(generator)
+    outputs, gradients = compare(
+        "light_attention", backend, inputs, cotangents,
+        case=case.dtype, names=OUTPUTS, key=case, constant=CONSTANT, wants=case.wants,
+        **case.flags(),
+    )
+    named = dict(zip(OUTPUTS, outputs, strict=True))
+    for name, output in named.items():
+        is_feature = name in ("out", "o")
+        assert output.dtype == (case.dtype if is_feature else compute_dtype(case.dtype)), name
+    assert_dense(named["out"], case.x_layout, "out")
+    if case.return_o:
+        assert_dense(named["o"], case.x_layout, "o")
+    if gradients.get("x") is not None:
+        assert_dense(gradients["x"], case.x_layout, "gradient of x")
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("axes", covering(AXES, is_valid), ids=lambda a: str(make_case(**a)))
+def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
+    check(backend, make_case(**axes))
+
+
+# What the layers really ask for, over all shapes, dtypes and (mixed) layouts.
+PRESETS = {
+    "official": Case(),
+    "official_dsu": Case(cell="dsu", gate="sigmoid"),
+    "official_defect": Case(context="first_sample", drop="some"),
+    "paper": Case(cell="dsu", has_prev=False, return_o=True, drop="some"),
+    "paper_first": Case(cell="dsu", has_p=False, has_prev=False, return_o=True),
+    "static": Case(cell="none", has_prev=False),
+    "foreign_norm": Case(norm="none", residual=False),
+    "frozen": Case(norm="running"),
+    "inference": Case(norm="running", wants=()),
+    "paper_inference": Case(cell="dsu", has_prev=False, return_o=True, norm="running", wants=()),
+    "paper_first_inference": Case(
+        cell="dsu", has_p=False, has_prev=False, return_o=True, norm="running", wants=()
+    ),
+    "foreign_norm_inference": Case(norm="none", residual=False, wants=()),
+}
+PRESET_AXES = {
+    "preset": list(PRESETS),
+    "where": SHAPES,
+    "dtype": DTYPES,
+    "layouts": [
+        ("nchw", "nchw", "nchw"),
+        ("nhwc", "nhwc", "nhwc"),
+        ("nhwc", "nchw", "nhwc"),
+        ("nchw", "nhwc", "nhwc"),
+        ("nhwc", "nhwc", "nchw"),
+        ("offset", "offset", "offset"),
+    ],
+}
+
+
+def preset_case(preset: str, where: Any, dtype: torch.dtype, layouts: tuple[str, ...]) -> Case:
+    changes = vars(PRESETS[preset])
+    x, p, grad = layouts
+    shape, head_dim, kernel, hidden = where
+    return Case(**changes).with_(
+        shape=shape, head_dim=head_dim, kernel=kernel, hidden=hidden, dtype=dtype,
+        x_layout=x, p_layout=p, grad_layout=grad,
+    )
+
+
+def preset_cases() -> list[Case]:
+    """Every preset meets every shape, and in both all dtypes and layouts occur."""
+    axes = covering(PRESET_AXES, lambda a: preset_case(**a).valid)
+    return list(dict.fromkeys(preset_case(**a) for a in axes))
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("case", preset_cases(), ids=str)
+@pytest.mark.simd
+def test_presets(backend: str, case: Case) -> None:
+    check(backend, case)
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_presets_in_every_dtype(backend: str, preset: str, dtype: torch.dtype, layout: str) -> None:
+    """One awkward shape, in the full product."""
+    check(backend, preset_case(preset, ((2, 33, 9, 11), 11, 3, 8), dtype, (layout,) * 3))
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("wants", WANTS, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_only_some_inputs_are_differentiated(
+    backend: str, wants: tuple[str, ...] | None, norm: str
+) -> None:
+    check(backend, Case(wants=wants, norm=norm, return_o=True))
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("arrives", ARRIVES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_gradients_arrive_anywhere(
+    backend: str, arrives: tuple[str, ...], norm: str, layout: str
+) -> None:
+    """At out, at o (the next layer's p), at the state (the next layer's cell), in any mixture."""
+    layouts = {"x_layout": layout, "p_layout": layout, "grad_layout": layout}
+    for cell in CELLS:
+        check(backend, Case(cell=cell, arrives=arrives, norm=norm, return_o=True, **layouts))
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("residual", [True, False])
+def test_drop_path(backend: str, drop: str, norm: str, residual: bool) -> None:
+    """Dropped samples still count in the batch statistics and still move the state."""
+    check(backend, Case(shape=(4, 6, 5, 4), drop=drop, norm=norm, residual=residual))
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> Case:
+    heads, head_dim = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    sizes = st.integers(1, 18)
+    axes = {name: draw(st.sampled_from(values)) for name, values in AXES.items() if name != "where"}
+    axes["has_prev"] &= axes["has_p"]
+    return Case(
+        shape=(draw(st.integers(1, 4)), heads * head_dim, draw(sizes), draw(sizes)),
+        head_dim=head_dim, kernel=draw(st.sampled_from([1, 3, 5, 7])),
+        hidden=draw(st.integers(1, 9)), **axes,
+    )  # fmt: skip
+
+
+@each_backend("light_attention")
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(case=any_case().filter(lambda case: case.valid))
+def test_any_case(backend: str, case: Case) -> None:
+    check(backend, case)
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("cell", ["none", "dsu"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_mean_a_thousand_times_the_deviation(
+    backend: str, layout: str, cell: str, batch: int, generator: torch.Generator
+) -> None:
+    """float32 sums of squares would lose the variance altogether (23% error, design 3.1)."""
+    case = Case(
+        shape=(batch, 6, 24, 21), cell=cell, has_prev=False, return_o=True,
+        x_layout=layout, p_layout=layout, grad_layout=layout,
+    )  # fmt: skip
+    inputs = case.inputs(generator)
+    inputs["p"] += 1e3  # o = a DW(x) + d lam p, with a deviation of about d lam
+    inputs["lam"] = torch.ones(6) + inputs["lam"].abs()
+    exact = in_float64(list(inputs.values()))
+    want_out, want_o, _, want_mean, want_var, _ = reference("light_attention")(
+        *exact, **case.flags()
+    )
+    with use_backend(backend):
+        out, o, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
+    ratio = want_o.mean((2, 3)).abs() / want_o.std((2, 3))
+    assert ratio.median() > 100, "the case is not what it is for"
+    assert_close(o, want_o, name="o", dtype=case.dtype)
+    assert_close(mean, want_mean, name="mean", dtype=case.dtype)
+    assert_close(var, want_var, name="var", dtype=case.dtype)
+
+    # The normalised values can be no better than o in float32: undo the normalisation to compare.
+    def undone(values: Tensor) -> Tensor:
+        n = (values.double() - exact[0] - per_channel(exact[10])) / per_channel(exact[9])
+        return n * per_channel((want_var + case.eps).sqrt()) + per_channel(want_mean)
+
+    assert_close(undone(out), undone(want_out), name="out", case=case.dtype)
+
+
+def per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_constant_map(backend: str, layout: str, generator: torch.Generator) -> None:
+    """No variance at all: rstd = 1 / sqrt(eps), never the root of a negative number."""
+    case = Case(shape=(2, 6, 8, 8), cell="none", has_prev=False, x_layout=layout, p_layout=layout)
+    inputs = case.inputs(generator)
+    inputs["v_weight"].zero_()
+    inputs["p"].fill_(1e3)
+    with use_backend(backend):
+        out, _, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
+    assert (var >= 0).all() and (var <= 1e-6).all()
+    assert out.isfinite().all()
+    assert_close(mean, 1e3 * inputs["lam"], name="mean")
+
+
+@each_backend("light_attention")
+def test_saturated_scores(backend: str, generator: torch.Generator) -> None:
+    """|q.k| in the thousands: a is 0 or 1, gradients vanish, nothing overflows."""
+    case = Case(shape=(2, 6, 4, 4), norm="running")
+    inputs = case.inputs(generator)
+    inputs["q_weight"] *= 1e3
+    compare(
+        "light_attention", backend, inputs,
+        case.cotangents(generator), case=case.dtype, names=OUTPUTS, constant=CONSTANT,
+        **case.flags(),
+    )
+
+
+@each_backend("light_attention")
+def test_samples_do_not_mix(backend: str, generator: torch.Generator) -> None:
+    """With running statistics a sample's result is the same alone and in company (design 2.5)."""
+    case = Case(shape=(3, 6, 5, 4), norm="running", return_o=True, dtype=torch.float64)
+    inputs = case.inputs(generator)
+    with use_backend(backend):
+        together = dla_kernels.light_attention(*inputs.values(), **case.flags())
+        for b in range(3):
+            one = {**inputs, "x": inputs["x"][b : b + 1], "p": inputs["p"][b : b + 1]}
+            one["state"] = inputs["state"][:, b : b + 1]
+            alone = dla_kernels.light_attention(*one.values(), **case.flags())
+            assert_close(alone[0][0], together[0][b], name=f"out of sample {b}")
+            assert_close(alone[2][:, 0], together[2][:, b], name=f"state of sample {b}")
+
+
+@each_backend("light_attention")
+def test_first_sample_mixes_them_and_says_so(backend: str, generator: torch.Generator) -> None:
+    """The official defect on request: row 0's context gates all, and row 0 gets their gradients."""
+    case = Case(norm="running", context="first_sample", dtype=torch.float64)
+    inputs = case.inputs(generator)
+    state = inputs["state"].requires_grad_()
+    with use_backend(backend):
+        out = dla_kernels.light_attention(*inputs.values(), **case.flags())[0]
+        (gradient,) = torch.autograd.grad(out[1].sum(), state)
+    assert gradient[:, 0].abs().min() > 0
+    assert (gradient[:, 1] == 0).all()
+
+
+@each_backend("light_attention")
+def test_statistics_are_not_differentiable(backend: str, generator: torch.Generator) -> None:
+    inputs = Case().inputs(generator)
+    inputs["x"].requires_grad_()
+    with use_backend(backend):
+        outputs = dla_kernels.light_attention(*inputs.values(), **Case().flags())
+    marked = {name for name, t in zip(OUTPUTS, outputs, strict=True) if t.requires_grad}
+    assert marked == {"out", "state"}
+
+
+@each_backend("light_attention")
+def test_change_of_an_input_before_backward_is_noticed(
+    backend: str, generator: torch.Generator
+) -> None:
+    """The kernels recompute o from x and p: writing into them in between must not go unseen."""
+    for name in ("x", "p", "v_weight"):
+        inputs = Case().inputs(generator)
+        inputs["lam"].requires_grad_()
+        inputs["x"].requires_grad_(name != "x")
+        with use_backend(backend):
+            out = dla_kernels.light_attention(*inputs.values(), **Case().flags())[0]
+            inputs[name].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+
+
+# --- four layers in a row -------------------------------------------------------------------------
+
+DEPTH = 4
+STAGE = Case(shape=(3, 6, 5, 4), drop="some", dtype=torch.float64)
+SPECS = {
+    "paper": STAGE.with_(cell="dsu", has_prev=False, return_o=True),
+    "official": STAGE,
+}
+
+
+def stage_inputs(case: Case, generator: torch.Generator) -> list[dict[str, Any]]:
+    """Inputs per layer; the cell and DW_e are those of the first layer (a stage shares them)."""
+    layers = [case.inputs(generator) for _ in range(DEPTH)]
+    shared = {name: layers[0][name] for name in ("cell_params", "prev_weight")}
+    return [layer | shared for layer in layers]
+
+
+def stage(
+    layers: list[dict[str, Any]], function: Any, tanh: Any, spec: str, **flags: Any
+) -> tuple[Any, Any]:
+    """Four layers, each after a block x -> tanh(x + noise). Returns the last output and state.
+
+    The first layer's ``x`` enters the stage, every layer's ``p`` serves as its block's noise.
+    """
+    x, state, o = layers[0]["x"], layers[0]["state"], None
+    for layer in layers:
+        shortcut, x = x, tanh(x + layer["p"])
+        p = shortcut if spec == "official" else o
+        given = layer | {"x": x, "p": p, "state": state}
+        x, o, state = function(*given.values(), **flags)[:3]
+    return x, state
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("spec", SPECS)
+def test_four_layers_against_numpy(backend: str, spec: str, generator: torch.Generator) -> None:
+    case = SPECS[spec]
+    layers = stage_inputs(case, generator)
+    options = {"spec": spec, **case.flags()}
+    with use_backend(backend):
+        got = stage(layers, dla_kernels.light_attention, torch.tanh, **options)
+    arrays = mapped(lambda _, t: t.numpy(), layers)
+    want = stage(arrays, naive_dla.light_attention, np.tanh, **options)
+    for name, actual, expected in zip(("out", "state"), got, want, strict=True):
+        assert_close(actual, torch.from_numpy(expected), name=name)
+
+
+@each_backend("light_attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_four_layers_train_like_the_reference(
+    backend: str, spec: str, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Gradients through the state and (paper) through o, across four layers."""
+    case = SPECS[spec].with_(dtype=dtype, x_layout=layout, p_layout=layout)
+    inputs = {"layers": stage_inputs(case, generator)}
+    cotangents = {
+        0: feature(case.shape, dtype, layout, generator=generator),
+        1: random_small(*inputs["layers"][0]["state"].shape, generator=generator, dtype=dtype),
+    }
+    options = {"tanh": torch.tanh, "spec": spec, "constant": CONSTANT, **case.flags()}
+    with use_backend(backend):
+        got = run(stage, inputs, cotangents, function=dla_kernels.light_attention, **options)
+    want = run(
+        stage, in_float64(inputs), in_float64(cotangents),
+        function=reference("light_attention"), **options,
+    )  # fmt: skip
+    for name, actual, expected in zip(("out", "state"), got[0], want[0], strict=True):
+        assert_close(actual, expected, name=name, dtype=dtype)
+    assert_gradients_close(got[1], want[1], case=dtype)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def arguments(**changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Good arguments (B = 2, C = 6, H = 5, W = 4, heads of 3) but for the changes."""
+    case = Case(norm="running", drop="some")
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    flags = case.flags()
+    for name, change in changes.items():
+        target = inputs if name in inputs else flags
+        target[name] = change(target[name]) if callable(change) else change
+    return tuple(inputs.values()), flags
+
+
+def double(t: Tensor) -> Tensor:
+    return t.double()
+
+
+def elsewhere(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
+BAD = {
+    "x is a list": ({"x": [1.0]}, "x", "Tensor", "list"),
+    "x's rank": ({"x": zeros(2, 6, 5)}, "x", "B, C, H, W", "2, 6, 5"),
+    "x of integers": ({"x": zeros(2, 6, 5, 4, dtype=torch.int64)}, "x", "float", "int64"),
+    "no samples": ({"x": zeros(0, 6, 5, 4), "p": zeros(0, 6, 5, 4)}, "x", "0, 6, 5, 4"),
+    "no pixels": ({"x": zeros(2, 6, 0, 4), "p": zeros(2, 6, 0, 4)}, "x", "2, 6, 0, 4"),
+    "p's shape": ({"p": zeros(2, 6, 5, 5)}, "p", "2, 6, 5, 4", "2, 6, 5, 5"),
+    "p's batch": ({"p": zeros(1, 6, 5, 4)}, "p", "2, 6, 5, 4", "1, 6, 5, 4"),
+    "p's dtype": ({"p": double}, "p", "float32", "float64"),
+    "p's device": ({"p": elsewhere}, "p", "cpu", "meta"),
+    "p missing": ({"p": None}, "prev_weight", "p"),
+    "state's batch": ({"state": zeros(2, 3, 6)}, "state", "2, 2, 6", "2, 3, 6"),
+    "state's channels": ({"state": zeros(2, 2, 5)}, "state", "2, 2, 6", "2, 2, 5"),
+    "state's slots": ({"state": zeros(1, 2, 6)}, "state", "2, 2, 6", "1, 2, 6"),
+    "state's dtype": ({"state": double}, "state", "float32", "float64"),
+    "state's device": ({"state": elsewhere}, "state", "cpu", "meta"),
+    "state missing": ({"state": None}, "state", "Tensor", "None"),
+    "number of params": ({"cell_params": lambda p: p[:3]}, "cell_params", "8", "3"),
+    "param's shape": (
+        {"cell_params": lambda p: [zeros(3, 7), *p[1:]]}, "cell_params", "6", "3, 7",
+    ),
+    "params without a cell": ({"cell": "none", "state": zeros(0, 2, 6)}, "cell_params", "0", "8"),
+    "state without a cell": ({"cell": "none", "cell_params": []}, "state", "0, 2, 6", "2, 2, 6"),
+    "q's shape": ({"q_weight": zeros(3)}, "q_weight", "1, 1", "3"),
+    "q's length": ({"q_weight": zeros(1, 1, 4)}, "q_weight", "odd", "4"),
+    "k unlike q": ({"k_weight": zeros(1, 1, 5)}, "k_weight", "1, 1, 3", "1, 1, 5"),
+    "v's shape": ({"v_weight": zeros(6, 6, 3, 3)}, "v_weight", "6, 1, 3, 3", "6, 6, 3, 3"),
+    "v's dtype": ({"v_weight": double}, "v_weight", "float32", "float64"),
+    "prev's shape": ({"prev_weight": zeros(6, 1, 5, 5)}, "prev_weight", "6, 1, 3, 3", "6, 1, 5, 5"),
+    "lam's shape": ({"lam": zeros(1, 6, 1, 1)}, "lam", "6", "1, 6, 1, 1"),
+    "lam in half": ({"lam": lambda t: t.half()}, "lam", "float32", "float16"),
+    "weight's shape": ({"norm_weight": zeros(5)}, "norm_weight", "6", "5"),
+    "weight without bias": ({"norm_bias": None}, "norm_bias", "norm_weight"),
+    "bias's dtype": ({"norm_bias": double}, "norm_bias", "float32", "float64"),
+    "no running mean": ({"mean_in": None}, "mean_in", "running"),
+    "no running variance": ({"var_in": None}, "var_in", "running"),
+    "mean's shape": ({"mean_in": zeros(7)}, "mean_in", "6", "7"),
+    "drop path's shape": ({"drop_scale": zeros(2, 1, 1, 1)}, "drop_scale", "2", "2, 1, 1, 1"),
+    "drop path's batch": ({"drop_scale": zeros(3)}, "drop_scale", "2", "3"),
+    "heads": ({"head_dim": 4}, "head_dim", "6", "4"),
+    "no heads": ({"head_dim": 0}, "head_dim", "0"),
+    "cell": ({"cell": lambda _: "gru"}, "cell", "dsu_split", "gru"),
+    "activation": ({"activation": "gelu"}, "activation", "sigmoid", "gelu"),
+    "gate": ({"gate": "softmax"}, "gate", "identity", "softmax"),
+    "context": ({"context": "batch"}, "context", "per_sample", "batch"),
+    "norm": ({"norm": "layer"}, "norm", "running", "layer"),
+    "eps": ({"eps": -1.0}, "eps", "-1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad: str) -> None:
+    changes, *words = BAD[bad]
+    inputs, flags = arguments(**changes)
+    assert_refused(lambda: dla_kernels.light_attention(*inputs, **flags), *words)
+
+
+def test_good_arguments_are_good() -> None:
+    """What the refusals start from is accepted."""
+    inputs, flags = arguments()
+    assert dla_kernels.light_attention(*inputs, **flags)[0].shape == (2, 6, 5, 4)
+
+
+def test_one_value_per_channel_has_no_batch_statistics() -> None:
+    """As torch's batch_norm: an error that names the shape, not a silent division by zero."""
+    case = Case(shape=(1, 6, 1, 1))
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    assert_refused(
+        lambda: dla_kernels.light_attention(*inputs.values(), **case.flags()), "x", "1, 6, 1, 1"
+    )
+
+
+def test_dsu_needs_one_slot(generator: torch.Generator) -> None:
+    case = Case(cell="dsu")
+    inputs = case.inputs(generator)
+    inputs["cell_params"] = cell_params("dsu", 6, 2, generator, dtype=torch.float32)
+    inputs["state"] = zeros(2, 2, 6)
+    assert_refused(
+        lambda: dla_kernels.light_attention(*inputs.values(), **case.flags()),
+        "state", "1, 2, 6", "2, 2, 6",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_format_follows_x(layout: str, generator: torch.Generator) -> None:
+    """p may come in the other format: the results follow x."""
+    other = {"nchw": "nhwc", "nhwc": "nchw"}[layout]
+    inputs = Case(x_layout=layout, p_layout=other).inputs(generator)
+    out = dla_kernels.light_attention(*inputs.values(), **Case().flags())[0]
+    assert out.is_contiguous(memory_format=memory_format(layout))
