@@ -1,0 +1,373 @@
+"""What is measured: every row of the benchmark is one `OpCase` or one entry of `MODELS`.
+
+To add an op: write a ``build_<op>`` that returns a `Problem`, and add one `OpCase` to ``OPS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import dla_kernels
+from dla.models import create_model
+from dla.nn import DLALayer, DLAState
+from dla_kernels.ops.cell.reference import cell as reference_cell
+from dla_kernels.ops.gate.reference import gate as reference_gate
+from dla_kernels.ops.global_pool.reference import global_pool as reference_global_pool
+
+Shape = tuple[int, ...]
+Module = TypeVar("Module", bound=torch.nn.Module)
+SHAPES: list[Shape] = [(32, 64, 32, 32), (32, 128, 16, 16), (32, 256, 8, 8), (8, 256, 56, 56)]
+QUICK_SHAPES: list[Shape] = [(4, 64, 8, 8)]
+MODES = ("inference", "training")
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose; the cases need no more."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    backends: tuple[str, ...] = ("auto",)
+    spec: str = "official"
+    compile: bool = True
+    channels_last: bool = False
+    model: str = "resnet56"
+    batch: int = 32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of parameters and pooled values, by the rule of `dla_kernels`."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        """Layers and models keep their parameters in float32 when features are in a half dtype."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What is run. ``step`` is timed; ``reset``, which drops its gradients, is not."""
+
+    step: Callable[[], Sequence[Tensor]]
+    leaves: Sequence[Tensor] = ()
+
+    def reset(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def results(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Everything a step computed: outputs, then gradients."""
+        return [*outputs, *(leaf.grad for leaf in self.leaves if leaf.grad is not None)]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A peer that is yet to be built, which may fail.
+
+    role: "ours" is this package, and its failure fails the benchmark; "peer" is what it has to
+        beat; "copy" is the yardstick.
+    answer: contestants with the same answer must agree before any of them is timed.
+    """
+
+    name: str
+    role: str
+    build: Callable[[], Peer]
+    answer: str = "all"
+
+
+class Source:
+    """Random inputs, equal for all contestants of a case whatever their memory format."""
+
+    def __init__(
+        self, settings: Settings, memory_format: torch.memory_format, training: bool
+    ) -> None:
+        self.settings, self.memory_format, self.training = settings, memory_format, training
+        self.generator = torch.Generator().manual_seed(0)
+
+    def place(self, make: Callable[[], Module]) -> Module:
+        """A module with reproducible weights, in the case's mode, device, precision and format."""
+        torch.manual_seed(0)
+        module = make().train(self.training)
+        return module.to(
+            self.settings.device, self.settings.compute_dtype, memory_format=self.memory_format
+        )
+
+    def features(self, shape: Shape) -> Tensor:
+        """A feature map that receives a gradient in training."""
+        return self.constant(shape).requires_grad_(self.training)
+
+    def constant(self, shape: Shape) -> Tensor:
+        """A feature map that does not, such as the gradient of an output."""
+        value = torch.randn(shape, generator=self.generator)
+        value = value.to(self.settings.device, self.settings.dtype)
+        return value.contiguous(memory_format=self.memory_format)
+
+    def small(self, *shape: int, scale: float = 1.0, constant: bool = False) -> Tensor:
+        """Pooled values, states or weights, in the compute dtype."""
+        value = scale * torch.randn(shape, generator=self.generator)
+        value = value.to(self.settings.device, self.settings.compute_dtype)
+        return value.requires_grad_(self.training and not constant)
+
+
+# --------------------------------------------------------------------------------- single ops
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function on prepared inputs, with the gradients its results receive.
+
+    leaves: what receives gradients, inputs and parameters.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    inputs: tuple[Any, ...]
+    grads: Sequence[Tensor]
+    leaves: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op: how to build it and what it moves at best.
+
+    build: ``(source of inputs, shape, fused) -> Problem``.
+    passes: per mode, the reads and writes of a whole feature map that cannot be avoided (forward
+        and backward together); None where the op moves no feature maps.
+    """
+
+    name: str
+    build: Callable[[Source, Shape, bool], Problem]
+    passes: Callable[[Settings], Mapping[str, int]] | None
+    formats: tuple[torch.memory_format, ...] = (NCHW, NHWC)
+
+    def ideal_bytes(self, settings: Settings, shape: Shape, mode: str) -> int | None:
+        if self.passes is None:
+            return None
+        return self.passes(settings)[mode] * torch.Size(shape).numel() * settings.dtype.itemsize
+
+    def contestants(self, settings: Settings, shape: Shape, mode: str) -> Iterator[Contestant]:
+        """Ours by backend and format, eager by format, torch.compile, and the yardstick."""
+
+        def build(fused: bool, memory_format: torch.memory_format, **how: Any) -> Peer:
+            training = mode == "training"
+            problem = self.build(Source(settings, memory_format, training), shape, fused)
+            return Peer(op_step(problem, training, **how), problem.leaves if training else ())
+
+        for backend in settings.backends:
+            label = "fused" if backend == "auto" else backend
+            for memory_format in self.formats:
+                yield Contestant(
+                    label + suffix(memory_format),
+                    "ours",
+                    lambda m=memory_format, b=backend: build(True, m, backend=b),
+                )
+        for memory_format in self.formats:
+            yield Contestant(
+                "eager" + suffix(memory_format), "peer", lambda m=memory_format: build(False, m)
+            )
+        if settings.compile:
+            yield Contestant("compile", "peer", lambda: build(False, NCHW, compile=True))
+        if self.passes is not None:
+            yield Contestant("copy of x", "copy", lambda: copy_peer(settings, shape), "copy")
+
+
+def copy_peer(settings: Settings, shape: Shape) -> Peer:
+    """Copies one feature map: what a read and a write of it cost in the midst of this case."""
+    source = Source(settings, NCHW, False).constant(shape)
+    target = torch.empty_like(source)
+    return Peer(lambda: (target.copy_(source),))
+
+
+def suffix(memory_format: torch.memory_format) -> str:
+    return " NHWC" if memory_format == NHWC else ""
+
+
+def op_step(
+    problem: Problem, training: bool, backend: str = "auto", compile: bool = False
+) -> Callable[[], Sequence[Tensor]]:
+    """A step: forward alone, or forward and backward with given output gradients."""
+    function, inputs = problem.function, problem.inputs
+    if compile:
+        torch._dynamo.reset()  # else the second shape is compiled for dynamic shapes
+        function = torch.compile(function, dynamic=False)
+
+    def inference() -> Sequence[Tensor]:
+        with torch.inference_mode():
+            return function(*inputs)
+
+    def train() -> Sequence[Tensor]:
+        outputs = function(*inputs)
+        torch.autograd.backward(outputs, problem.grads)
+        return outputs
+
+    return on_backend(backend, train if training else inference)
+
+
+def on_backend(backend: str, step: Callable[[], Sequence[Tensor]]) -> Callable:
+    """``step`` with the implementation chosen by name; automatic choice costs nothing here."""
+    if backend == "auto":
+        return step
+
+    def chosen() -> Sequence[Tensor]:
+        with dla_kernels.use_backend(backend):
+            return step()
+
+    return chosen
+
+
+def build_layer(source: Source, shape: Shape, fused: bool) -> Problem:
+    """A DLA-L layer in the middle of a stage: it has a p and the state of an earlier layer."""
+    settings = source.settings
+    layer = source.place(lambda: DLALayer(shape[1], spec=settings.spec, fused=fused))
+    x, p = source.features(shape), source.features(shape)
+    with torch.no_grad(), settings.autocast():
+        _, state = layer(p, prev=x)
+
+    def function(x: Tensor, p: Tensor, state: DLAState) -> tuple[Tensor, ...]:
+        with settings.autocast():
+            out, new = layer(x, prev=p, state=state)
+        # o, where the spec hands it to the next layer, receives a gradient as well.
+        return (out,) if new.output is None else (out, new.output)
+
+    grads = [source.constant(shape) for _ in range(1 if settings.spec == "official" else 2)]
+    return Problem(function, (x, p, state), grads, [x, p, *layer.parameters()])
+
+
+def build_global_pool(source: Source, shape: Shape, fused: bool) -> Problem:
+    x, grad = source.features(shape), source.small(*shape[:2], constant=True)
+    function = dla_kernels.global_pool if fused else reference_global_pool
+    return Problem(lambda x: (function(x),), (x,), (grad,), [x])
+
+
+def build_gate(source: Source, shape: Shape, fused: bool) -> Problem:
+    features = [source.features(shape) for _ in range(GATED)]
+    gates = [source.small(*shape[:2]) for _ in range(GATED)]
+    grads = [source.constant(shape) for _ in range(GATED)]
+    function = dla_kernels.gate if fused else reference_gate
+    return Problem(function, (features, gates), grads, features + gates)
+
+
+GATED = 3  # feature maps in one call of gate
+
+
+def build_cell(source: Source, shape: Shape, fused: bool) -> Problem:
+    batch, channels = shape[:2]
+    hidden = channels // 4
+    sizes = [(hidden, channels), (hidden,), (3 * channels, hidden), (3 * channels,)] * 2
+    params = [source.small(*size, scale=0.1) for size in sizes]
+    y, state = source.small(batch, channels), source.small(2, batch, channels)
+    grad = source.small(2, batch, channels, constant=True)
+    function = dla_kernels.cell if fused else reference_cell
+    return Problem(
+        lambda y, state, params: (function(y, state, params, "dsu_split"),),
+        (y, state, params),
+        (grad,),
+        [y, state, *params],
+    )
+
+
+def layer_passes(settings: Settings) -> dict[str, int]:
+    """5N forward and 8N backward; the paper's form also writes o and reads its gradient twice."""
+    if settings.spec == "paper":
+        return {"inference": 6, "training": 16}
+    return {"inference": 5, "training": 13}
+
+
+LAYER = OpCase("DLA-L layer", build_layer, layer_passes)
+OPS = [
+    # mean; its gradient is one write
+    OpCase("global_pool", build_global_pool, lambda _: {"inference": 1, "training": 2}),
+    # x -> x d; then x and the gradient are read and dx is written
+    OpCase(
+        f"gate ({GATED} maps)",
+        build_gate,
+        lambda _: {"inference": 2 * GATED, "training": 5 * GATED},
+    ),
+    OpCase("cell dsu_split", build_cell, None, formats=(NCHW,)),
+]
+
+
+# ------------------------------------------------------------------------------- whole models
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A network: the suffix of its name, its options, and what it must agree with."""
+
+    suffix: str
+    options: Mapping[str, Any]
+    role: str
+    answer: str
+
+
+def model_cases(settings: Settings) -> dict[str, ModelCase]:
+    """By name; the first is what the others are compared with."""
+    spec = {"spec": settings.spec}
+    return {
+        "plain": ModelCase("plain", {}, "peer", "plain"),
+        "DLA-L unfused": ModelCase("dla_l", {**spec, "fused": False}, "peer", "dla_l"),
+        "DLA-L fused": ModelCase("dla_l", {**spec, "fused": True}, "ours", "dla_l"),
+        "MRLA-L fused": ModelCase("mrla_l", {**spec, "fused": True}, "ours", "mrla_l"),
+    }
+
+
+class Network:
+    """One model with its data and optimizer, ready to train or to answer."""
+
+    def __init__(self, settings: Settings, case: ModelCase, training: bool, backend: str):
+        self.settings, self.backend = settings, backend
+        source = Source(settings, NHWC if settings.channels_last else NCHW, training)
+        name = f"{settings.model}_{case.suffix}"
+        self.model = source.place(lambda: create_model(name, num_classes=10, **case.options))
+        self.x = source.constant((settings.batch, 3, 32, 32)).to(settings.compute_dtype)
+        target = torch.randint(10, (settings.batch,), generator=source.generator)
+        self.target = target.to(settings.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+
+    def loss(self) -> Tensor:
+        with self.settings.autocast():
+            return cross_entropy(self.model(self.x), self.target)
+
+    def train(self) -> Sequence[Tensor]:
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return (loss,)
+
+    def infer(self) -> Sequence[Tensor]:
+        with torch.inference_mode(), self.settings.autocast():
+            return (self.model(self.x),)
+
+    def peer(self) -> Peer:
+        """Trains or answers, as the model's mode says."""
+        if self.model.training:
+            return Peer(on_backend(self.backend, self.train), list(self.model.parameters()))
+        return Peer(on_backend(self.backend, self.infer))
+
+
+def networks(settings: Settings) -> dict[str, tuple[ModelCase, str]]:
+    """All models to measure with their backends, ours once per backend."""
+    return {
+        name if backend == "auto" else f"{name} ({backend})": (case, backend)
+        for name, case in model_cases(settings).items()
+        for backend in (settings.backends if case.role == "ours" else ("auto",))
+    }
+
+
+def model_contestants(settings: Settings, mode: str) -> Iterator[Contestant]:
+    """The models as contestants; they agree with each other where they are the same model."""
+    for name, (case, backend) in networks(settings).items():
+        yield Contestant(
+            name,
+            case.role,
+            lambda c=case, b=backend: Network(settings, c, mode == "training", b).peer(),
+            case.answer,
+        )

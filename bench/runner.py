@@ -1,0 +1,287 @@
+"""Runs the suites: builds the contestants, checks that they agree, times them, keeps the rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cases
+import measure
+import report
+from cases import MODES, Contestant, Network, Peer, Settings, Shape
+
+Row = dict[str, Any]
+REPEATS = {"layer": 30, "ops": 30, "model": 10}
+QUICK_REPEATS = 2
+PEAK_STEPS = 3
+
+
+class Bench:
+    """One run: what was asked for, and what has been measured so far."""
+
+    def __init__(self, options: argparse.Namespace, cpus: list[int]) -> None:
+        self.options, self.cpus = options, cpus
+        self.settings = settings = settings_of(options)
+        self.view = report.View()
+        cache = measure.last_level_cache(settings.device)
+        self.bandwidth = measure.copy_bandwidth(settings.device, cache, repeats=5)
+        meta = report.metadata(settings, cache, self.bandwidth)
+        self.store = report.Store(options.json, meta)
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        self.view.header(self.store.meta)
+        suites = {"layer": self.layer, "ops": self.ops, "model": self.model}
+        for suite in self.options.suite:
+            suites[suite]()
+        if self.options.plot:
+            report.plot(self.store.rows, self.store.meta, self.options.plot)
+            self.view.say(f"drawn: {self.options.plot}")
+
+    def layer(self) -> None:
+        """The main suite: one complete layer."""
+        for shape in self.shapes():
+            self.op("layer", cases.LAYER, shape)
+        self.view.layer_summary(self.store.rows)
+
+    def ops(self) -> None:
+        """The standalone ops."""
+        for case in cases.OPS:
+            for shape in self.shapes():
+                self.op("ops", case, shape)
+
+    def shapes(self) -> list[Shape]:
+        return self.options.shapes or (cases.QUICK_SHAPES if self.options.quick else cases.SHAPES)
+
+    def op(self, suite: str, case: cases.OpCase, shape: Shape) -> None:
+        """One op at one shape in both modes, and its table."""
+        table = []
+        for mode in MODES:
+            key = {"suite": suite, "case": case.name, "mode": mode, "shape": list(shape)}
+            rows = self.contest(key, list(case.contestants(self.settings, shape, mode)))
+            rate_op(rows, case.ideal_bytes(self.settings, shape, mode), self.bandwidth)
+            self.store.add(rows)
+            table += rows
+        self.view.op_table(table)
+
+    def model(self) -> None:
+        """Whole networks: time, activations kept and peak memory."""
+        settings, table = self.settings, []
+        for mode in MODES:
+            key = {"suite": "model", "case": settings.model, "mode": mode}
+            key["shape"] = [settings.batch, 3, 32, 32]
+            rows = self.contest(key, list(cases.model_contestants(settings, mode)))
+            if mode == "training":
+                self.weigh(rows)
+            rate_models(rows)
+            self.store.add(rows)
+            table += rows
+        self.view.model_table(table)
+
+    def weigh(self, rows: list[Row]) -> None:
+        """Adds what each model keeps for backward and its peak memory while training."""
+        with self.view.progress(f"{self.settings.model} memory", len(rows)) as tick:
+            for row, (name, (case, backend)) in zip(
+                rows, cases.networks(self.settings).items(), strict=True
+            ):
+                if "ms" in row:
+                    network = Network(self.settings, case, training=True, backend=backend)
+                    forward = cases.on_backend(backend, network.loss)
+                    row["kept_bytes"] = measure.saved_bytes(forward, network.model.parameters())
+                    del network, forward
+                    row |= self.peak(name)
+                tick()
+
+    def peak(self, name: str) -> Row:
+        """Peak memory of one model, trained in a process of its own."""
+        child = {
+            "name": name,
+            "cpus": self.cpus,
+            "device": str(self.settings.device),
+            "dtype": dtype_name(self.settings.dtype),
+            "threads": torch.get_num_threads(),
+            "settings": {
+                key: getattr(self.settings, key)
+                for key in ("backends", "spec", "channels_last", "model", "batch")
+            },
+        }
+        script = Path(__file__).with_name("bench_dla.py")
+        command = [sys.executable, str(script), "--peak-of", json.dumps(child)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            self.fail(f"peak memory of {name}: {lines[-1]}")
+            return {}
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def contest(self, key: Row, contestants: list[Contestant]) -> list[Row]:
+        """One row per contestant, all timed in the same rounds."""
+        repeats = self.options.repeats
+        if repeats is None:
+            repeats = QUICK_REPEATS if self.options.quick else REPEATS[key["suite"]]
+        title = f"{key['case']} {key['shape']} {key['mode']}"
+        with self.view.progress(title, len(contestants) * (repeats + 1)) as tick:
+            peers, reasons = self.prepare(contestants, title, tick)
+            samples = measure.interleaved(peers, repeats, self.settings.device, tick)
+        about = {"dtype": dtype_name(self.settings.dtype), "device": str(self.settings.device)}
+        measured = {name: sample.row(self.settings.device) for name, sample in samples.items()}
+        measured |= {name: {"skipped": reason} for name, reason in reasons.items()}
+        return [
+            {**key, **about, "peer": c.name, "role": c.role, **measured[c.name]}
+            for c in contestants
+        ]
+
+    def prepare(
+        self, contestants: list[Contestant], title: str, tick: Callable[[], None]
+    ) -> tuple[dict[str, Peer], dict[str, str]]:
+        """Builds, warms up and checks every contestant; those that fail, with the reason."""
+        peers: dict[str, Peer] = {}
+        reasons: dict[str, str] = {}
+        answers: dict[str, list[torch.Tensor]] = {}
+        # Ours last: the eager reference is what the others are compared with.
+        for contestant in sorted(contestants, key=lambda c: c.role == "ours"):
+            name = contestant.name
+            try:
+                peer = contestant.build()
+                answer = measure.warm_up(peer)
+                expected = answers.setdefault(contestant.answer, answer)
+                error = measure.disagreement(answer, expected)
+                if error > measure.TOLERANCE[self.settings.dtype]:
+                    raise ArithmeticError(f"results differ from the reference by {error:.1g}")
+                peers[name] = peer
+            except Exception as error:  # whatever it is, the others can still be measured
+                reasons[name] = first_line(error)
+                message = f"{title}: {name} skipped: {reasons[name]}"
+                if contestant.role == "ours" or isinstance(error, ArithmeticError):
+                    self.fail(message)
+                else:
+                    self.view.say(message)
+            tick()
+        return peers, reasons
+
+    def fail(self, message: str) -> None:
+        """Says it now; the exit status tells it at the end."""
+        self.failures.append(message)
+        self.view.say(f"FAILED: {message}")
+
+
+def rate_op(rows: list[Row], ideal: int | None, bandwidth: float) -> None:
+    """Adds to each row its speed against the best peer, and its rate by the ideal bytes.
+
+    speedup: time of the best peer by this row's. gb_per_s: the bytes that cannot be avoided by the
+    time, and that in percent of a copy between large buffers and of a copy of one feature map.
+    """
+    timed = [row for row in rows if "ms" in row]
+    best = min((row for row in timed if row["role"] == "peer"), key=lambda r: r["ms"], default=None)
+    copy = next((row for row in timed if row["role"] == "copy"), None)
+    for row in timed:
+        if row["role"] != "copy" and best is not None:
+            row["best_peer"] = best["peer"]
+            row["speedup"] = best["ms"] / row["ms"]
+        moved = 2 * map_bytes(row) if row["role"] == "copy" else ideal
+        if moved is not None:
+            row["ideal_bytes"] = moved
+            row["gb_per_s"] = moved / row["ms"] / 1e6
+            row["copy_percent"] = 100 * row["gb_per_s"] / bandwidth
+            if copy is not None:
+                own = 2 * map_bytes(row) / copy["ms"] / 1e6
+                row["own_size_copy_percent"] = 100 * row["gb_per_s"] / own
+
+
+def map_bytes(row: Row) -> int:
+    return torch.Size(row["shape"]).numel() * getattr(torch, row["dtype"]).itemsize
+
+
+def rate_models(rows: list[Row]) -> None:
+    """Adds to each row what it needs relative to the first one, the plain network."""
+    plain = rows[0]
+    for row in rows:
+        if "peak_bytes" in row:
+            row["added_bytes"] = row["peak_bytes"] - row["base_bytes"]
+        for what in ("ms", "kept_bytes", "peak_bytes", "added_bytes"):
+            if what in row and what in plain:
+                row[f"{what}_by_plain"] = row[what] / plain[what]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in one line of bounded length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def default_device(name: str | None) -> torch.device:
+    """The named device, else a GPU where there is one, else the CPU.
+
+    Raises:
+        SystemExit: the device is not there or is neither a CPU nor a CUDA device.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise SystemExit(f"--device: expected cpu or cuda, not {name}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: torch {torch.__version__} finds no CUDA device")
+    return device
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    settings = Settings(
+        device=default_device(options.device),
+        dtype=getattr(torch, options.dtype),
+        backends=options.backends,
+        spec=options.spec,
+        compile=not (options.no_compile or options.quick),
+        channels_last=options.channels_last,
+        model=options.model,
+        batch=options.batch,
+    )
+    return replace(settings, model="resnet20", batch=4) if options.quick else settings
+
+
+def print_peak(child: Row) -> int:
+    """In a process of its own: trains one model for a few steps, prints its peak memory."""
+    torch.set_num_threads(child["threads"])
+    chosen = child["settings"]
+    chosen["backends"] = tuple(chosen["backends"])
+    settings = Settings(
+        device=default_device(child["device"]), dtype=getattr(torch, child["dtype"]), **chosen
+    )
+    case, backend = cases.networks(settings)[child["name"]]
+
+    def train() -> None:
+        peer = Network(settings, case, training=True, backend=backend).peer()
+        for _ in range(PEAK_STEPS):
+            peer.step()
+            peer.reset()
+
+    print(json.dumps(measure.peak_memory(train, settings.device)))
+    return 0
+
+
+def run(options: argparse.Namespace, cpus: list[int]) -> int:
+    """The whole benchmark; the exit status is 1 if anything of ours failed."""
+    if options.plot:
+        report.require_matplotlib()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Compilers and torch warn about matters that no reader of the tables can act on.
+    warnings.filterwarnings("ignore")
+    bench = Bench(options, cpus)
+    try:
+        bench.run()
+    except KeyboardInterrupt:
+        bench.view.say("interrupted; " + bench.store.whereabouts())
+        return 130
+    return 1 if bench.failures else 0

@@ -1,0 +1,177 @@
+"""The benchmark's own arithmetic, and one short run of the whole of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import bench_dla  # noqa: E402
+import cases  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import runner  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def quick_bench(*arguments: str) -> runner.Bench:
+    options = bench_dla.parser().parse_args(["--quick", "--device", "cpu", *arguments])
+    return runner.Bench(options, cpus=[])
+
+
+@pytest.mark.parametrize("text", ["2x32x8x4", "[2,32,8,4]", "2, 32, 8, 4"])
+def test_shapes_are_read(text: str) -> None:
+    assert bench_dla.shape(text) == (2, 32, 8, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--shapes", "2x3"], ["--suite", "lairs"], ["--repeats", "0"]]
+)
+def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_dla.parser().parse_args(arguments)
+    assert arguments[1] in capsys.readouterr().err
+
+
+def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
+    weight = torch.nn.Parameter(torch.randn(10))
+    x = torch.randn(6, 10, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = x * weight  # keeps x and weight
+        return y.exp() * y.view(60).view(6, 10)  # exp keeps its output, the product that and y
+
+    assert measure.saved_bytes(forward, [weight]) == 3 * 60 * 4
+
+
+def test_saved_bytes_counts_the_whole_storage_of_a_slice() -> None:
+    base = torch.randn(100)
+    x = torch.randn(10, requires_grad=True)
+    assert measure.saved_bytes(lambda: x * base[:10], []) == 400
+
+
+def test_disagreement() -> None:
+    x = torch.randn(50)
+    assert measure.disagreement([x, x], [x, x]) == 0
+    assert measure.disagreement([1.01 * x], [x]) == pytest.approx(0.01, rel=1e-3)
+    noise = [1e-9 * torch.randn(50) for _ in range(2)]  # both stand for a gradient that is zero
+    assert measure.disagreement([x, noise[0]], [x, noise[1]]) < 1e-5
+    assert measure.disagreement([x, x * float("nan")], [x, x]) == float("inf")
+
+
+def test_rounds_run_every_peer_and_drop_its_gradients() -> None:
+    leaf = torch.ones(3, requires_grad=True)
+    seen = []
+
+    def step(name: str) -> tuple[torch.Tensor, ...]:
+        assert leaf.grad is None
+        seen.append(name)
+        leaf.sum().backward()
+        return ()
+
+    peers = {name: cases.Peer(lambda n=name: step(n), [leaf]) for name in "abc"}
+    samples = measure.interleaved(peers, 4, CPU, lambda: None)
+    assert [sorted(seen[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
+    assert all(len(sample.ms) == 4 for sample in samples.values())
+    assert samples["a"].row(CPU)["repeats"] == 4
+
+
+def test_page_faults_are_counted() -> None:
+    _, faults = measure.timed(lambda: torch.ones(64 * 2**20, dtype=torch.uint8), CPU)
+    assert faults > 0
+
+
+def test_rates() -> None:
+    key = {"shape": [1, 1, 1000, 1000], "dtype": "float32"}
+    rows = [
+        {**key, "peer": "fused", "role": "ours", "ms": 2.0},
+        {**key, "peer": "eager", "role": "peer", "ms": 8.0},
+        {**key, "peer": "compile", "role": "peer", "ms": 6.0},
+        {**key, "peer": "copy", "role": "copy", "ms": 0.5},
+        {**key, "peer": "lost", "role": "peer", "skipped": "no compiler"},
+    ]
+    runner.rate_op(rows, ideal=20_000_000, bandwidth=20.0)
+    assert rows[0]["best_peer"] == "compile"
+    assert rows[0]["speedup"] == pytest.approx(3)
+    assert rows[0]["gb_per_s"] == pytest.approx(10)
+    assert rows[0]["copy_percent"] == pytest.approx(50)
+    assert rows[3]["gb_per_s"] == pytest.approx(16)
+    assert rows[0]["own_size_copy_percent"] == pytest.approx(100 * 10 / 16)
+
+
+def test_store_is_complete_after_every_addition(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    store = report.Store(str(path), {"date": "today"})
+    assert json.loads(path.read_text())["rows"] == []
+    row = {"suite": "layer", "mode": "training", "role": "ours", "peer": "fused"}
+    store.add([{**row, "speedup": 2.0}])
+    store.add([{**row, "speedup": 8.0}])
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 2
+    assert content["summary"]["training"]["fused"] == pytest.approx(4)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+
+
+def contestant(name: str, role: str, value: float | None) -> cases.Contestant:
+    def build() -> cases.Peer:
+        if value is None:
+            raise RuntimeError("no compiler\nand many more lines")
+        return cases.Peer(lambda: (torch.tensor([value]),))
+
+    return cases.Contestant(name, role, build)
+
+
+def test_a_peer_that_fails_is_skipped_with_the_reason() -> None:
+    bench = quick_bench()
+    key = {"suite": "layer", "case": "test", "mode": "inference", "shape": [1]}
+    rows = bench.contest(
+        key, [contestant("eager", "peer", 1.0), contestant("compile", "peer", None)]
+    )
+    assert "ms" in rows[0]
+    assert rows[1]["skipped"] == "RuntimeError: no compiler"
+    assert not bench.failures
+
+
+@pytest.mark.parametrize("value", [None, 1.5])
+def test_ours_failing_or_computing_something_else_fails_the_run(value: float | None) -> None:
+    bench = quick_bench()
+    key = {"suite": "layer", "case": "test", "mode": "inference", "shape": [1]}
+    rows = bench.contest(
+        key, [contestant("fused", "ours", value), contestant("eager", "peer", 1.0)]
+    )
+    assert "skipped" in rows[0]
+    assert len(bench.failures) == 1
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    """The command as CI and users run it, all suites, in well under a minute."""
+    data, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    command = [sys.executable, str(BENCH / "bench_dla.py"), "--quick", "--suite", "layer,ops,model"]
+    # One thread: bound threads crawl where other processes hold a core, as in parallel tests.
+    command += ["--device", "cpu", "--threads", "1", "--json", str(data), "--plot", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(data.read_text())
+    for what in ("commit", "torch", "cpu", "threads", "simd", "copy_gb_per_s", "date"):
+        assert what in content["meta"]
+    rows = content["rows"]
+    assert all(row["ms"] > 0 for row in rows)
+    layers = [row for row in rows if row["suite"] == "layer" and row["role"] == "ours"]
+    assert {(row["mode"], row["peer"]) for row in layers} == {
+        (mode, peer) for mode in cases.MODES for peer in ("fused", "fused NHWC")
+    }
+    assert all(row["speedup"] > 0 and row["gb_per_s"] > 0 for row in layers)
+    trained = [row for row in rows if row["suite"] == "model" and row["mode"] == "training"]
+    assert [row["peer"] for row in trained] == list(cases.model_cases(cases.Settings(CPU)))
+    assert all(row["kept_bytes"] > 0 and row["peak_bytes"] > row["base_bytes"] for row in trained)
+    kept = {row["peer"]: row["kept_bytes"] for row in trained}
+    assert kept["plain"] < kept["DLA-L fused"] < kept["DLA-L unfused"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
