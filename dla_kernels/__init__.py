@@ -1,1 +1,16 @@
 """Functional kernels of dynamic layer attention on tensors."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from dla_kernels.backend import use_backend
+from dla_kernels.ops.cell import cell
+from dla_kernels.ops.gate import gate
+from dla_kernels.ops.global_pool import global_pool
+from dla_kernels.ops.light_attention import light_attention
+
+try:
+    __version__ = version("dla-kernels")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "cell", "gate", "global_pool", "light_attention", "use_backend"]

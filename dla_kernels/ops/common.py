@@ -16,6 +16,17 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def dense_format(x: Tensor) -> torch.memory_format:
+    """The dense format of ``x``, or the one that a dense copy of it gets: contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_features(x: Tensor) -> Tensor:
+    """An uninitialised dense feature map of the shape, dtype and format of ``x``."""
+    return torch.empty_like(x, memory_format=dense_format(x))
+
+
 def describe(value: object) -> str:
     """What came, for error messages: dtype, shape and device of a tensor, the repr of the rest."""
     if isinstance(value, Tensor):

@@ -1,1 +1,108 @@
-"""The op ``cell``."""
+"""``cell``: one step of a recurrent cell."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_kernels.ops import checks
+from dla_kernels.ops._registration import define
+
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
+
+# Slots of the state of each kind, and the shapes of its parameters with C and h for sizes.
+SLOTS = {"dsu": 1, "dsu_split": 2}
+_MLP = (("h", "C"), ("h",), ("3C", "h"), ("3C",))
+_PARAMETERS = {"dsu": (("h", "2C"), ("3C", "h"), ("3C",)), "dsu_split": _MLP + _MLP}
+
+
+def cell(
+    y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str = "sigmoid"
+) -> Tensor:
+    """One step of a recurrent cell ("Dyn", Eq. 5); its formulas are in ``reference.py``.
+
+    Args:
+        y: input [B, C], float32 or float64, as everything else.
+        state: [S, B, C]: (c) for "dsu", (h, c) for "dsu_split".
+        params: "dsu": [h, 2C] on (act(c), y), then [3C, h] and [3C] for the gates (i, f, c~).
+            "dsu_split": [h, C], [h], [3C, h], [3C] on y, then four such on h.
+        kind: "dsu" or "dsu_split".
+        activation: of c on its way into "dsu": "sigmoid", "tanh", "relu" or "identity".
+
+    Returns:
+        The new state [S, B, C]. Its slot 0 is the output of the cell.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
+    """
+    checks.a_list("params", params)
+    return _OPERATOR(y, state, params, kind, activation)
+
+
+def check_params(
+    name: str,
+    params: Sequence[Tensor],
+    kind: str,
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raises unless ``params`` are those of a cell of this kind and width."""
+    forms = _PARAMETERS[kind]
+    if len(params) != len(forms):
+        raise ValueError(f"{name}: expected the {len(forms)} of {kind!r}, got {len(params)}")
+    first = params[0]
+    hidden = first.shape[0] if first.dim() else 0
+    sizes = {"h": hidden, "C": channels, "2C": 2 * channels, "3C": 3 * channels}
+    if hidden < 1:
+        raise ValueError(f"{name}[0]: expected [h, {sizes[forms[0][1]]}], got {list(first.shape)}")
+    for index, (param, form) in enumerate(zip(params, forms, strict=True)):
+        shape = tuple(sizes[size] for size in form)
+        checks.like(f"{name}[{index}]", param, shape, dtype, device)
+
+
+def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> None:
+    checks.one_of("kind", kind, SLOTS)
+    checks.one_of("activation", activation, ACTIVATIONS)
+    if y.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"y: expected float32 or float64, got {checks.describe(y)}")
+    if y.dim() != 2 or y.numel() == 0:
+        raise ValueError(f"y: expected a non-empty [B, C], got {checks.describe(y)}")
+    batch, channels = y.shape
+    checks.like("state", state, (SLOTS[kind], batch, channels), y.dtype, y.device)
+    check_params("params", params, kind, channels, y.dtype, y.device)
+
+
+def _fake(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> Tensor:
+    return state.new_empty(state.shape)
+
+
+def _fake_backward(
+    grad: Tensor, y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (y, state, *params)]
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+    y, state, params, *ctx.flags = args
+    ctx.save_for_backward(y, state, *params)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | list[Tensor]]:
+    y, state, *params = ctx.saved_tensors
+    dy, dstate, *dparams = _BACKWARD(grad, y, state, params, *ctx.flags)
+    return [dy, dstate, dparams]
+
+
+_OPERATOR, _BACKWARD = define(
+    "cell",
+    "(Tensor y, Tensor state, Tensor[] params, str kind, str activation) -> Tensor",
+    "(Tensor grad, Tensor y, Tensor state, Tensor[] params, str kind, str activation) -> Tensor[]",
+    check=_check,
+    fake=_fake,
+    backward_fake=_fake_backward,
+    tensors=3,
+    save=_save,
+    gradients=_gradients,
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dla_kernels.ops.common import without_autocast
+from dla_kernels.ops.differentiate import differentiate
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -75,3 +76,26 @@ def _bottleneck(u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Te
 
 
 CELLS = {"dsu": dsu, "dsu_split": dsu_split}
+
+
+def unsupported(x: Tensor) -> str | None:
+    """The formulas run wherever torch does."""
+    return None
+
+
+def forward(
+    y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+) -> Tensor:
+    """Arguments and result of ``dla_kernels::cell``."""
+    return cell(y, state, params, kind, activation).contiguous()
+
+
+def backward(
+    grad: Tensor, y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::cell_backward``: of y, state and each parameter."""
+
+    def function(y: Tensor, state: Tensor, *params: Tensor) -> Tensor:
+        return cell(y, state, params, kind, activation)
+
+    return [t.contiguous() for t in differentiate(function, [y, state, *params], [grad])]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dla_kernels.ops.differentiate import dense_as, differentiate
+
 
 def gate(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
     """Multiply every feature map by its own channel gate.
@@ -19,3 +21,28 @@ def gate(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
         (feature.to(factor.dtype) * factor[:, :, None, None]).to(feature.dtype)
         for feature, factor in zip(features, gates, strict=True)
     ]
+
+
+def unsupported(x: Tensor) -> str | None:
+    """The formulas run wherever torch does."""
+    return None
+
+
+def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::gate``."""
+    results = gate(features, gates)
+    return [dense_as(x, result) for x, result in zip(features, results, strict=True)]
+
+
+def backward(
+    grads: Sequence[Tensor], features: Sequence[Tensor], gates: Sequence[Tensor]
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::gate_backward``: of all features, then all gates."""
+    count = len(features)
+
+    def function(*inputs: Tensor) -> list[Tensor]:
+        return gate(inputs[:count], inputs[count:])
+
+    inputs = [*features, *gates]
+    found = differentiate(function, inputs, grads)
+    return [dense_as(x, dx) for x, dx in zip(inputs, found, strict=True)]

@@ -1,1 +1,57 @@
-"""The op ``global_pool``."""
+"""``global_pool``: global average pooling."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dla_kernels.ops import checks
+from dla_kernels.ops._registration import define
+from dla_kernels.ops.common import compute_dtype, empty_features
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """Mean over height and width.
+
+    Args:
+        x: features [B, C, H, W], any strides; float32, float64, bfloat16 or float16.
+
+    Returns:
+        [B, C], float64 for float64 features, else float32.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: ``x`` does not fit; or no backend can serve.
+    """
+    return _OPERATOR(x)
+
+
+def _check(x: Tensor) -> None:
+    checks.features("x", x)
+
+
+def _fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
+
+
+def _fake_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return empty_features(x)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+    ctx.save_for_backward(*args)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
+    return [_BACKWARD(grad, *ctx.saved_tensors)]
+
+
+_OPERATOR, _BACKWARD = define(
+    "global_pool",
+    "(Tensor x) -> Tensor",
+    "(Tensor grad, Tensor x) -> Tensor",
+    check=_check,
+    fake=_fake,
+    backward_fake=_fake_backward,
+    tensors=1,
+    save=_save,
+    gradients=_gradients,
+)

@@ -1,1 +1,301 @@
-"""The op ``light_attention``."""
+"""``light_attention``: one complete DLA-L layer step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dla_kernels.ops import checks
+from dla_kernels.ops._registration import define
+from dla_kernels.ops.cell import ACTIVATIONS, SLOTS, check_params
+from dla_kernels.ops.common import compute_dtype, empty_features
+
+STATIC = "none"
+CELLS = (*SLOTS, STATIC)
+GATES = ("identity", "sigmoid")
+CONTEXTS = ("per_sample", "first_sample")
+NORMS = ("batch", "running", "none")
+
+
+def light_attention(
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    lam: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+    drop_scale: Tensor | None,
+    *,
+    cell: str,
+    activation: str = "sigmoid",
+    gate: str = "identity",
+    context: str = "per_sample",
+    head_dim: int,
+    norm: str = "batch",
+    eps: float = 1e-5,
+    residual: bool = True,
+    return_o: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pooling, cell, scores, two depthwise convolutions, norm, drop path and residual in one op::
+
+        y      = mean of x over space
+        state' = cell(y, state)
+        d      = gate(cell(mean of p over space, state')[0])
+        a      = sigmoid(q . k / sqrt(head_dim)) per head,   q, k = conv1d(y) over the channels
+        o      = a * conv(x, v_weight) + lam * (p * d [+ conv(p, prev_weight)])
+        out    = [x +] drop_scale * norm(o)
+
+    Everything but features is float64 for float64 features, else float32.
+
+    Args:
+        x: features [B, C, H, W], any strides; float32, float64, bfloat16 or float16.
+        p: what stands for the output of the layer before, like x; None for zeros.
+        state: of the cell [S, B, C]; S = 0 for ``cell="none"``.
+        cell_params: see ``dla_kernels.cell``; empty for ``cell="none"``.
+        q_weight, k_weight: [1, 1, k], k odd.
+        v_weight, prev_weight: [C, 1, 3, 3]; no prev_weight, no convolution of p.
+        lam: [C].
+        norm_weight, norm_bias: [C], both or neither.
+        mean_in, var_in: [C], constants, for ``norm="running"``.
+        drop_scale: [B], a constant factor for each sample's branch; None for 1.
+        cell: "dsu", "dsu_split", or "none": static, d = 1.
+        activation: see ``dla_kernels.cell``.
+        gate: "identity" or "sigmoid".
+        context: "per_sample"; or "first_sample": all gates read row 0 of state' (design 2.5).
+        head_dim: channels per head; divides C.
+        norm: "batch" (statistics of o), "running" (mean_in and var_in), or "none".
+        eps: added to the variance.
+        residual: whether x is added.
+        return_o: whether o is wanted.
+
+    Returns:
+        out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
+        ``norm="batch"``, else empty; pooled [2, B, C], the means of x and p. The last three are
+        not differentiable.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
+    """
+    checks.a_list("cell_params", cell_params)
+    return _OPERATOR(
+        x,
+        p,
+        state,
+        cell_params,
+        q_weight,
+        k_weight,
+        v_weight,
+        prev_weight,
+        lam,
+        norm_weight,
+        norm_bias,
+        mean_in,
+        var_in,
+        drop_scale,
+        cell,
+        activation,
+        gate,
+        context,
+        head_dim,
+        norm,
+        eps,
+        residual,
+        return_o,
+    )
+
+
+def _check(
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    lam: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+    drop_scale: Tensor | None,
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    residual: bool,
+    return_o: bool,
+) -> None:
+    _check_flags(cell, activation, gate, context, norm, eps)
+    checks.features("x", x)
+    shape, device = x.shape, x.device
+    batch, channels = shape[0], shape[1]
+    if head_dim < 1 or channels % head_dim:
+        raise ValueError(f"head_dim: expected a divisor of {channels} channels, got {head_dim}")
+    if norm == "batch" and x.numel() == channels:
+        raise ValueError(
+            f"x: expected more than one value per channel for norm='batch', got {list(shape)}"
+        )
+    if p is not None:
+        checks.like("p", p, shape, x.dtype, device)
+    elif prev_weight is not None:
+        raise ValueError("prev_weight: expected None where p is None, got a tensor")
+    rest = (compute_dtype(x.dtype), device)
+    checks.like("state", state, (SLOTS.get(cell, 0), batch, channels), *rest)
+    if cell != STATIC:
+        check_params("cell_params", cell_params, cell, channels, *rest)
+    elif cell_params:
+        raise ValueError(f"cell_params: expected 0 for cell='none', got {len(cell_params)}")
+    size = q_weight.shape[-1] if q_weight.dim() else 0
+    if size % 2 == 0:
+        raise ValueError(f"q_weight: expected [1, 1, k] with k odd, got {list(q_weight.shape)}")
+    checks.like("q_weight", q_weight, (1, 1, size), *rest)
+    checks.like("k_weight", k_weight, (1, 1, size), *rest)
+    depthwise, vector = (channels, 1, 3, 3), (channels,)
+    checks.like("v_weight", v_weight, depthwise, *rest)
+    if prev_weight is not None:
+        checks.like("prev_weight", prev_weight, depthwise, *rest)
+    checks.like("lam", lam, vector, *rest)
+    if (norm_weight is None) != (norm_bias is None):
+        missing = "norm_weight" if norm_weight is None else "norm_bias"
+        raise ValueError(f"{missing}: expected norm_weight and norm_bias both or neither, got None")
+    if norm_weight is not None and norm_bias is not None:
+        checks.like("norm_weight", norm_weight, vector, *rest)
+        checks.like("norm_bias", norm_bias, vector, *rest)
+    if norm == "running":
+        for name, value in (("mean_in", mean_in), ("var_in", var_in)):
+            if value is None:
+                raise ValueError(f"{name}: expected [{channels}] for norm='running', got None")
+            checks.like(name, value, vector, *rest)
+    if drop_scale is not None:
+        checks.like("drop_scale", drop_scale, (batch,), *rest)
+
+
+def _check_flags(
+    cell: str, activation: str, gate: str, context: str, norm: str, eps: float
+) -> None:
+    checks.one_of("cell", cell, CELLS)
+    checks.one_of("activation", activation, ACTIVATIONS)
+    checks.one_of("gate", gate, GATES)
+    checks.one_of("context", context, CONTEXTS)
+    checks.one_of("norm", norm, NORMS)
+    if eps < 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+
+
+def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    norm, return_o = rest[-4], rest[-1]
+    batch, channels = x.shape[:2]
+    statistics = channels if norm == "batch" else 0
+    return (
+        empty_features(x),
+        empty_features(x) if return_o else x.new_empty(0),
+        state.new_empty(state.shape),
+        state.new_empty(statistics),
+        state.new_empty(statistics),
+        state.new_empty(2, batch, channels),
+    )
+
+
+def _fake_backward(
+    grad_out: Tensor | None,
+    grad_o: Tensor | None,
+    grad_state: Tensor | None,
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    weights, needs_p = rest[:7], rest[-1]
+    nothing = state.new_empty(0)
+    return [
+        empty_features(x),
+        empty_features(x) if p is not None and needs_p else nothing,
+        state.new_empty(state.shape),
+        *(state.new_empty(0 if w is None else w.shape) for w in weights),
+        *(w.new_empty(w.shape) for w in cell_params),
+    ]
+
+
+def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+    x, p, state, cell_params, *weights, mean_in, var_in, drop_scale = args[:_TENSORS]
+    *ctx.flags, norm, eps, residual, return_o = args[_TENSORS:]
+    ctx.flags += norm, eps, residual
+    _, o, new_state, mean, var, pooled = results
+    constant = [mean, var, pooled]
+    constant += [] if return_o else [o]
+    constant += [] if cell_params else [new_state]
+    ctx.mark_non_differentiable(*constant)
+    if norm == "running":
+        mean, var = mean_in, var_in
+    ctx.save_for_backward(x, p, state, *cell_params, *weights, drop_scale, mean, var, pooled)
+
+
+def _gradients(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_o: Tensor | None,
+    grad_state: Tensor | None,
+    *_: None,
+) -> list[Any]:
+    x, p, state, *rest = ctx.saved_tensors
+    cell_params, weights, drop_scale, *found = rest[:-11], rest[-11:-4], *rest[-4:]
+    needs_p = p is not None and ctx.needs_input_grad[_NEEDS_P]
+    dx, dp, dstate, *dweights = _BACKWARD(
+        grad_out,
+        grad_o,
+        grad_state,
+        x,
+        p,
+        state,
+        cell_params,
+        *weights,
+        drop_scale,
+        *found,
+        *ctx.flags,
+        needs_p,
+    )
+    dparams = dweights[7:]
+    dweights = [None if w is None else dw for w, dw in zip(weights, dweights, strict=False)]
+    if p is None and grad_state is None:
+        # The cell had no influence. None, not zeros, as plain autograd says it.
+        dstate, dparams = None, [None] * len(dparams)
+    return [dx, dp if needs_p else None, dstate, dparams, *dweights, None, None, None]
+
+
+_TENSORS = 14  # leading arguments
+_NEEDS_P = 3  # place of p in ctx.needs_input_grad, after the two of the registration and x
+
+_INPUTS = (
+    "Tensor x, Tensor? p, Tensor state, Tensor[] cell_params, Tensor q_weight, Tensor k_weight, "
+    "Tensor v_weight, Tensor? prev_weight, Tensor lam, Tensor? norm_weight, Tensor? norm_bias, "
+)
+_FLAGS = (
+    "str cell, str activation, str gate, str context, int head_dim, str norm, float eps, "
+    "bool residual, "
+)
+
+_OPERATOR, _BACKWARD = define(
+    "light_attention",
+    f"({_INPUTS} Tensor? mean_in, Tensor? var_in, Tensor? drop_scale, {_FLAGS} bool return_o) -> "
+    "(Tensor out, Tensor o, Tensor new_state, Tensor mean, Tensor var, Tensor pooled)",
+    f"(Tensor? grad_out, Tensor? grad_o, Tensor? grad_state, {_INPUTS} Tensor? drop_scale, "
+    f"Tensor mean, Tensor var, Tensor pooled, {_FLAGS} bool needs_p) -> Tensor[]",
+    check=_check,
+    fake=_fake,
+    backward_fake=_fake_backward,
+    tensors=_TENSORS,
+    save=_save,
+    gradients=_gradients,
+)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,20 @@ from torch.nn.functional import batch_norm, conv1d, conv2d
 
 from dla_kernels.ops.cell.reference import cell as cell_step
 from dla_kernels.ops.common import compute_dtype, without_autocast
+from dla_kernels.ops.differentiate import dense_as, differentiate
 from dla_kernels.ops.global_pool.reference import global_pool
+
+FLAGS = (
+    "cell",
+    "activation",
+    "gate",
+    "context",
+    "head_dim",
+    "norm",
+    "eps",
+    "residual",
+    "return_o",
+)
 
 
 def light_attention(
@@ -133,7 +147,7 @@ def _normalise(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch normalisation; mean and (biased) variance are those of the batch or empty."""
-    mean = var = o.new_empty(0)
+    mean, var = o.new_empty(0), o.new_empty(0)
     if norm == "none":
         return o, mean, var
     if norm == "running":
@@ -141,3 +155,55 @@ def _normalise(
     out = batch_norm(o, None, None, weight, bias, training=True, eps=eps)
     var, mean = torch.var_mean(o.detach(), dim=(0, 2, 3), correction=0)
     return out, mean, var
+
+
+def unsupported(x: Tensor) -> str | None:
+    """The formulas run wherever torch does."""
+    return None
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    """Arguments and results of ``dla_kernels::light_attention``."""
+    x = args[0]
+    flags = dict(zip(FLAGS, args[-len(FLAGS) :], strict=True))
+    out, o, *rest = light_attention(*args[: -len(FLAGS)], **flags)
+    o = o.clone() if o is out else o  # results of an operator must not share memory
+    return dense_as(x, out), dense_as(x, o) if flags["return_o"] else o, *rest
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_o: Tensor | None,
+    grad_state: Tensor | None,
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    lam: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    drop_scale: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    pooled: Tensor,
+    *flags: Any,
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::light_attention_backward``."""
+    *flags, needs_p = flags
+    options = dict(zip(FLAGS, (*flags, grad_o is not None), strict=True))
+    weights = [q_weight, k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias]
+
+    def function(x: Tensor, p: Tensor | None, state: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        weights, params = rest[:7], rest[7:]
+        return light_attention(x, p, state, params, *weights, mean, var, drop_scale, **options)
+
+    inputs = [x, p, state, *weights, *cell_params]
+    found = differentiate(function, inputs, [grad_out, grad_o, grad_state])
+    if not needs_p:
+        found[1] = None
+    nothing = state.new_empty(0)
+    return [nothing if g is None else dense_as(t, g) for t, g in zip(inputs, found, strict=True)]

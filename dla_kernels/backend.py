@@ -1,0 +1,106 @@
+"""Which implementation serves a call, and why.
+
+The implementations of an op are the modules of its package that bear a backend's name. Each has
+``unsupported(x) -> reason | None``, ``forward`` and ``backward`` with the arguments of the op.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from contextlib import ContextDecorator
+from contextvars import ContextVar, Token
+from types import ModuleType
+
+from torch import Tensor
+
+AUTO = "auto"
+AUTOMATIC_ORDER = ("cuda", "triton", "cpp", "reference")
+
+_requested: ContextVar[str] = ContextVar("dla_kernels_backend", default=AUTO)
+_log = logging.getLogger("dla_kernels")
+
+
+class use_backend(ContextDecorator):
+    """Runs the ops in a ``with`` block on one backend, in this thread (or asyncio task) only.
+
+    Backward passes follow their forward pass, or a ``with`` block around them. A graph made by
+    torch.compile asks at every run, forward and backward each for itself.
+
+    Args:
+        name: "cuda", "triton", "cpp" or "reference", which then must serve every call; or "auto":
+            the first of these that can.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: (by a call in the block) the backend cannot serve the call; says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in (AUTO, *AUTOMATIC_ORDER):
+            known = ", ".join((AUTO, *AUTOMATIC_ORDER))
+            raise ValueError(f"name: expected one of {known}; got {name!r}")
+        self.name = name
+        self._tokens: list[Token[str]] = []
+
+    def __enter__(self) -> use_backend:
+        self._tokens.append(_requested.set(self.name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _requested.reset(self._tokens.pop())
+
+
+def requested() -> str:
+    """The name that the innermost `use_backend` asks for; "auto" outside of any."""
+    return _requested.get()
+
+
+def select(op: str, x: Tensor) -> ModuleType:
+    """The module that serves a call of ``op`` whose first tensor is ``x``.
+
+    Raises:
+        RuntimeError: the requested backend cannot.
+    """
+    name = _requested.get()
+    if name != AUTO:
+        return _demand(op, name, x)
+    refusals = []
+    for name, module in _implementations(op):
+        reason = module.unsupported(x)
+        if reason is None:
+            _report(op, name, tuple(refusals))
+            return module
+        refusals.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
+
+
+def _demand(op: str, name: str, x: Tensor) -> ModuleType:
+    available = dict(_implementations(op))
+    if name not in available:
+        problem = f"{op} has no such implementation (it has {', '.join(available)})"
+    elif reason := available[name].unsupported(x):
+        problem = reason
+    else:
+        return available[name]
+    raise RuntimeError(
+        f"backend {name!r} cannot serve {op}: {problem}. It was asked for by "
+        f"use_backend({name!r}); use_backend({AUTO!r}) takes what is available"
+    )
+
+
+@functools.cache
+def _implementations(op: str) -> tuple[tuple[str, ModuleType], ...]:
+    package = f"dla_kernels.ops.{op}"
+    names = (name for name in AUTOMATIC_ORDER if importlib.util.find_spec(f"{package}.{name}"))
+    return tuple((name, importlib.import_module(f"{package}.{name}")) for name in names)
+
+
+@functools.cache
+def _report(op: str, name: str, refusals: tuple[str, ...]) -> None:
+    """Says once per op and reasons what serves it; loudly if that is the slow reference."""
+    level = logging.WARNING if name == "reference" else logging.DEBUG
+    because = f" ({'; '.join(refusals)})" if refusals else ""
+    _log.log(level, "%s runs on backend %s%s", op, name, because)

@@ -1,0 +1,39 @@
+"""Checks of what the ops are called with: messages name the argument, what fits and what came."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from dla_kernels.ops.common import FEATURE_DTYPES, describe
+
+
+def features(name: str, x: Tensor) -> None:
+    """Floating-point [B, C, H, W] with at least one element."""
+    if x.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, float64, bfloat16 or float16, got {describe(x)}"
+        )
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"{name}: expected a non-empty [B, C, H, W], got {describe(x)}")
+
+
+def like(
+    name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Exactly this shape, dtype and device."""
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        kind = ValueError if x.dtype == dtype else TypeError
+        raise kind(f"{name}: expected {dtype} {list(shape)} on {device}, got {describe(x)}")
+
+
+def one_of(name: str, value: str, choices: Collection[str]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def a_list(name: str, value: object) -> None:
+    """A list or tuple; torch itself would take one tensor for a list."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")

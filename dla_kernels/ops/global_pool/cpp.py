@@ -1,0 +1,43 @@
+"""``global_pool`` on the compiled CPU kernels (``csrc/ops/global_pool``)."""
+
+import torch
+from torch import Tensor
+
+from dla_kernels import native
+from dla_kernels.ops.common import compute_dtype
+from dla_kernels.ops.cpp_common import DTYPES, address, dense, memory_format
+from dla_kernels.ops.cpp_common import unsupported as unsupported
+
+
+def forward(x: Tensor) -> Tensor:
+    """Arguments and result of ``dla_kernels::global_pool``."""
+    x = dense(x, memory_format(x))
+    out = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
+    module = native.load()
+    module.global_pool_forward(
+        module.GlobalPoolForward(x=address(x), out=address(out), **_sizes(x))
+    )
+    return out
+
+
+def backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Arguments and result of ``dla_kernels::global_pool_backward``."""
+    grad, dx = grad.contiguous(), torch.empty_like(x, memory_format=memory_format(x))
+    module = native.load()
+    module.global_pool_backward(
+        module.GlobalPoolBackward(grad=address(grad), dx=address(dx), **_sizes(dx))
+    )
+    return dx
+
+
+def _sizes(x: Tensor) -> dict[str, object]:
+    """The fields that the two native structs share."""
+    batch, channels, height, width = x.shape
+    return {
+        "batch": batch,
+        "channels": channels,
+        "area": height * width,
+        "dtype": DTYPES[x.dtype],
+        "channels_last": memory_format(x) is torch.channels_last,
+        "threads": torch.get_num_threads(),
+    }
