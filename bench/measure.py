@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,20 @@ def warm_up(peer: Peer) -> list[Tensor]:
         peer.step()
     peer.reset()
     return results
+
+
+@contextmanager
+def unbound(cpus: Collection[int]) -> Iterator[None]:
+    """Lifts the binding of the main thread, so that processes it starts may use all CPUs."""
+    if not cpus:
+        yield
+        return
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
 
 
 def disagreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

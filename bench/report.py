@@ -128,12 +128,18 @@ class View:
     """The terminal: tables in any case, a progress bar where there is a terminal."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.said: set[str] = set()
+        self.console = Console(highlight=False)
         if not self.console.is_terminal:
             self.console = Console(highlight=False, width=WIDTH)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
+
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[], None]]:
@@ -275,7 +281,9 @@ MODEL_COLUMNS = [
 
 def cell(row: Row, key: str, scale: float, form: str) -> str:
     """A figure of a row as text; a dash where the row has none."""
-    return format(row[key] * scale, form) if key in row else "-"
+    if key not in row:
+        return "skipped" if key == "ms" and "skipped" in row else "-"
+    return format(row[key] * scale, form)
 
 
 def require_matplotlib() -> None:

@@ -151,8 +151,9 @@ class Bench:
         for contestant in sorted(contestants, key=lambda c: c.role == "ours"):
             name = contestant.name
             try:
-                peer = contestant.build()
-                answer = measure.warm_up(peer)
+                with measure.unbound(self.cpus):  # for the compilers that torch.compile starts
+                    peer = contestant.build()
+                    answer = measure.warm_up(peer)
                 expected = answers.setdefault(contestant.answer, answer)
                 error = measure.disagreement(answer, expected)
                 if error > measure.TOLERANCE[self.settings.dtype]:
@@ -160,11 +161,10 @@ class Bench:
                 peers[name] = peer
             except Exception as error:  # whatever it is, the others can still be measured
                 reasons[name] = first_line(error)
-                message = f"{title}: {name} skipped: {reasons[name]}"
                 if contestant.role == "ours" or isinstance(error, ArithmeticError):
-                    self.fail(message)
+                    self.fail(f"{title}: {name}: {reasons[name]}")
                 else:
-                    self.view.say(message)
+                    self.view.say_once(f"{name} skipped: {reasons[name]}")
             tick()
         return peers, reasons
 
