@@ -23,6 +23,7 @@ from dla_kernels.ops.global_pool.reference import global_pool as reference_globa
 
 Shape = tuple[int, ...]
 Module = TypeVar("Module", bound=torch.nn.Module)
+Result = TypeVar("Result")
 SHAPES: list[Shape] = [(32, 64, 32, 32), (32, 128, 16, 16), (32, 256, 8, 8), (8, 256, 56, 56)]
 QUICK_SHAPES: list[Shape] = [(4, 64, 8, 8)]
 MODES = ("inference", "training")
@@ -156,10 +157,17 @@ class OpCase:
     def contestants(self, settings: Settings, shape: Shape, mode: str) -> Iterator[Contestant]:
         """Ours by backend and format, eager by format, torch.compile, and the yardstick."""
 
-        def build(fused: bool, memory_format: torch.memory_format, **how: Any) -> Peer:
+        def build(
+            fused: bool,
+            memory_format: torch.memory_format,
+            backend: str = "auto",
+            compile: bool = False,
+        ) -> Peer:
             training = mode == "training"
-            problem = self.build(Source(settings, memory_format, training), shape, fused)
-            return Peer(op_step(problem, training, **how), problem.leaves if training else ())
+            source = Source(settings, memory_format, training)
+            problem = on_backend(backend, lambda: self.build(source, shape, fused))()
+            step = on_backend(backend, op_step(problem, training, compile))
+            return Peer(step, problem.leaves if training else ())
 
         for backend in settings.backends:
             label = "fused" if backend == "auto" else backend
@@ -190,9 +198,7 @@ def suffix(memory_format: torch.memory_format) -> str:
     return " NHWC" if memory_format == NHWC else ""
 
 
-def op_step(
-    problem: Problem, training: bool, backend: str = "auto", compile: bool = False
-) -> Callable[[], Sequence[Tensor]]:
+def op_step(problem: Problem, training: bool, compile: bool) -> Callable[[], Sequence[Tensor]]:
     """A step: forward alone, or forward and backward with given output gradients."""
     function, inputs = problem.function, problem.inputs
     if compile:
@@ -208,17 +214,17 @@ def op_step(
         torch.autograd.backward(outputs, problem.grads)
         return outputs
 
-    return on_backend(backend, train if training else inference)
+    return train if training else inference
 
 
-def on_backend(backend: str, step: Callable[[], Sequence[Tensor]]) -> Callable:
-    """``step`` with the implementation chosen by name; automatic choice costs nothing here."""
+def on_backend(backend: str, function: Callable[[], Result]) -> Callable[[], Result]:
+    """``function`` with the implementation chosen by name; "auto" costs nothing."""
     if backend == "auto":
-        return step
+        return function
 
-    def chosen() -> Sequence[Tensor]:
+    def chosen() -> Result:
         with dla_kernels.use_backend(backend):
-            return step()
+            return function()
 
     return chosen
 

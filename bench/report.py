@@ -203,31 +203,25 @@ class View:
         rows = [row for row in rows if row["suite"] == "layer"]
         ours = list(dict.fromkeys(row["peer"] for row in rows if row["role"] == "ours"))
         title = "DLA-L layer: how many times as fast as the best PyTorch peer"
-        table = Table("shape", title=title, title_justify="left")
-        for mode in MODES:
-            table.add_column(f"{mode}: best peer")
-            for peer in ours:
-                table.add_column(peer, justify="right", style="bold")
-        for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
-            cells = [str(list(shape))]
-            for mode in MODES:
-                here = {
-                    row["peer"]: row
-                    for row in rows
-                    if tuple(row["shape"]) == shape and row["mode"] == mode
-                }
-                best = here.get(
-                    next((r["best_peer"] for r in here.values() if "best_peer" in r), "")
-                )
-                cells.append(f"{best['peer']}, {best['ms']:.2f} ms" if best else "-")
-                cells += [cell(here[peer], "speedup", 1, ".2f") for peer in ours]
-            table.add_row(*cells)
-        table.add_section()
+        table = Table("", "shape", "best peer", title=title, title_justify="left")
+        table.columns[1].no_wrap = True
+        for peer in ours:
+            table.add_column(peer, justify="right", style="bold")
         means = layer_summary(rows)
-        cells = ["geometric mean"]
         for mode in MODES:
-            cells += ["", *(cell(means[mode], peer, 1, ".2f") for peer in ours)]
-        table.add_row(*cells)
+            cases: dict[str, dict[str, Row]] = {}
+            for row in rows:
+                if row["mode"] == mode:
+                    cases.setdefault(str(row["shape"]), {})[row["peer"]] = row
+            for shape, case in cases.items():
+                best = next((case[r["best_peer"]] for r in case.values() if "best_peer" in r), None)
+                told = f"{best['peer']}, {best['ms']:.2f} ms" if best else "-"
+                table.add_row(
+                    mode, shape, told, *(cell(case[p], "speedup", 1, ".2f") for p in ours)
+                )
+            mean = (cell(means[mode], peer, 1, ".2f") for peer in ours)
+            table.add_row(mode, "geometric mean", "", *mean)
+            table.add_section()
         self.console.print(table)
 
     def model_table(self, rows: list[Row]) -> None:
