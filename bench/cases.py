@@ -56,18 +56,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Peer:
-    """What is run. ``step`` is timed; ``reset``, which drops its gradients, is not."""
+    """What is run. ``step`` is timed; ``reset``, which drops its gradients, is not.
+
+    comparable: gradients are results to be compared. Not so in deep networks, where a ReLU that
+        flips on a rounding error changes some of them visibly.
+    """
 
     step: Callable[[], Sequence[Tensor]]
     leaves: Sequence[Tensor] = ()
+    comparable: bool = True
 
     def reset(self) -> None:
         for leaf in self.leaves:
             leaf.grad = None
 
     def results(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Everything a step computed: outputs, then gradients."""
-        return [*outputs, *(leaf.grad for leaf in self.leaves if leaf.grad is not None)]
+        """What a step computed: outputs, then gradients."""
+        leaves = self.leaves if self.comparable else ()
+        return [*outputs, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 @dataclass(frozen=True)
@@ -338,15 +344,17 @@ class Network:
         self.target = target.to(settings.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
 
-    def loss(self) -> Tensor:
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Loss and logits."""
         with self.settings.autocast():
-            return cross_entropy(self.model(self.x), self.target)
+            logits = self.model(self.x)
+            return cross_entropy(logits, self.target), logits
 
     def train(self) -> Sequence[Tensor]:
-        loss = self.loss()
+        loss, logits = self.forward()
         loss.backward()
         self.optimizer.step()
-        return (loss,)
+        return loss, logits
 
     def infer(self) -> Sequence[Tensor]:
         with torch.inference_mode(), self.settings.autocast():
@@ -355,7 +363,8 @@ class Network:
     def peer(self) -> Peer:
         """Trains or answers, as the model's mode says."""
         if self.model.training:
-            return Peer(on_backend(self.backend, self.train), list(self.model.parameters()))
+            parameters = list(self.model.parameters())
+            return Peer(on_backend(self.backend, self.train), parameters, comparable=False)
         return Peer(on_backend(self.backend, self.infer))
 
 

@@ -232,7 +232,7 @@ class View:
         table.add_column("model", no_wrap=True)
         for name, *_ in MODEL_COLUMNS:
             table.add_column(name, justify="right")
-            table.add_column("x plain", justify="right", style="bold")
+            table.add_column("x\nplain", justify="right", style="bold")
         by_mode = {
             mode: {row["peer"]: row for row in rows if row["mode"] == mode} for mode in MODES
         }
@@ -266,10 +266,10 @@ OP_COLUMNS = {
 }
 # Heading, mode, key in a row, factor.
 MODEL_COLUMNS = [
-    ("inference ms", "inference", "ms", 1),
-    ("training ms", "training", "ms", 1),
-    ("kept for backward MiB", "training", "kept_bytes", 1 / MIB),
-    ("peak memory MiB", "training", "peak_bytes", 1 / MIB),
+    ("inference\nms", "inference", "ms", 1),
+    ("training\nms", "training", "ms", 1),
+    ("kept for\nbackward MiB", "training", "kept_bytes", 1 / MIB),
+    ("peak memory\nMiB", "training", "peak_bytes", 1 / MIB),
 ]
 
 
@@ -331,7 +331,7 @@ def panels_of(rows: list[Row]) -> dict[str, dict[tuple[str, str], float]]:
         for mode in MODES
     }
     result["models: relative to the plain network (less is better)"] = {
-        (heading.removesuffix(" ms").removesuffix(" MiB"), row["peer"]): row[f"{key}_by_plain"]
+        (heading.removesuffix("ms").removesuffix("MiB"), row["peer"]): row[f"{key}_by_plain"]
         for heading, mode, key, _ in MODEL_COLUMNS
         for row in rows
         if (row["suite"], row["mode"]) == ("model", mode) and f"{key}_by_plain" in row

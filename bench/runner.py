@@ -95,7 +95,7 @@ class Bench:
             ):
                 if "ms" in row:
                     network = Network(self.settings, case, training=True, backend=backend)
-                    forward = cases.on_backend(backend, network.loss)
+                    forward = cases.on_backend(backend, network.forward)
                     row["kept_bytes"] = measure.saved_bytes(forward, network.model.parameters())
                     del network, forward
                     row |= self.peak(name)
