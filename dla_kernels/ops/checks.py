@@ -8,8 +8,15 @@ from torch import Tensor
 from dla_kernels.ops.common import FEATURE_DTYPES, describe
 
 
+def a_tensor(name: str, x: Tensor | None) -> None:
+    """A tensor: torch lets None pass for one."""
+    if x is None:
+        raise TypeError(f"{name}: expected a Tensor, got None")
+
+
 def features(name: str, x: Tensor) -> None:
     """Floating-point [B, C, H, W] with at least one element."""
+    a_tensor(name, x)
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {describe(x)}"
@@ -22,6 +29,7 @@ def like(
     name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Exactly this shape, dtype and device."""
+    a_tensor(name, x)
     if x.shape != shape or x.dtype != dtype or x.device != device:
         kind = ValueError if x.dtype == dtype else TypeError
         raise kind(f"{name}: expected {dtype} {list(shape)} on {device}, got {describe(x)}")

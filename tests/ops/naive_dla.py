@@ -91,7 +91,8 @@ def light_attention(
     """All arguments and results as for the op, as NumPy arrays."""
     batch, channels = x.shape[:2]
     y = x.mean(axis=(2, 3))
-    pooled_p = np.zeros_like(y) if p is None else p.mean(axis=(2, 3))
+    gated = p is not None and cell != "none"
+    pooled_p = p.mean(axis=(2, 3)) if gated else np.zeros_like(y)
     step = globals()["cell"]
     new_state = state if cell == "none" else step(cell, y, state, cell_params, activation)
     keys = depthwise(x, v_weight)
@@ -102,7 +103,7 @@ def light_attention(
         if p is None:
             continue
         d = np.ones(channels)
-        if cell != "none":
+        if gated:
             own = new_state[:, 0 if context == "first_sample" else b]
             d = cell_row(cell, pooled_p[b], own, cell_params, activation)[0]
             d = sigmoid(d) if gate == "sigmoid" else d

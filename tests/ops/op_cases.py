@@ -178,6 +178,7 @@ def run(
     function: Callable[..., Any],
     inputs: dict[str, Any],
     cotangents: dict[int, Tensor],
+    /,
     *,
     constant: Iterable[str] = (),
     wants: Iterable[str] | None = None,

@@ -133,14 +133,14 @@ def test_zero_state(backend: str, activation: str, generator: torch.Generator) -
             kind="dsu", activation=activation)
 
 
-def arguments(kind: str = "dsu_split", **changes: Any) -> tuple[Any, ...]:
+def arguments(of: str = "dsu_split", **changes: Any) -> tuple[Any, ...]:
     """Good arguments (B = 2, C = 4, h = 3) but for the changes; a callable changes the good one."""
     generator = torch.Generator().manual_seed(0)
     good: dict[str, Any] = {
         "y": torch.zeros(2, 4),
-        "state": torch.zeros(SLOTS[kind], 2, 4),
-        "params": cell_params(kind, 4, 3, generator, dtype=torch.float32),
-        "kind": kind,
+        "state": torch.zeros(SLOTS[of], 2, 4),
+        "params": cell_params(of, 4, 3, generator, dtype=torch.float32),
+        "kind": of,
         "activation": "sigmoid",
     }
     changed = {n: c(good[n]) if callable(c) else c for n, c in changes.items()}
@@ -153,9 +153,10 @@ def with_param(number: int, value: Tensor) -> Any:
 
 
 BAD = {
-    "kind": ({"kind": lambda _: "gru"}, "kind", "dsu_split", "gru"),
+    "kind": ({"kind": "gru"}, "kind", "dsu_split", "gru"),
     "activation": ({"activation": "softplus"}, "activation", "sigmoid", "softplus"),
     "not a tensor": ({"y": 1.0}, "y", "Tensor", "float"),
+    "y missing": ({"y": None}, "y", "Tensor", "None"),
     "rank of y": ({"y": torch.zeros(2, 4, 1, 1)}, "y", "B, C", "2, 4, 1, 1"),
     "no samples": ({"y": torch.zeros(0, 4), "state": torch.zeros(2, 0, 4)}, "y", "0, 4"),
     "integers": ({"y": torch.zeros(2, 4, dtype=torch.int64)}, "y", "float32", "int64"),

@@ -119,6 +119,7 @@ def test_half_sums_beyond_the_range_of_half(backend: str) -> None:
 
 BAD = {
     "not a tensor": (lambda: [[1.0]], "x", "Tensor", "list"),
+    "nothing": (lambda: None, "x", "Tensor", "None"),
     "rank": (lambda: torch.zeros(2, 3, 4), "x", "B, C, H, W", "2, 3, 4"),
     "integers": (lambda: torch.zeros(1, 2, 3, 3, dtype=torch.int64), "x", "float", "int64"),
     "complex": (lambda: torch.zeros(1, 2, 3, 3, dtype=torch.complex64), "x", "float", "complex64"),

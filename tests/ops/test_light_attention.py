@@ -463,6 +463,7 @@ def elsewhere(t: Tensor) -> Tensor:
 
 BAD = {
     "x is a list": ({"x": [1.0]}, "x", "Tensor", "list"),
+    "x missing": ({"x": None}, "x", "Tensor", "None"),
     "x's rank": ({"x": zeros(2, 6, 5)}, "x", "B, C, H, W", "2, 6, 5"),
     "x of integers": ({"x": zeros(2, 6, 5, 4, dtype=torch.int64)}, "x", "float", "int64"),
     "no samples": ({"x": zeros(0, 6, 5, 4), "p": zeros(0, 6, 5, 4)}, "x", "0, 6, 5, 4"),
@@ -484,6 +485,7 @@ BAD = {
     ),
     "params without a cell": ({"cell": "none", "state": zeros(0, 2, 6)}, "cell_params", "0", "8"),
     "state without a cell": ({"cell": "none", "cell_params": []}, "state", "0, 2, 6", "2, 2, 6"),
+    "q missing": ({"q_weight": None}, "q_weight", "Tensor", "None"),
     "q's shape": ({"q_weight": zeros(3)}, "q_weight", "1, 1", "3"),
     "q's length": ({"q_weight": zeros(1, 1, 4)}, "q_weight", "odd", "4"),
     "k unlike q": ({"k_weight": zeros(1, 1, 5)}, "k_weight", "1, 1, 3", "1, 1, 5"),

@@ -65,6 +65,7 @@ def check_params(
 def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> None:
     checks.one_of("kind", kind, SLOTS)
     checks.one_of("activation", activation, ACTIVATIONS)
+    checks.a_tensor("y", y)
     if y.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"y: expected float32 or float64, got {checks.describe(y)}")
     if y.dim() != 2 or y.numel() == 0:

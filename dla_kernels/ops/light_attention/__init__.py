@@ -77,8 +77,8 @@ def light_attention(
 
     Returns:
         out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
-        ``norm="batch"``, else empty; pooled [2, B, C], the means of x and p. The last three are
-        not differentiable.
+        ``norm="batch"``, else empty; pooled [2, B, C], the means of x and (zeros where no gate
+        reads it) of p. The last three are not differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
@@ -156,6 +156,7 @@ def _check(
         check_params("cell_params", cell_params, cell, channels, *rest)
     elif cell_params:
         raise ValueError(f"cell_params: expected 0 for cell='none', got {len(cell_params)}")
+    checks.a_tensor("q_weight", q_weight)
     size = q_weight.shape[-1] if q_weight.dim() else 0
     if size % 2 == 0:
         raise ValueError(f"q_weight: expected [1, 1, k] with k odd, got {list(q_weight.shape)}")

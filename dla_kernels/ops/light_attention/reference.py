@@ -70,7 +70,7 @@ def light_attention(
             pooled = torch.stack([y, torch.zeros_like(y)])
             o = _scale(attention + 0.0 * lam, _depthwise(x, v_weight))
         else:
-            pooled_p = global_pool(p)
+            pooled_p = torch.zeros_like(y) if cell == "none" else global_pool(p)
             pooled = torch.stack([y, pooled_p])
             p = p.to(dtype)
             history = p
