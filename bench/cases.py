@@ -1,4 +1,4 @@
-"""What is measured: every row of the benchmark is one `OpCase` or one entry of `MODELS`.
+"""What is measured: every table of the benchmark is an `OpCase` or is made of `ModelCase`s.
 
 To add an op: write a ``build_<op>`` that returns a `Problem`, and add one `OpCase` to ``OPS``.
 """
@@ -259,15 +259,15 @@ def build_global_pool(source: Source, shape: Shape, fused: bool) -> Problem:
     return Problem(lambda x: (function(x),), (x,), (grad,), [x])
 
 
+GATED = 3  # feature maps in one call of gate
+
+
 def build_gate(source: Source, shape: Shape, fused: bool) -> Problem:
     features = [source.features(shape) for _ in range(GATED)]
     gates = [source.small(*shape[:2]) for _ in range(GATED)]
     grads = [source.constant(shape) for _ in range(GATED)]
     function = dla_kernels.gate if fused else reference_gate
     return Problem(function, (features, gates), grads, features + gates)
-
-
-GATED = 3  # feature maps in one call of gate
 
 
 def build_cell(source: Source, shape: Shape, fused: bool) -> Problem:

@@ -82,6 +82,7 @@ def metadata(settings: Settings, cache: int, bandwidth: float) -> Row:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "simd": module.simd_level() if module else extension,
+        "load_average": os.getloadavg()[0],
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "cache_bytes": cache,
         "copy_gb_per_s": bandwidth,

@@ -231,8 +231,10 @@ def default_device(name: str | None) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise SystemExit(f"--device: expected cpu or cuda, not {name}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"--device {name}: torch {torch.__version__} finds no CUDA device")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit(f"--device {name}: torch {torch.__version__} finds no CUDA device")
+        torch.cuda.set_device(device)  # where events are recorded
     return device
 
 
