@@ -234,7 +234,8 @@ def default_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit(f"--device {name}: torch {torch.__version__} finds no CUDA device")
-        torch.cuda.set_device(device)  # where events are recorded
+        if device.index is not None:
+            torch.cuda.set_device(device)  # where events are recorded
     return device
 
 
