@@ -87,8 +87,8 @@ struct Step {
 template <class Form, class A>
 void hidden_layer(const Step<A>& step, const Branch& branch, Size r, Size count, A* inputs,
                   A* hidden) {
-  Form::fill(step.hidden(),
-             [&](Size j) { return branch.b1 < 0 ? A(0) : step.param(branch.b1)[j]; }, hidden);
+  const A* bias = branch.b1 < 0 ? nullptr : step.param(branch.b1);
+  Form::fill(step.hidden(), [=](Size j) { return bias == nullptr ? A(0) : bias[j]; }, hidden);
   for (int i = 0; i < branch.sources; ++i) {
     const Source& source = branch.source[i];
     for (Size c = 0; c < step.channels(); c += kDepth) {
@@ -108,51 +108,87 @@ void gate_layer(const Step<A>& step, const A* const* hidden, Size c, Size n, A* 
   for (int g = 0; g < step.layout.gates; ++g) {
     const Size first = g * step.channels() + c;
     A* out = gates + g * Form::size(kChannels);
-    const auto bias = [&](Size i) {
-      A sum = 0;
-      for (int b = 0; b < step.layout.branches; ++b)
-        sum += step.param(step.layout.branch[b].b2)[first + i];
-      return sum;
-    };
-    Form::fill(n, bias, out);
+    const A* bias = step.param(step.layout.branch[0].b2) + first;
+    const A* other = nullptr;
+    if (step.layout.branches == 2) other = step.param(step.layout.branch[1].b2) + first;
+    Form::fill(n, [=](Size i) { return other == nullptr ? bias[i] : bias[i] + other[i]; }, out);
     for (int b = 0; b < step.layout.branches; ++b)
       Form::multiply(n, step.hidden(), step.param(step.layout.branch[b].w2) + first * step.hidden(),
                      step.hidden(), hidden[b], out);
   }
 }
 
+// Working space of a tail for kChannels channels.
+template <class Tail, class Form, class A>
+struct TailBlock {
+  static constexpr Size size = Form::size(kChannels);
+  static constexpr Size total = (Tail::gates + 2 + Tail::slots) * size;
+
+  A* gates;     // activated
+  A* old;       // memory
+  A* squashed;  // new memory, if the output is made of it
+  A* state;     // the new state, slot after slot
+
+  explicit TailBlock(A* work)
+      : gates(work),
+        old(gates + Tail::gates * size),
+        squashed(old + size),
+        state(squashed + size) {}
+
+  void load_gates(Size at, Vec<A>* gate) const {
+    for (int g = 0; g < Tail::gates; ++g) gate[g] = load(gates + g * size + at);
+  }
+};
+
+// The tail on channels [c, c + n): fills the block.
+template <class Tail, class Form, class A>
+void forward_block(const Step<A>& step, const A* const* hidden, Size r, Size count, Size c, Size n,
+                   const TailBlock<Tail, Form, A>& block) {
+  const Size size = Form::size(n);
+  gate_layer<Form>(step, hidden, c, n, block.gates);
+  for (int g = 0; g < Tail::gates; ++g)
+    activate(Tail::gate_activation[g], block.gates + g * block.size, size);
+  Form::pack(step.rows(Tail::memory, r, count).from(c), n, block.old);
+  A* memory = block.state + Tail::memory * block.size;
+  Vec<A> gate[Tail::gates];
+  for (Size i = 0; i < size; i += kLanes<A>) {
+    block.load_gates(i, gate);
+    store(memory + i, Tail::template update<A>(gate, load(block.old + i)));
+  }
+  if constexpr (Tail::slots > 1) {
+    std::copy_n(memory, size, block.squashed);
+    activate(Tail::squash, block.squashed, size);
+    for (Size i = 0; i < size; i += kLanes<A>) {
+      block.load_gates(i, gate);
+      store(block.state + i, Tail::template output<A>(gate, load(block.squashed + i)));
+    }
+  }
+}
+
 template <class Tail, class Form, class A>
 Size forward_work(const Step<A>& step) {
-  return Form::size(kDepth) + (Tail::gates + 1 + Tail::slots) * Form::size(kChannels) +
+  return Form::size(kDepth) + TailBlock<Tail, Form, A>::total +
          step.layout.branches * Form::size(step.hidden());
 }
 
 // One tile: rows [r, r + count), at most Form's width.
 template <class Tail, class Form, class A>
 void forward_tile(const Step<A>& step, Size r, Size count, A* out, bool output_only, A* work) {
-  constexpr Size block = Form::size(kChannels);
+  using Block = TailBlock<Tail, Form, A>;
   A* inputs = work;
-  A* gates = inputs + Form::size(kDepth);
-  A* old = gates + Tail::gates * block;
-  A* fresh = old + block;
+  const Block block(inputs + Form::size(kDepth));
   A* hidden[2];
   for (int b = 0; b < step.layout.branches; ++b) {
-    hidden[b] = fresh + Tail::slots * block + b * Form::size(step.hidden());
+    hidden[b] = inputs + Form::size(kDepth) + Block::total + b * Form::size(step.hidden());
     hidden_layer<Form>(step, step.layout.branch[b], r, count, inputs, hidden[b]);
   }
   for (Size c = 0; c < step.channels(); c += kChannels) {
     const Size n = std::min(kChannels, step.channels() - c);
-    gate_layer<Form>(step, hidden, c, n, gates);
-    Form::pack(step.rows(Tail::memory, r, count).from(c), n, old);
-    for (Size i = 0; i < Form::size(n); i += kLanes<A>) {
-      Vec<A> z[Tail::gates], s[Tail::slots];
-      for (int g = 0; g < Tail::gates; ++g) z[g] = load(gates + g * block + i);
-      Tail::template forward<A>(z, load(old + i), s);
-      for (int slot = 0; slot < Tail::slots; ++slot) store(fresh + slot * block + i, s[slot]);
-    }
+    forward_block(step, hidden, r, count, c, n, block);
     for (int slot = 0; slot < (output_only ? 1 : Tail::slots); ++slot) {
       A* to = out + (slot * step.batch + r) * step.channels() + c;
-      Form::template unpack<false>(fresh + slot * block, n, {to, step.channels(), count});
+      Form::template unpack<false>(block.state + slot * Block::size, n,
+                                   {to, step.channels(), count});
     }
   }
 }
@@ -255,9 +291,9 @@ class Backward {
   void row_tile(Size r, Size count, Scratch& scratch) {
     const int branches = step_.layout.branches;
     const Size hidden_size = Form::size(padded_hidden_);
-    constexpr Size block = Form::size(kChannels);
     A* inputs = scratch.reserve<A>(Form::size(kDepth) + branches * hidden_size +
-                                   (Tail::gates + 2 + Tail::slots) * block);
+                                   TailBlock<Tail, Form, A>::total +
+                                   (Tail::slots + 1) * Form::size(kChannels));
     A* work = inputs + Form::size(kDepth);
     A* hidden[2];
     for (int b = 0; b < branches; ++b, work += hidden_size) {
@@ -284,35 +320,49 @@ class Backward {
   // Gradients of the gates of channels [c, c + n), kept, and of the memory.
   template <class Form>
   void tail_block(Size r, Size count, Size c, Size n, const A* const* hidden, A* work) {
-    constexpr Size block = Form::size(kChannels);
+    using Block = TailBlock<Tail, Form, A>;
     const Size channels = step_.channels();
-    A* gates = work;
-    A* old = gates + Tail::gates * block;
-    A* grad_old = old + block;
-    A* grad_state = grad_old + block;
-    gate_layer<Form>(step_, hidden, c, n, gates);
-    Form::pack(step_.rows(Tail::memory, r, count).from(c), n, old);
+    const Block block(work);
+    A* grad_old = work + Block::total;
+    A* grad_state = grad_old + Block::size;
+    forward_block(step_, hidden, r, count, c, n, block);
     const int slots = output_only_ ? 1 : Tail::slots;
     for (int slot = 0; slot < slots; ++slot) {
       const A* from = grad_out_ + (slot * step_.batch + r) * channels + c;
-      Form::pack({from, channels, count}, n, grad_state + slot * block);
+      Form::pack({from, channels, count}, n, grad_state + slot * Block::size);
     }
-    std::fill(grad_state + slots * block, grad_state + Tail::slots * block, A(0));
-    A* grad_gate = grad_gates(r) + c * chunk_rows_;
+    std::fill(grad_state + slots * Block::size, grad_state + Tail::slots * Block::size, A(0));
+    A* to_gates = grad_gates(r) + c * chunk_rows_;
     for (Size i = 0; i < n; ++i) {
       for (Size lane = 0; lane < Form::width; lane += kLanes<A>) {
         const Size at = i * Form::width + lane;
-        Vec<A> z[Tail::gates], grad[Tail::slots], grad_z[Tail::gates], grad_memory;
-        for (int g = 0; g < Tail::gates; ++g) z[g] = load(gates + g * block + at);
-        for (int s = 0; s < Tail::slots; ++s) grad[s] = load(grad_state + s * block + at);
-        Tail::template backward<A>(z, load(old + at), grad, grad_z, grad_memory);
+        Vec<A> gate[Tail::gates], grad_gate[Tail::gates];
+        block.load_gates(at, gate);
+        const Vec<A> grad = memory_gradient(block, gate, grad_state, at, grad_gate);
+        store(grad_old + at,
+              Tail::template update_backward<A>(gate, load(block.old + at), grad, grad_gate));
         for (int g = 0; g < Tail::gates; ++g)
-          store(grad_gate + (g * channels + i) * chunk_rows_ + lane, grad_z[g]);
-        store(grad_old + at, grad_memory);
+          store(to_gates + (g * channels + i) * chunk_rows_ + lane,
+                activation_gradient<A>(Tail::gate_activation[g], gate[g], grad_gate[g]));
       }
     }
     const Rows<A> to = grad_rows(Tail::memory, r, count);
     if (to.data != nullptr) Form::template unpack<true>(grad_old, n, to.from(c));
+  }
+
+  // Gradient of the new memory: its own, and through the output where that is another slot.
+  template <class Block>
+  static Vec<A> memory_gradient(const Block& block, const Vec<A>* gate, const A* grad_state,
+                                Size at, Vec<A>* grad_gate) {
+    const Vec<A> own = load(grad_state + Tail::memory * Block::size + at);
+    if constexpr (Tail::slots == 1) {
+      return own;
+    } else {
+      const Vec<A> squashed = load(block.squashed + at);
+      const Vec<A> grad =
+          Tail::template output_backward<A>(gate, squashed, load(grad_state + at), grad_gate);
+      return own + activation_gradient<A>(Tail::squash, squashed, grad);
+    }
   }
 
   // Adds the part of the hidden units' gradients that comes through the gates of [c, c + n).
@@ -401,14 +451,20 @@ class Backward {
     const Branch& branch = step_.layout.branch[b];
     const Size n = std::min(kChannels, step_.channels() - c);
     const Size first = g * step_.channels() + c;
+    A bias[kChannels] = {};
     for_chunks([&](Size r, Size count) {
       const A* grad = grad_gates(r) + first * chunk_rows_;
       if (A* weights = grad_params_[branch.w2])
         multiply_add<A>(n, step_.hidden(), count, {grad, chunk_rows_, 1},
                         hidden_[b] + r * padded_hidden_, padded_hidden_,
                         weights + first * step_.hidden(), step_.hidden());
-      if (A* bias = grad_params_[branch.b2]) add_row_sums(n, count, grad, bias + first);
+      if (b == 0) add_row_sums(n, count, grad, bias);
     });
+    if (b > 0) return;
+    // The gates are a sum over the branches: all their biases have one gradient.
+    for (int other = 0; other < step_.layout.branches; ++other)
+      if (A* to = grad_params_[step_.layout.branch[other].b2])
+        for (Size i = 0; i < n; ++i) to[first + i] += bias[i];
   }
 
   // W1 of a branch, columns from c on of source `index`, and b1 with the first of these blocks.

@@ -31,66 +31,52 @@ struct CellLayout {
   Branch branch[2];
 };
 
-// A tail: gates -> new state, elementwise. `gates` and `slots` are its widths, `memory` the slot of
-// the old state that it reads. backward() gives the gradients of the gates and of the memory from
-// those of the new slots.
+// A tail: gates -> new state, pointwise. The gates go through their activations; update() makes the
+// new memory of them and of the old one. Where the state has a slot for the output besides, the
+// memory goes through the activation `squash` and output() makes the output of it. The activations
+// are applied outside, to blocks of values: only so do enough of their long chains of operations
+// overlap. What is left here are products, and so are the gradients, those of the activated gates.
 
-// i, f, candidate -> c' = sigmoid(f) c + sigmoid(i) tanh(candidate).
-template <class A>
-struct MemoryUpdate {
-  Vec<A> input, forget, candidate, memory;
+// i, f, c~ -> c' = f c + i c~.
+struct GatedMemory {
+  static constexpr int gates = 3;
+  static constexpr Activation gate_activation[gates] = {Activation::sigmoid, Activation::sigmoid,
+                                                        Activation::tanh};
 
-  MemoryUpdate(const Vec<A>* gates, Vec<A> old)
-      : input(sigmoid<A>(gates[0])),
-        forget(sigmoid<A>(gates[1])),
-        candidate(tanh<A>(gates[2])),
-        memory(forget * old + input * candidate) {}
-
-  void backward(Vec<A> grad, Vec<A> old, Vec<A>* grad_gates, Vec<A>& grad_old) const {
-    grad_gates[0] = grad * candidate * input * (A(1) - input);
-    grad_gates[1] = grad * old * forget * (A(1) - forget);
-    grad_gates[2] = grad * input * (A(1) - candidate * candidate);
-    grad_old = grad * forget;
+  template <class A>
+  static Vec<A> update(const Vec<A>* gate, Vec<A> old) {
+    return gate[1] * old + gate[0] * gate[2];
+  }
+  // Sets the gradients of the three gates and returns that of `old`.
+  template <class A>
+  static Vec<A> update_backward(const Vec<A>* gate, Vec<A> old, Vec<A> grad, Vec<A>* grad_gate) {
+    grad_gate[0] = grad * gate[2];
+    grad_gate[1] = grad * old;
+    grad_gate[2] = grad * gate[0];
+    return grad * gate[1];
   }
 };
 
-struct DsuTail {
-  static constexpr int gates = 3, slots = 1, memory = 0;
+struct DsuTail : GatedMemory {
+  static constexpr int slots = 1, memory = 0;
   static constexpr CellLayout layout{
       slots, gates, 3, 1, {{2, {{memory, true}, {kInput, false}}, 0, -1, 1, 2}}};
-
-  template <class A>
-  static void forward(const Vec<A>* gates, Vec<A> old, Vec<A>* state) {
-    state[0] = MemoryUpdate<A>(gates, old).memory;
-  }
-  template <class A>
-  static void backward(const Vec<A>* gates, Vec<A> old, const Vec<A>* grad_state,
-                       Vec<A>* grad_gates, Vec<A>& grad_old) {
-    MemoryUpdate<A>(gates, old).backward(grad_state[0], old, grad_gates, grad_old);
-  }
 };
 
-struct DsuSplitTail {
-  static constexpr int gates = 3, slots = 2, output = 0, memory = 1;
+struct DsuSplitTail : GatedMemory {
+  static constexpr int slots = 2, memory = 1;
   static constexpr CellLayout layout{
-      slots,
-      gates,
-      8,
-      2,
-      {{1, {{kInput, false}}, 0, 1, 2, 3}, {1, {{output, false}}, 4, 5, 6, 7}}};
+      slots, gates, 8, 2, {{1, {{kInput, false}}, 0, 1, 2, 3}, {1, {{0, false}}, 4, 5, 6, 7}}};
+  static constexpr Activation squash = Activation::sigmoid;
 
   template <class A>
-  static void forward(const Vec<A>* gates, Vec<A> old, Vec<A>* state) {
-    state[memory] = MemoryUpdate<A>(gates, old).memory;
-    state[output] = sigmoid<A>(state[memory]);
+  static Vec<A> output(const Vec<A>*, Vec<A> squashed) {
+    return squashed;
   }
+  // Sets the gradients of output gates, if the kind has any, and returns that of `squashed`.
   template <class A>
-  static void backward(const Vec<A>* gates, Vec<A> old, const Vec<A>* grad_state,
-                       Vec<A>* grad_gates, Vec<A>& grad_old) {
-    const MemoryUpdate<A> update(gates, old);
-    const Vec<A> h = sigmoid<A>(update.memory);
-    const Vec<A> grad = grad_state[memory] + grad_state[output] * h * (A(1) - h);
-    update.backward(grad, old, grad_gates, grad_old);
+  static Vec<A> output_backward(const Vec<A>*, Vec<A>, Vec<A> grad, Vec<A>*) {
+    return grad;
   }
 };
 
@@ -118,21 +104,23 @@ void activate(Activation kind, A* u, std::int64_t count) {
   }
 }
 
-// grad <- grad * act'(u), given a = act(u).
+// Gradient of u from that of a = act(u).
+template <class A>
+inline Vec<A> activation_gradient(Activation kind, Vec<A> a, Vec<A> grad) {
+  switch (kind) {
+    case Activation::sigmoid: return grad * a * (A(1) - a);
+    case Activation::tanh: return grad * (A(1) - a * a);
+    case Activation::relu: return a <= A(0) ? Vec<A>{} : grad;
+    case Activation::identity: break;
+  }
+  return grad;
+}
+
+// The same for `count` elements in place, a multiple of the vector length.
 template <class A>
 void activate_backward(Activation kind, const A* a, A* grad, std::int64_t count) {
-  const auto apply = [&](auto&& function) {
-    for (std::int64_t i = 0; i < count; i += kLanes<A>)
-      store(grad + i, function(load(a + i), load(grad + i)));
-  };
-  switch (kind) {
-    case Activation::sigmoid:
-      return apply([](Vec<A> v, Vec<A> g) { return g * v * (A(1) - v); });
-    case Activation::tanh: return apply([](Vec<A> v, Vec<A> g) { return g * (A(1) - v * v); });
-    case Activation::relu:
-      return apply([](Vec<A> v, Vec<A> g) { return v <= A(0) ? Vec<A>{} : g; });
-    case Activation::identity: return;
-  }
+  for (std::int64_t i = 0; i < count; i += kLanes<A>)
+    store(grad + i, activation_gradient<A>(kind, load(a + i), load(grad + i)));
 }
 
 }  // namespace dla::DLA_ISA

@@ -3,10 +3,8 @@
 #include "ops/gate/op.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "common/dtype.h"
-#include "common/parallel.h"
 #include "common/simd.h"
 
 namespace dla::DLA_ISA {
@@ -167,14 +165,13 @@ void rows_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates
   });
 }
 
-// Calls body(i, T{}) for every feature i of type T on every thread. Types are checked first: an
-// exception may not leave a parallel region.
+// Calls body(i, T{}) for every feature i on every thread, T the type of all features.
 template <class Body>
 void for_features(const GateShapes& shapes, Body&& body) {
-  for (const DType dtype : shapes.dtype) with_element_type(dtype, [](auto) {});
+  with_element_type(shapes.dtype, [&](auto element) {
 #pragma omp parallel num_threads(shapes.threads)
-  for (std::size_t i = 0; i < shapes.dtype.size(); ++i)
-    with_element_type(shapes.dtype[i], [&](auto element) { body(i, element); });
+    for (std::size_t i = 0; i < shapes.area.size(); ++i) body(i, element);
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// gate: x * d, one factor per sample and channel, for a list of features. Features lie
+// gate: x * d, one factor per sample and channel, for a list of features of one type. Features lie
 // [batch, channels, area] (NCHW) or [batch, area, channels] (channels_last); factors are
 // [batch, channels] in the compute type.
 #pragma once
@@ -15,7 +15,7 @@ namespace dla {
 struct GateShapes {
   std::vector<std::int64_t> batch, channels, area;
   std::vector<int> channels_last;
-  std::vector<DType> dtype;
+  DType dtype;
   int threads;
 };
 

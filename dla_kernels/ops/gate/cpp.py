@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.cpp_common import DTYPES, address, dense, memory_format
+from dla_kernels.ops.common import dense_format, empty_features
+from dla_kernels.ops.cpp_common import DTYPES, address, dense
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
 def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::gate``."""
-    features = [dense(x, memory_format(x)) for x in features]
+    features = [dense(x, dense_format(x)) for x in features]
     gates = [d.contiguous() for d in gates]
-    outs = [torch.empty_like(x) for x in features]
+    outs = [empty_features(x) for x in features]
     module = native.load()
     module.gate_forward(
         module.GateForward(
@@ -29,10 +30,10 @@ def backward(
     grads: Sequence[Tensor], features: Sequence[Tensor], gates: Sequence[Tensor]
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::gate_backward``: of all features, then all gates."""
-    features = [dense(x, memory_format(x)) for x in features]
-    grads = [dense(g, memory_format(x)) for g, x in zip(grads, features, strict=True)]
+    features = [dense(x, dense_format(x)) for x in features]
+    grads = [dense(g, dense_format(x)) for g, x in zip(grads, features, strict=True)]
     gates = [d.contiguous() for d in gates]
-    dx = [torch.empty_like(x) for x in features]
+    dx = [empty_features(x) for x in features]
     dgates = [torch.empty_like(d) for d in gates]
     module = native.load()
     module.gate_backward(
@@ -54,7 +55,7 @@ def _inputs(features: Sequence[Tensor], gates: Sequence[Tensor]) -> dict[str, ob
         "batch": [x.shape[0] for x in features],
         "channels": [x.shape[1] for x in features],
         "area": [x.shape[2] * x.shape[3] for x in features],
-        "channels_last": [memory_format(x) is torch.channels_last for x in features],
-        "dtype": [DTYPES[x.dtype] for x in features],
+        "channels_last": [dense_format(x) is torch.channels_last for x in features],
+        "dtype": DTYPES[features[0].dtype],
         "threads": torch.get_num_threads(),
     }
