@@ -19,6 +19,10 @@ from dla_kernels import backend
 LIBRARY = torch.library.Library("dla_kernels", "DEF")
 
 Operator = torch._ops.OpOverload
+
+# Dispatch keys that matter to an op below autograd; the op makes no views and writes in no input.
+_BELOW_AUTOGRAD = _C._after_autograd_keyset.remove(_C.DispatchKey.ADInplaceOrView)
+_DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
 
 
@@ -63,7 +67,7 @@ def define(
 
     overload = _register(op, schema, run, checked_fake)
     backward = _register(f"{op}_backward", backward_schema, run_backward, backward_fake)
-    _register_autograd(op, overload, tensors, save, gradients)
+    _register_autograd(op, overload, run, tensors, save, gradients)
     return overload, backward
 
 
@@ -79,6 +83,7 @@ def _register(
 def _register_autograd(
     op: str,
     overload: Operator,
+    run: Callable[..., Any],
     tensors: int,
     save: Callable[..., None],
     gradients: Callable[..., Nested],
@@ -86,8 +91,11 @@ def _register_autograd(
     returns_list = str(overload._schema.returns[0].type) == "List[Tensor]"
 
     def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
+        remaining = keyset & _BELOW_AUTOGRAD
+        if remaining.highestPriorityTypeId() in _DEVICES:
+            return run(*args)  # what the dispatcher would call; spares converting all arguments
         with _C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & _C._after_autograd_keyset, *args)
+            return overload.redispatch(remaining, *args)
 
     def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Any) -> Any:
         results = below_autograd(keyset, args)
@@ -137,4 +145,5 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:
     """The tensor that decides on the backend: the first of a call that is there."""
-    return next(value for value in _flatten(args) if value is not None)
+    first = next(value for value in args if value is not None)
+    return first if isinstance(first, Tensor) else first[0]

@@ -219,10 +219,9 @@ def _fake_backward(
     *rest: Any,
 ) -> list[Tensor]:
     weights, needs_p = rest[:7], rest[-1]
-    nothing = state.new_empty(0)
     return [
         empty_features(x),
-        empty_features(x) if p is not None and needs_p else nothing,
+        empty_features(x) if p is not None and needs_p else state.new_empty(0),
         state.new_empty(state.shape),
         *(state.new_empty(0 if w is None else w.shape) for w in weights),
         *(w.new_empty(w.shape) for w in cell_params),

@@ -84,7 +84,7 @@ def light_attention(
 
         out, mean, var = _normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
         if drop_scale is not None:
-            out = out * drop_scale[:, None, None, None]
+            out = out * drop_scale.detach()[:, None, None, None]
         if residual:
             out = x + out
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
@@ -151,7 +151,8 @@ def _normalise(
     if norm == "none":
         return o, mean, var
     if norm == "running":
-        return batch_norm(o, mean_in, var_in, weight, bias, training=False, eps=eps), mean, var
+        constants = mean_in.detach(), var_in.detach()
+        return batch_norm(o, *constants, weight, bias, training=False, eps=eps), mean, var
     out = batch_norm(o, None, None, weight, bias, training=True, eps=eps)
     var, mean = torch.var_mean(o.detach(), dim=(0, 2, 3), correction=0)
     return out, mean, var
@@ -205,5 +206,7 @@ def backward(
     found = differentiate(function, inputs, [grad_out, grad_o, grad_state])
     if not needs_p:
         found[1] = None
-    nothing = state.new_empty(0)
-    return [nothing if g is None else dense_as(t, g) for t, g in zip(inputs, found, strict=True)]
+    return [
+        state.new_empty(0) if g is None else dense_as(t, g)
+        for t, g in zip(inputs, found, strict=True)
+    ]
