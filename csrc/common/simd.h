@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -236,14 +237,21 @@ inline void store_n(T* p, Vec<Compute<T>> v, int n) {
 
 // ---- across lanes ------------------------------------------------------------------------------
 
+template <class A>
+using LaneIndex = typename VectorOf<std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>,
+                                    kLanes<A>>::type;
+
 // Sum of the lanes, always in the same tree order.
 template <class A>
 inline A sum(Vec<A> v) {
-  A lanes[kLanes<A>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    LaneIndex<A> partner;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) partner[i] = i ^ width;
+    v += __builtin_shuffle(v, partner);
+  }
+  return v[0];
 }
 
 // In-place transpose of a square of kLanes x kLanes elements held in kLanes vectors: log2(kLanes)
@@ -251,11 +259,9 @@ inline A sum(Vec<A> v) {
 template <class A>
 inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
   constexpr int n = kLanes<A>;
-  using Index = typename VectorOf<std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>,
-                                  n>::type;
 #pragma GCC unroll 4
   for (int block = n / 2; block > 0; block /= 2) {
-    Index low, high;
+    LaneIndex<A> low, high;
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
       const bool second = (i & block) != 0;
@@ -269,6 +275,24 @@ inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
       rows[i] = __builtin_shuffle(upper, lower, low);
       rows[i + block] = __builtin_shuffle(upper, lower, high);
     }
+  }
+}
+
+// out[i] = sum of the lanes of v[i]: one transpose sums a whole block of vectors.
+template <class A>
+inline void lane_sums(const Vec<A>* v, int count, A* out) {
+  constexpr int n = kLanes<A>;
+  for (int first = 0; first < count; first += n) {
+    Vec<A> block[n];
+    const int used = count - first < n ? count - first : n;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) block[i] = i < used ? v[first + i] : Vec<A>{};
+    transpose<A>(block);
+#pragma GCC unroll 4
+    for (int width = n / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) block[i] += block[i + width];
+    store_n(out + first, block[0], used);
   }
 }
 

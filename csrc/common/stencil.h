@@ -11,18 +11,17 @@ namespace dla::DLA_ISA {
 // acc[r] += sum_ij weight[3i + j] * at[(r + i - 1, j - 1)], i and j in 0..2.
 template <int R, class A>
 inline __attribute__((always_inline)) void stencil_block(const A* at, int64_t row_stride,
-                                                         int pixel_stride, const Vec<A>* weight,
-                                                         Vec<A> (&acc)[R]) {
-#pragma GCC unroll 3
-  for (int j = 0; j < 3; ++j) {
-    const A* column = at - row_stride + (j - 1) * pixel_stride;
-    const Vec<A> above = weight[j], centre = weight[3 + j], below = weight[6 + j];
+                                                         int64_t pixel_stride,
+                                                         const Vec<A>* weight, Vec<A> (&acc)[R]) {
+  const A* left = at - row_stride - pixel_stride;
 #pragma GCC unroll 10
-    for (int r = 0; r < R + 2; ++r) {
-      const Vec<A> v = load(column + r * row_stride);
-      if (r < R) acc[r < R ? r : 0] += above * v;
-      if (r >= 1 && r <= R) acc[r >= 1 ? r - 1 : 0] += centre * v;
-      if (r >= 2) acc[r >= 2 ? r - 2 : 0] += below * v;
+  for (int r = 0; r < R + 2; ++r, left += row_stride) {
+    const Vec<A> row[3] = {load(left), load(left + pixel_stride), load(left + 2 * pixel_stride)};
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i)
+        if (r >= i && r - i < R) acc[r - i] += weight[3 * i + j] * row[j];
     }
   }
 }
@@ -30,16 +29,17 @@ inline __attribute__((always_inline)) void stencil_block(const A* at, int64_t ro
 // acc[3i + j] += sum_r g[r] * at[(r + i - 1, j - 1)].
 template <int R, class A>
 inline __attribute__((always_inline)) void correlate_block(const A* at, int64_t row_stride,
-                                                           int pixel_stride, const Vec<A> (&g)[R],
-                                                           Vec<A>* acc) {
+                                                           int64_t pixel_stride,
+                                                           const Vec<A> (&g)[R], Vec<A>* acc) {
+  const A* left = at - row_stride - pixel_stride;
 #pragma GCC unroll 10
-  for (int r = 0; r < R + 2; ++r) {
+  for (int r = 0; r < R + 2; ++r, left += row_stride) {
+    const Vec<A> row[3] = {load(left), load(left + pixel_stride), load(left + 2 * pixel_stride)};
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
-      const Vec<A> v = load(at + (r - 1) * row_stride + (j - 1) * pixel_stride);
-      if (r < R) acc[j] += g[r < R ? r : 0] * v;
-      if (r >= 1 && r <= R) acc[3 + j] += g[r >= 1 && r <= R ? r - 1 : 0] * v;
-      if (r >= 2) acc[6 + j] += g[r >= 2 ? r - 2 : 0] * v;
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i)
+        if (r >= i && r - i < R) acc[3 * i + j] += g[r - i] * row[j];
     }
   }
 }

@@ -79,28 +79,34 @@ struct Tiling {
   int64_t groups;        // groups of a sample
   int vectors;           // vectors of a row
   int tail;              // valid lanes of a row's last vector
-  int pixel_stride;      // elements between horizontal neighbours in the tile
+  int64_t pixel_stride;  // elements between horizontal neighbours in the tile
   int64_t row_stride;    // elements between vertical neighbours in the tile
   int64_t strip_rows;    // rows that are worked on at a time
+  Vec<A> tail_mask;      // 1 in the valid lanes of a row's last vector, 0 beyond
 
   explicit Tiling(const MapShape& s) {
     const double columns_filled =
         static_cast<double>(s.width) / static_cast<double>(round_up(s.width, kV));
     const double channels_filled =
         static_cast<double>(s.channels) / static_cast<double>(round_up(s.channels, kV));
-    // A transpose costs about a fifth of the work that follows it.
-    channel_lanes = s.channels_last || columns_filled < 0.8 * channels_filled;
+    // Columns of NCHW need no transpose, but rows of one vector leave too little work per plane.
+    channel_lanes = s.channels_last || 2 * s.width <= 3 * kV || columns_filled < 0.7;
+    if (channels_filled < 0.5 * columns_filled) channel_lanes = s.channels_last;
     planes = channel_lanes ? kV : 1;
     groups = ceil_div(s.channels, planes);
     vectors = static_cast<int>(channel_lanes ? s.width : ceil_div(s.width, kV));
     tail = static_cast<int>(channel_lanes ? kV : s.width - (vectors - 1) * kV);
     pixel_stride = channel_lanes ? kV : 1;
+    for (int i = 0; i < kV; ++i) tail_mask[i] = i < tail ? A(1) : A(0);
     // One pad pixel serves as right neighbour of its row and left neighbour of the next.
     row_stride = channel_lanes ? (s.width + 1) * kV : round_up(s.width + 1, kV);
     const int64_t budget = 24 * 1024 / (row_stride * static_cast<int64_t>(sizeof(A)));
     strip_rows = std::min(s.height, std::max<int64_t>(8, budget / 8 * 8));
   }
 
+  Vec<A> mask(int vector) const {
+    return vector == vectors - 1 ? tail_mask : splat(A(1));
+  }
   int lanes(const MapShape& s, int64_t group) const {
     return channel_lanes ? static_cast<int>(std::min<int64_t>(kV, s.channels - group * kV)) : 1;
   }
@@ -110,12 +116,45 @@ struct Tiling {
   }
 };
 
+// Rows [first, last) of a group of planes of sample b: what is worked on at a time.
+struct Strip {
+  int64_t b, group, first, last;
+};
+
+// Asks for cache lines a few at a time, spread through the arithmetic on other data. Without it
+// memory waits while the processor computes and the other way round: the hardware's own prefetch
+// starts anew at every plane.
+class Prefetch {
+ public:
+  // `runs` stretches of `bytes` bytes, `stride` bytes apart.
+  void aim(const char* start, int64_t runs, int64_t bytes, int64_t stride) {
+    at_ = run_ = start;
+    runs_ = runs;
+    bytes_ = bytes;
+    stride_ = stride;
+  }
+  void advance(int lines) {
+    for (; runs_ > 0 && lines > 0; --lines) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      if (at_ - run_ < bytes_) continue;
+      at_ = run_ += stride_;
+      --runs_;
+    }
+  }
+
+ private:
+  const char *at_ = nullptr, *run_ = nullptr;
+  int64_t runs_ = 0, bytes_ = 0, stride_ = 0;
+};
+
 // A tile's buffer and the map rows it holds: row r of the map starts at row(r).
 template <class A>
 struct Tile {
   A* base;
   int64_t row_stride;
   int64_t first_row;
+  Prefetch next;  // the rows that the tile will hold next
   A* row(int64_t r) const { return base + (r - first_row) * row_stride; }
 };
 
@@ -124,7 +163,7 @@ inline Tile<A> new_tile(Arena& arena, const Tiling<A>& tiling, int halo) {
   const int64_t elements = tiling.tile_elements(halo);
   A* buffer = arena.take<A>(elements);
   std::memset(buffer, 0, static_cast<std::size_t>(elements) * sizeof(A));
-  return Tile<A>{buffer + kLanes<A>, tiling.row_stride, 0};
+  return Tile<A>{buffer + kLanes<A>, tiling.row_stride, 0, {}};
 }
 
 namespace detail {
@@ -193,22 +232,29 @@ struct PixelWalk {
   }
 };
 
+// Pixel f of `lanes` planes, n pixels on, to vectors of pixels. Full blocks are kept apart: with all
+// indices constant they stay in registers.
 template <class T, class A>
 inline void load_transposed(const T* src, const MapShape& s, const Tiling<A>& t, int64_t rows,
                             int lanes, A* dst) {
   constexpr int V = kLanes<A>;
   const int64_t pixels = rows * s.width, plane = s.pixels();
   PixelWalk<A> walk(dst, s, t.row_stride);
-  Vec<A> block[V] = {};
-  for (int64_t f = 0; f < pixels; f += V) {
-    const int n = static_cast<int>(std::min<int64_t>(V, pixels - f));
-    if (lanes == V && n == V) {
+  int64_t f = 0;
+  if (lanes == V) {
+    for (; f + V <= pixels; f += V) {
+      Vec<A> block[V];
 #pragma GCC unroll 16
       for (int lane = 0; lane < V; ++lane) block[lane] = load(src + lane * plane + f);
-    } else {
-      for (int lane = 0; lane < V; ++lane)
-        block[lane] = lane < lanes ? load_n(src + lane * plane + f, n) : Vec<A>{};
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i, walk.next()) store(walk.at, block[i]);
     }
+  }
+  for (; f < pixels; f += V) {
+    const int n = static_cast<int>(std::min<int64_t>(V, pixels - f));
+    Vec<A> block[V] = {};
+    for (int lane = 0; lane < lanes; ++lane) block[lane] = load_n(src + lane * plane + f, n);
     transpose<A>(block);
     for (int i = 0; i < n; ++i, walk.next()) store(walk.at, block[i]);
   }
@@ -220,9 +266,20 @@ inline void store_transposed(const A* src, const MapShape& s, const Tiling<A>& t
   constexpr int V = kLanes<A>;
   const int64_t pixels = rows * s.width, plane = s.pixels();
   PixelWalk<const A> walk(src, s, t.row_stride);
-  Vec<A> block[V] = {};
-  for (int64_t f = 0; f < pixels; f += V) {
+  int64_t f = 0;
+  if (lanes == V) {
+    for (; f + V <= pixels; f += V) {
+      Vec<A> block[V];
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i, walk.next()) block[i] = load(walk.at);
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < V; ++lane) store(dst + lane * plane + f, block[lane]);
+    }
+  }
+  for (; f < pixels; f += V) {
     const int n = static_cast<int>(std::min<int64_t>(V, pixels - f));
+    Vec<A> block[V] = {};
     for (int i = 0; i < n; ++i, walk.next()) block[i] = load(walk.at);
     transpose<A>(block);
     for (int lane = 0; lane < lanes; ++lane) store_n(dst + lane * plane + f, block[lane], n);
@@ -231,31 +288,83 @@ inline void store_transposed(const A* src, const MapShape& s, const Tiling<A>& t
 
 }  // namespace detail
 
-// Copies map rows [first, last) of a group into the tile; rows outside the map become zeros.
-template <class T, class A>
-inline void load_rows(Tile<A>& tile, const T* feature, const MapShape& s, const Tiling<A>& t, int64_t b,
-                      int64_t group, int64_t first, int64_t last) {
+// A feature map of a type known at run time: the passes are compiled once per compute type.
+template <class Pointer>
+struct FeatureOf {
+  Pointer data = nullptr;
+  DType dtype = DType::f32;
+  explicit operator bool() const { return data != nullptr; }
+};
+using Feature = FeatureOf<const void*>;
+using OutFeature = FeatureOf<void*>;
+
+// Calls body(T{}) with T the element type, one of those computed in A.
+template <class A, class Body>
+inline void with_storage(DType dtype, const Body& body) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    body(double{});
+  } else {
+    switch (dtype) {
+      case DType::f16: return body(Half{});
+      case DType::bf16: return body(BFloat16{});
+      default: return body(float{});
+    }
+  }
+}
+
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+template <class A>
+void aim_at(Prefetch& prefetch, Feature feature, const MapShape& s, const Tiling<A>& t,
+            const Strip& strip) {
+  const int64_t size = element_size(feature.dtype), rows = strip.last - strip.first;
+  const int64_t offset = s.plane(strip.b, strip.group * t.planes) + strip.first * s.row_elements();
+  const char* start = static_cast<const char*>(feature.data) + offset * size;
+  const int64_t lanes = t.lanes(s, strip.group);
+  if (s.channels_last)
+    prefetch.aim(start, rows * s.width, lanes * size, s.channels * size);
+  else
+    prefetch.aim(start, lanes, rows * s.width * size, s.pixels() * size);
+}
+
+// Copies the rows of a strip, and `halo` rows above and below it, into the tile; rows outside the
+// map become zeros. Aims the tile's prefetch at the strip that follows.
+template <class A>
+void load_rows(Tile<A>& tile, Feature feature, const MapShape& s, const Tiling<A>& t,
+               const Strip& strip, int halo, const Strip& next) {
+  const int64_t first = strip.first - halo, last = strip.last + halo;
   tile.first_row = first;
   for (int64_t r = first; r < 0; ++r) detail::zero_row(tile.row(r), t);
   for (int64_t r = std::max(s.height, first); r < last; ++r) detail::zero_row(tile.row(r), t);
   const int64_t begin = std::max<int64_t>(0, first), rows = std::min(s.height, last) - begin;
-  const T* src = feature + s.plane(b, group * t.planes) + begin * s.row_elements();
+  const int64_t offset = s.plane(strip.b, strip.group * t.planes) + begin * s.row_elements();
+  const int lanes = t.lanes(s, strip.group);
   A* dst = tile.row(begin);
-  if (!t.channel_lanes) return detail::load_columns(src, s, t, rows, dst);
-  if (s.channels_last) return detail::load_pixels(src, s, t, rows, t.lanes(s, group), dst);
-  detail::load_transposed(src, s, t, rows, t.lanes(s, group), dst);
+  with_storage<A>(feature.dtype, [&](auto element) {
+    const auto* src = static_cast<const decltype(element)*>(feature.data) + offset;
+    if (!t.channel_lanes) return detail::load_columns(src, s, t, rows, dst);
+    if (s.channels_last) return detail::load_pixels(src, s, t, rows, lanes, dst);
+    detail::load_transposed(src, s, t, rows, lanes, dst);
+  });
+  aim_at(tile.next, feature, s, t, next);
 }
 
-// Copies rows [first, last) of the tile, all inside the map, to the feature.
-template <class T, class A>
-inline void store_rows(const Tile<A>& tile, T* feature, const MapShape& s, const Tiling<A>& t, int64_t b,
-                       int64_t group, int64_t first, int64_t last) {
-  T* dst = feature + s.plane(b, group * t.planes) + first * s.row_elements();
-  const A* src = tile.row(first);
-  const int64_t rows = last - first;
-  if (!t.channel_lanes) return detail::store_columns(src, s, t, rows, dst);
-  if (s.channels_last) return detail::store_pixels(src, s, t, rows, t.lanes(s, group), dst);
-  detail::store_transposed(src, s, t, rows, t.lanes(s, group), dst);
+// Copies the rows of a strip from the tile to the feature.
+template <class A>
+void store_rows(const Tile<A>& tile, OutFeature feature, const MapShape& s, const Tiling<A>& t,
+                const Strip& strip) {
+  const int64_t offset = s.plane(strip.b, strip.group * t.planes) + strip.first * s.row_elements();
+  const A* src = tile.row(strip.first);
+  const int64_t rows = strip.last - strip.first;
+  const int lanes = t.lanes(s, strip.group);
+  with_storage<A>(feature.dtype, [&](auto element) {
+    auto* dst = static_cast<decltype(element)*>(feature.data) + offset;
+    if (!t.channel_lanes) return detail::store_columns(src, s, t, rows, dst);
+    if (s.channels_last) return detail::store_pixels(src, s, t, rows, lanes, dst);
+    detail::store_transposed(src, s, t, rows, lanes, dst);
+  });
 }
 
 // Vector of per-channel numbers for a group: one channel in all lanes, or one channel per lane.

@@ -1,6 +1,5 @@
 #include "ops/light_attention/op.h"
 
-#include "common/dtype.h"
 #include "ops/cell/cell.h"
 #include "ops/cell/layout.h"
 #include "ops/global_pool/op.h"
@@ -30,10 +29,8 @@ class Buffers {
   A* block_;
 };
 
-template <class T>
+template <class A>
 struct Step {
-  using A = Compute<T>;
-
   const LightAttentionInputs& args;
   MapShape shape;
   Tiling<A> tiling;
@@ -53,7 +50,8 @@ struct Step {
 
   static const A* small(const void* p) { return static_cast<const A*>(p); }
   static A* small(void* p) { return static_cast<A*>(p); }
-  static const T* feature(const void* p) { return static_cast<const T*>(p); }
+  Feature feature(const void* p) const { return {p, args.dtype}; }
+  OutFeature feature(void* p) const { return {p, args.dtype}; }
 
   bool dynamic() const { return !args.cell_params.empty(); }
   int64_t slots() const {
@@ -83,14 +81,14 @@ struct Step {
   Mixture<A> mixture(const A* a, const A* d) const {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
-  MomentsPass<T> moments(PlaneTable<A> table, const void* grad_out, const void* grad_o) const {
+  MomentsPass<A> moments(PlaneTable<A> table, const void* grad_out, const void* grad_o) const {
     return {shape, tiling, feature(args.x), feature(args.p), feature(grad_out), feature(grad_o),
             small(args.v_weight), small(args.prev_weight), table};
   }
   PlaneStatistics statistics(PlaneTable<A> table, const A* a, const A* d, int64_t b,
                              int64_t c) const {
     const int64_t plane = b * shape.channels + c;
-    return {table, plane, static_cast<double>(shape.pixels()), a[plane],
+    return {table, b, c, static_cast<double>(shape.pixels()), a[plane],
             d == nullptr ? A(1) : d[plane], small(args.lam)[c]};
   }
 
@@ -131,14 +129,13 @@ struct Step {
 
 // ---- forward -----------------------------------------------------------------------------------
 
-template <class T>
-struct ForwardStep : Step<T> {
-  using typename Step<T>::A;
-  using Step<T>::shape, Step<T>::tiling, Step<T>::planes, Step<T>::small, Step<T>::feature;
+template <class A>
+struct ForwardStep : Step<A> {
+  using Step<A>::shape, Step<A>::tiling, Step<A>::planes, Step<A>::small;
 
   const LightAttentionForward& args;
 
-  explicit ForwardStep(const LightAttentionForward& args) : Step<T>(args), args(args) {}
+  explicit ForwardStep(const LightAttentionForward& args) : Step<A>(args), args(args) {}
 
   void pool(A* y, A* pooled_p) const {
     GlobalPoolForward pooling{args.x,        y,          shape.batch, shape.channels, shape.pixels(),
@@ -152,10 +149,13 @@ struct ForwardStep : Step<T> {
 
   void pool_from_sums(PlaneTable<A> table, A* y, A* pooled_p) const {
     const A scale = A(1) / static_cast<A>(shape.pixels());
-    for (int64_t i = 0; i < planes; ++i) y[i] = table.field(kX)[i] * scale;
-    if (!this->gated()) return;
-    for (int64_t i = 0; i < planes; ++i)
-      pooled_p[i] = table.field(kShiftP)[i] + table.field(kP)[i] * scale;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        const int64_t i = b * shape.channels + c;
+        y[i] = table.at(kX, b, c) * scale;
+        if (this->gated()) pooled_p[i] = table.at(kShiftP, b, c) + table.at(kP, b, c) * scale;
+      }
+    }
   }
 
   // Mean and biased variance of o over batch and space, by Chan's rule over the planes.
@@ -195,7 +195,8 @@ struct ForwardStep : Step<T> {
 
   void run() const {
     const bool batch_norm = args.norm == LightNorm::batch;
-    Buffers<A> buffers((4 + (batch_norm ? kPlaneFields : 0)) * planes);
+    const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape, tiling) : 0;
+    Buffers<A> buffers(4 * planes + table_size);
     A *a = buffers.take(planes), *d = buffers.take(planes);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
     A *y = small(args.pooled), *pooled_p = y + planes;
@@ -203,7 +204,7 @@ struct ForwardStep : Step<T> {
       d = nullptr;
       std::fill_n(pooled_p, planes, A(0));
     }
-    const PlaneTable<A> table{batch_norm ? buffers.take(kPlaneFields * planes) : nullptr, planes};
+    const PlaneTable<A> table(buffers.take(table_size), tiling);
     if (batch_norm) {
       this->moments(table, nullptr, nullptr).run(args.threads);
       pool_from_sums(table, y, pooled_p);
@@ -213,22 +214,21 @@ struct ForwardStep : Step<T> {
     this->attend(y, pooled_p, small(args.state_out), a, d);
     if (batch_norm) batch_statistics(table, a, d, small(args.mean), small(args.var));
     output_coefficients(scale, shift);
-    StencilPass<T>{shape, tiling, feature(args.x), feature(args.p), static_cast<T*>(args.out),
-                   static_cast<T*>(args.o), this->mixture(a, d), scale, shift, args.residual}
+    StencilPass<A>{shape, tiling, this->feature(args.x), this->feature(args.p),
+                   this->feature(args.out), this->feature(args.o), this->mixture(a, d), scale, shift, args.residual}
         .run(args.threads);
   }
 };
 
 // ---- backward ----------------------------------------------------------------------------------
 
-template <class T>
-struct BackwardStep : Step<T> {
-  using typename Step<T>::A;
-  using Step<T>::shape, Step<T>::tiling, Step<T>::planes, Step<T>::small, Step<T>::feature;
+template <class A>
+struct BackwardStep : Step<A> {
+  using Step<A>::shape, Step<A>::tiling, Step<A>::planes, Step<A>::small;
 
   const LightAttentionBackward& args;
 
-  explicit BackwardStep(const LightAttentionBackward& args) : Step<T>(args), args(args) {}
+  explicit BackwardStep(const LightAttentionBackward& args) : Step<A>(args), args(args) {}
 
   // o - mean of a plane has shift kappa against the plane's shifted sums.
   double kappa(const PlaneStatistics& plane, int64_t c) const {
@@ -257,8 +257,8 @@ struct BackwardStep : Step<T> {
     for (int64_t b = 0; b < shape.batch; ++b) {
       const int64_t i = b * shape.channels + c;
       const PlaneStatistics plane = this->statistics(table, a, d, b, c);
-      const double sum = table.field(kG)[i];
-      const double with_o = plane.mix(table.field(kGU)[i], table.field(kGP)[i], table.field(kGE)[i]) +
+      const double sum = table.at(kG, b, c);
+      const double with_o = plane.mix(table.at(kGU, b, c), table.at(kGP, b, c), table.at(kGE, b, c)) +
                             kappa(plane, c) * sum;
       dweight += this->drop_scale(b) * with_o;
       dbias += this->drop_scale(b) * sum;
@@ -275,19 +275,19 @@ struct BackwardStep : Step<T> {
       const PlaneStatistics s = this->statistics(table, a, d, b, c);
       const double out_scale = weight * this->drop_scale(b), k = kappa(s, c);
       // Sum over the plane of g f for f = u, p, e: from the products of f with G, o, 1 and grad_o.
-      const double g = out_scale * table.field(kG)[i] + o_scale * (s.sum() + k * pixels) +
-                       rest * pixels + table.field(kD)[i];
+      const double g = out_scale * table.at(kG, b, c) + o_scale * (s.sum() + k * pixels) +
+                       rest * pixels + table.at(kD, b, c);
       const auto product = [&](double with_g, double with_o, double alone, double with_d,
                                double shift) {
         return out_scale * with_g + o_scale * (with_o + k * alone) + rest * alone + with_d +
                shift * g;
       };
-      const double gu = product(table.field(kGU)[i], s.mix(s.uu, s.up, s.ue), s.u,
-                                table.field(kDU)[i], s.shift_u);
-      const double gp = product(table.field(kGP)[i], s.mix(s.up, s.pp, s.pe), s.p,
-                                table.field(kDP)[i], s.shift_p);
-      const double ge = product(table.field(kGE)[i], s.mix(s.ue, s.pe, s.ee), s.e,
-                                table.field(kDE)[i], s.shift_e);
+      const double gu = product(table.at(kGU, b, c), s.mix(s.uu, s.up, s.ue), s.u,
+                                table.at(kDU, b, c), s.shift_u);
+      const double gp = product(table.at(kGP, b, c), s.mix(s.up, s.pp, s.pe), s.p,
+                                table.at(kDP, b, c), s.shift_p);
+      const double ge = product(table.at(kGE, b, c), s.mix(s.ue, s.pe, s.ee), s.e,
+                                table.at(kDE, b, c), s.shift_e);
       to.out_scale[i] = static_cast<A>(out_scale);
       da[i] = static_cast<A>(gu);
       if (d != nullptr) dd[i] = static_cast<A>(s.lam * gp);
@@ -361,8 +361,9 @@ struct BackwardStep : Step<T> {
     const int64_t channels = shape.channels, slots = this->slots();
     const Units<A> units(shape, tiling);
     const int64_t partial_size = units.batch_units * 18 * channels;
-    Buffers<A> buffers((kPlaneFields + 7 + 2 * slots) * planes + 2 * channels + partial_size);
-    const PlaneTable<A> table{buffers.take(kPlaneFields * planes), planes};
+    const int64_t table_size = PlaneTable<A>::elements(shape, tiling);
+    Buffers<A> buffers(table_size + (7 + 2 * slots) * planes + 2 * channels + partial_size);
+    const PlaneTable<A> table(buffers.take(table_size), tiling);
     A *a = buffers.take(planes), *d = buffers.take(planes), *da = buffers.take(planes);
     A *dd = buffers.take(planes), *out_scale = buffers.take(planes);
     A *dy = buffers.take(2 * planes), *dpooled_p = dy + planes;
@@ -388,8 +389,9 @@ struct BackwardStep : Step<T> {
     for (int64_t i = 0; i < 2 * planes; ++i) dy[i] *= scale;
 
     const bool through_norm = args.norm == LightNorm::batch;
-    GradientsPass<T>{shape, tiling, feature(args.x), feature(args.p), feature(args.grad_out),
-                     feature(args.grad_o), static_cast<T*>(args.dx), static_cast<T*>(args.dp),
+    GradientsPass<A>{shape, tiling, this->feature(args.x), this->feature(args.p),
+                     this->feature(args.grad_out), this->feature(args.grad_o),
+                     this->feature(args.dx), this->feature(args.dp),
                      this->mixture(a, d), out_scale, through_norm ? to.o_scale : nullptr,
                      through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial}
         .run(args.threads);
@@ -400,11 +402,11 @@ struct BackwardStep : Step<T> {
 }  // namespace
 
 void light_attention_forward(const LightAttentionForward& args) {
-  with_element_type(args.dtype, [&](auto element) { ForwardStep<decltype(element)>(args).run(); });
+  args.dtype == DType::f64 ? ForwardStep<double>(args).run() : ForwardStep<float>(args).run();
 }
 
 void light_attention_backward(const LightAttentionBackward& args) {
-  with_element_type(args.dtype, [&](auto element) { BackwardStep<decltype(element)>(args).run(); });
+  args.dtype == DType::f64 ? BackwardStep<double>(args).run() : BackwardStep<float>(args).run();
 }
 
 }  // namespace dla::DLA_ISA

@@ -31,7 +31,8 @@ struct Units {
   int64_t count() const { return group_units * batch_units; }
 };
 
-// Calls body(unit, group, b) over all groups and samples of a unit.
+// Calls body(group, b, next) over all groups and samples of a unit; `next` is the first strip of
+// the planes that follow.
 template <class A, class Body>
 inline void for_planes(const Units<A>& units, const MapShape& s, const Tiling<A>& t, int64_t unit,
                        const Body& body) {
@@ -39,16 +40,29 @@ inline void for_planes(const Units<A>& units, const MapShape& s, const Tiling<A>
   const int64_t first_group = unit % units.group_units * units.groups_per_unit;
   const int64_t last_sample = std::min(s.batch, first_sample + units.samples_per_unit);
   const int64_t last_group = std::min(t.groups, first_group + units.groups_per_unit);
-  for (int64_t b = first_sample; b < last_sample; ++b)
-    for (int64_t group = first_group; group < last_group; ++group) body(group, b);
+  for (int64_t b = first_sample; b < last_sample; ++b) {
+    for (int64_t group = first_group; group < last_group; ++group) {
+      Strip next{b, group + 1, 0, t.strip_rows};
+      if (next.group == last_group) {
+        next.group = first_group;
+        next.b = std::min(b + 1, last_sample - 1);
+      }
+      body(group, b, next);
+    }
+  }
 }
 
-template <class A>
-inline Vec<A> lane_mask(const Tiling<A>& t, int vector) {
-  Vec<A> mask;
-  const int valid = vector == t.vectors - 1 ? t.tail : kLanes<A>;
-  for (int i = 0; i < kLanes<A>; ++i) mask[i] = i < valid ? A(1) : A(0);
-  return mask;
+// Calls body(strip, following) over the strips of a group of planes, top to bottom.
+template <class A, class Body>
+inline void for_strips(const MapShape& s, const Tiling<A>& t, int64_t group, int64_t b,
+                       const Strip& next_plane, const Body& body) {
+  const auto strip_at = [&](int64_t first) {
+    return Strip{b, group, first, std::min(s.height, first + t.strip_rows)};
+  };
+  for (int64_t first = 0; first < s.height; first += t.strip_rows) {
+    const Strip strip = strip_at(first);
+    body(strip, strip.last < s.height ? strip_at(strip.last) : next_plane);
+  }
 }
 
 // 3x3 filters of a group's channels: one vector per tap.
@@ -80,21 +94,32 @@ enum PlaneSum : int {
   kPlaneFields
 };
 
-// Per-plane numbers, one array [B, C] per field.
+// The numbers of all planes. Those of one group lie together, [B, groups, fields, planes of a
+// group]: with an array per field, the writes of a plane would fall on one cache set and stall the
+// stores of the next tile behind them.
 template <class A>
 struct PlaneTable {
   A* data;
-  int64_t planes;
-  A* field(int f) const { return data + f * planes; }
+  int64_t groups, planes;
+
+  PlaneTable(A* data, const Tiling<A>& t) : data(data), groups(t.groups), planes(t.planes) {}
+  static int64_t elements(const MapShape& s, const Tiling<A>& t) {
+    return s.batch * t.groups * t.planes * kPlaneFields;
+  }
+  A* record(int64_t b, int64_t group) const {
+    return data + (b * groups + group) * kPlaneFields * planes;
+  }
+  A at(int field, int64_t b, int64_t c) const {
+    return record(b, c / planes)[field * planes + c % planes];
+  }
 };
 
-template <class T>
+template <class A>
 struct MomentsPass {
-  using A = Compute<T>;
   using V = Vec<A>;
   const MapShape& shape;
   const Tiling<A>& tiling;
-  const T *x, *p, *grad_out, *grad_o;
+  Feature x, p, grad_out, grad_o;
   const A *v_weight, *prev_weight;
   PlaneTable<A> table;
 
@@ -103,57 +128,71 @@ struct MomentsPass {
   }
 
   template <int R>
-  void block(int64_t row, const Tile<A> (&tiles)[4], const V (&v_filter)[9], const V (&e_filter)[9],
+  void block(int64_t row, Tile<A> (&tiles)[4], const V (&v_filter)[9], const V (&e_filter)[9],
              const V (&shift)[3], V (&sums)[kSums]) const {
     const int64_t stride = tiling.row_stride;
     for (int k = 0; k < tiling.vectors; ++k) {
-      const V mask = lane_mask(tiling, k);
+      const V mask = tiling.mask(k);
       const A* at[4];
-      for (int f = 0; f < 4; ++f) at[f] = tiles[f].row(row) + k * kLanes<A>;
+      for (int f = 0; f < 4; ++f) {
+        at[f] = tiles[f].row(row) + k * kLanes<A>;
+        tiles[f].next.advance(R);
+      }
       V u[R] = {}, q[R] = {}, e[R] = {};
       stencil_block<R, A>(at[0], stride, tiling.pixel_stride, v_filter, u);
+      // Each sum is formed over the block's rows first: short chains of additions keep float sums
+      // over large planes accurate.
+      V first = {}, second = {}, third = {}, fourth = {};
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         u[r] = (u[r] - shift[0]) * mask;
-        sums[kX] += load(at[0] + r * stride);
-        sums[kU] += u[r];
-        sums[kUU] += u[r] * u[r];
+        first += load(at[0] + r * stride);
+        second += u[r];
+        third += u[r] * u[r];
       }
-      if (p != nullptr) {
+      sums[kX] += first, sums[kU] += second, sums[kUU] += third;
+      if (p) {
+        first = second = third = V{};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           q[r] = (load(at[1] + r * stride) - shift[1]) * mask;
-          sums[kP] += q[r];
-          sums[kPP] += q[r] * q[r];
-          sums[kUP] += u[r] * q[r];
+          first += q[r];
+          second += q[r] * q[r];
+          third += u[r] * q[r];
         }
+        sums[kP] += first, sums[kPP] += second, sums[kUP] += third;
       }
       if (prev_weight != nullptr) {
         stencil_block<R, A>(at[1], stride, tiling.pixel_stride, e_filter, e);
+        first = second = third = V{};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           e[r] = (e[r] - shift[2]) * mask;
-          sums[kE] += e[r];
-          sums[kEE] += e[r] * e[r];
-          sums[kPE] += q[r] * e[r];
-          sums[kUE] += u[r] * e[r];
+          first += e[r];
+          second += e[r] * e[r];
+          third += q[r] * e[r];
+          fourth += u[r] * e[r];
         }
+        sums[kE] += first, sums[kEE] += second, sums[kPE] += third, sums[kUE] += fourth;
       }
-      if (grad_out != nullptr) products<R>(at[2], u, q, e, sums + kG);
-      if (grad_o != nullptr) products<R>(at[3], u, q, e, sums + kD);
+      if (grad_out) products<R>(at[2], u, q, e, sums + kG);
+      if (grad_o) products<R>(at[3], u, q, e, sums + kD);
     }
   }
 
+  // Adds the sums of grad and of its products with u, p and e.
   template <int R>
   void products(const A* grad, const V (&u)[R], const V (&q)[R], const V (&e)[R], V* sums) const {
+    V alone = {}, with_u = {}, with_p = {}, with_e = {};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V g = load(grad + r * tiling.row_stride);
-      sums[0] += g;
-      sums[1] += g * u[r];
-      if (p != nullptr) sums[2] += g * q[r];
-      if (prev_weight != nullptr) sums[3] += g * e[r];
+      alone += g;
+      with_u += g * u[r];
+      with_p += g * q[r];
+      with_e += g * e[r];
     }
+    sums[0] += alone, sums[1] += with_u, sums[2] += with_p, sums[3] += with_e;
   }
 
   // Value of a feature, or of its stencil, at the middle pixel of the strip in the tile.
@@ -167,39 +206,39 @@ struct MomentsPass {
     return tiling.channel_lanes ? value[0] : splat<A>(value[0][0]);
   }
 
-  void plane(int64_t group, int64_t b, Tile<A> (&tiles)[4]) const {
-    const T* features[4] = {x, p, grad_out, grad_o};
+  void plane(int64_t group, int64_t b, const Strip& next_plane, Tile<A> (&tiles)[4]) const {
+    const Feature features[4] = {x, p, grad_out, grad_o};
     V v_filter[9], e_filter[9], shift[3] = {}, total[kSums] = {};
     load_filter(v_weight, shape, tiling, group, v_filter);
     if (prev_weight != nullptr) load_filter(prev_weight, shape, tiling, group, e_filter);
-    for (int64_t first = 0; first < shape.height; first += tiling.strip_rows) {
-      const int64_t last = std::min(shape.height, first + tiling.strip_rows);
-      for (int f = 0; f < 4; ++f) {
-        const int64_t halo = f < 2 ? 1 : 0;
-        if (features[f] != nullptr)
-          load_rows(tiles[f], features[f], shape, tiling, b, group, first - halo, last + halo);
-      }
-      if (first == 0) {
-        const int64_t middle = last / 2;
+    for_strips(shape, tiling, group, b, next_plane, [&](const Strip& strip, const Strip& next) {
+      for (int f = 0; f < 4; ++f)
+        if (features[f])
+          load_rows(tiles[f], features[f], shape, tiling, strip, f < 2 ? 1 : 0, next);
+      if (strip.first == 0) {
+        const int64_t middle = strip.last / 2;
         shift[0] = at_middle(tiles[0], middle, v_filter);
-        if (p != nullptr) shift[1] = at_middle(tiles[1], middle, nullptr);
+        if (p) shift[1] = at_middle(tiles[1], middle, nullptr);
         if (prev_weight != nullptr) shift[2] = at_middle(tiles[1], middle, e_filter);
       }
-      V strip[kSums] = {};
-      for_row_blocks(first, last, [&]<int R>(int64_t row) {
-        block<R>(row, tiles, v_filter, e_filter, shift, strip);
+      V sums[kSums] = {};
+      for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
+        block<R>(row, tiles, v_filter, e_filter, shift, sums);
       });
-      for (int f = 0; f < kSums; ++f) total[f] += strip[f];
-    }
-    const int64_t offset = b * shape.channels;
-    for (int f = 0; f < kSums; ++f)
-      store_channel_sums(table.field(f) + offset, total[f], shape, tiling, group);
-    for (int f = 0; f < 3; ++f) {
-      A* field = table.field(kShiftU + f) + offset;
-      if (tiling.channel_lanes)
-        store_channel_sums(field, shift[f], shape, tiling, group);
-      else
-        field[group] = shift[f][0];
+      for (int f = 0; f < kSums; ++f) total[f] += sums[f];
+    });
+    write(total, shift, table.record(b, group));
+  }
+
+  void write(V (&sums)[kSums], const V (&shift)[3], A* record) const {
+    if (tiling.channel_lanes) {
+      for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, sums[f]);
+      for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, shift[f]);
+    } else {
+      const int used = grad_o ? kSums : grad_out ? kD : kG;
+      lane_sums<A>(sums, used, record);
+      std::fill(record + used, record + kSums, A(0));
+      for (int f = 0; f < 3; ++f) record[kShiftU + f] = shift[f][0];
     }
   }
 
@@ -211,7 +250,7 @@ struct MomentsPass {
       Tile<A> tiles[4];
       for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
       for_planes(units, shape, tiling, unit,
-                 [&](int64_t group, int64_t b) { plane(group, b, tiles); });
+                 [&](int64_t group, int64_t b, const Strip& next) { plane(group, b, next, tiles); });
     });
   }
 };
@@ -242,14 +281,13 @@ struct Mixture {
   }
 };
 
-template <class T>
+template <class A>
 struct StencilPass {
-  using A = Compute<T>;
   using V = Vec<A>;
   const MapShape& shape;
   const Tiling<A>& tiling;
-  const T *x, *p;
-  T *out, *o;  // o may be null
+  Feature x, p;
+  OutFeature out, o;  // o may be null
   Mixture<A> mixture;
   const A *scale, *shift;  // [B, C]
   bool residual;
@@ -259,15 +297,17 @@ struct StencilPass {
   }
 
   template <int R>
-  void block(int64_t row, const Tile<A> (&tiles)[4], const V (&x_filter)[9], const V (&p_filter)[9],
+  void block(int64_t row, Tile<A> (&tiles)[4], const V (&x_filter)[9], const V (&p_filter)[9],
              V scaled, V shifted) const {
     const int64_t stride = tiling.row_stride;
     for (int k = 0; k < tiling.vectors; ++k) {
       const int64_t offset = k * kLanes<A>;
       const A* x_at = tiles[0].row(row) + offset;
+      tiles[0].next.advance(R);
+      tiles[1].next.advance(R);
       V acc[R] = {};
       stencil_block<R, A>(x_at, stride, tiling.pixel_stride, x_filter, acc);
-      if (p != nullptr)
+      if (p)
         stencil_block<R, A>(tiles[1].row(row) + offset, stride, tiling.pixel_stride, p_filter, acc);
       A* out_at = tiles[2].row(row) + offset;
       A* o_at = tiles[3].row(row) + offset;
@@ -275,54 +315,50 @@ struct StencilPass {
       for (int r = 0; r < R; ++r) {
         const V base = residual ? load(x_at + r * stride) + shifted : shifted;
         store(out_at + r * stride, scaled * acc[r] + base);
-        if (o != nullptr) store(o_at + r * stride, acc[r]);
+        if (o) store(o_at + r * stride, acc[r]);
       }
     }
   }
 
-  void plane(int64_t group, int64_t b, Tile<A> (&tiles)[4]) const {
+  void plane(int64_t group, int64_t b, const Strip& next_plane, Tile<A> (&tiles)[4]) const {
     V x_filter[9], p_filter[9];
-    mixture.filters(shape, tiling, b, group, p != nullptr, x_filter, p_filter);
+    mixture.filters(shape, tiling, b, group, static_cast<bool>(p), x_filter, p_filter);
     const V scaled = channel_vector(scale + b * shape.channels, shape, tiling, group);
     const V shifted = channel_vector(shift + b * shape.channels, shape, tiling, group);
-    for (int64_t first = 0; first < shape.height; first += tiling.strip_rows) {
-      const int64_t last = std::min(shape.height, first + tiling.strip_rows);
-      load_rows(tiles[0], x, shape, tiling, b, group, first - 1, last + 1);
-      if (p != nullptr) load_rows(tiles[1], p, shape, tiling, b, group, first - 1, last + 1);
-      tiles[2].first_row = tiles[3].first_row = first;
-      for_row_blocks(first, last, [&]<int R>(int64_t row) {
+    for_strips(shape, tiling, group, b, next_plane, [&](const Strip& strip, const Strip& next) {
+      load_rows(tiles[0], x, shape, tiling, strip, 1, next);
+      if (p) load_rows(tiles[1], p, shape, tiling, strip, 1, next);
+      tiles[2].first_row = tiles[3].first_row = strip.first;
+      for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
         block<R>(row, tiles, x_filter, p_filter, scaled, shifted);
       });
-      store_rows(tiles[2], out, shape, tiling, b, group, first, last);
-      if (o != nullptr) store_rows(tiles[3], o, shape, tiling, b, group, first, last);
-    }
+      store_rows(tiles[2], out, shape, tiling, strip);
+      if (o) store_rows(tiles[3], o, shape, tiling, strip);
+    });
   }
 
   void run(int threads) const {
     const Units<A> units(shape, tiling);
-    parallel_for(threads, units.count(), [&](int64_t unit) { run_unit(units, unit); });
-  }
-
-  void run_unit(const Units<A>& units, int64_t unit) const {
-    thread_local Arena arena;
-    arena.reserve(scratch_bytes(tiling));
-    Tile<A> tiles[4];
-    for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
-    for_planes(units, shape, tiling, unit,
-               [&](int64_t group, int64_t b) { plane(group, b, tiles); });
+    parallel_for(threads, units.count(), [&](int64_t unit) {
+      thread_local Arena arena;
+      arena.reserve(scratch_bytes(tiling));
+      Tile<A> tiles[4];
+      for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
+      for_planes(units, shape, tiling, unit,
+                 [&](int64_t group, int64_t b, const Strip& next) { plane(group, b, next, tiles); });
+    });
   }
 };
 
 // ---- gradients ---------------------------------------------------------------------------------
 
-template <class T>
+template <class A>
 struct GradientsPass {
-  using A = Compute<T>;
   using V = Vec<A>;
   const MapShape& shape;
   const Tiling<A>& tiling;
-  const T *x, *p, *grad_out, *grad_o;
-  T *dx, *dp;  // dp may be null
+  Feature x, p, grad_out, grad_o;
+  OutFeature dx, dp;  // dp may be null
   Mixture<A> mixture;
   // g = out_scale grad_out + o_scale o + offset + grad_o; o_scale and offset are null where g does
   // not depend on o.
@@ -350,7 +386,7 @@ struct GradientsPass {
     };
     const int64_t row = b * shape.channels;
     Plane c;
-    mixture.filters(shape, tiling, b, group, p != nullptr, c.x_filter, c.p_filter);
+    mixture.filters(shape, tiling, b, group, static_cast<bool>(p), c.x_filter, c.p_filter);
     c.a = vector(mixture.a + row);
     c.out_scale = vector(out_scale + row);
     c.o_scale = vector(o_scale);
@@ -362,26 +398,27 @@ struct GradientsPass {
 
   // g of rows [row, row + R), into its tile.
   template <int R>
-  void form_g(int64_t row, const Tile<A> (&tiles)[kTiles], const Plane& c) const {
+  void form_g(int64_t row, Tile<A> (&tiles)[kTiles], const Plane& c) const {
     const int64_t stride = tiling.row_stride;
     for (int k = 0; k < tiling.vectors; ++k) {
       const int64_t at = k * kLanes<A>;
+      for (Tile<A>& tile : tiles) tile.next.advance(R);
       V g[R] = {};
       if (o_scale != nullptr) {
-        const V mask = lane_mask(tiling, k);
+        const V mask = tiling.mask(k);
         stencil_block<R, A>(tiles[kTileX].row(row) + at, stride, tiling.pixel_stride, c.x_filter, g);
-        if (p != nullptr)
+        if (p)
           stencil_block<R, A>(tiles[kTileP].row(row) + at, stride, tiling.pixel_stride, c.p_filter,
                               g);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) g[r] = (c.o_scale * g[r] + c.offset) * mask;
       }
-      if (grad_out != nullptr) {
+      if (grad_out) {
         const A* from = tiles[kTileOut].row(row) + at;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) g[r] += c.out_scale * load(from + r * stride);
       }
-      if (grad_o != nullptr) {
+      if (grad_o) {
         const A* from = tiles[kTileO].row(row) + at;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) g[r] += load(from + r * stride);
@@ -429,49 +466,46 @@ struct GradientsPass {
     }
   }
 
-  void spread_rows(int64_t first, int64_t last, const Tile<A> (&tiles)[kTiles],
-                   const V (&filter)[9], V offset, bool add_out, const Tile<A>& result) const {
+  void spread_rows(const Strip& strip, const Tile<A> (&tiles)[kTiles], const V (&filter)[9],
+                   V offset, bool add_out, const Tile<A>& result) const {
     V flipped[9];
     std::reverse_copy(filter, filter + 9, flipped);
-    for_row_blocks(first, last, [&]<int R>(int64_t row) {
+    for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
       spread<R>(row, tiles, flipped, offset, add_out, result);
     });
   }
 
-  void load_strip(Tile<A> (&tiles)[kTiles], int64_t group, int64_t b, int64_t first,
-                  int64_t last) const {
-    const T* features[4] = {x, p, grad_out, grad_o};
-    for (int f = 0; f < 4; ++f) {
-      const int64_t halo = f < kTileOut ? 2 : 1;
-      if (features[f] != nullptr)
-        load_rows(tiles[f], features[f], shape, tiling, b, group, first - halo, last + halo);
-    }
+  // g of a strip and one row above and below it, zero outside the map.
+  void form_g_rows(const Strip& strip, Tile<A> (&tiles)[kTiles], const Plane& c) const {
+    Tile<A>& g = tiles[kTileG];
+    g.first_row = strip.first - 1;
+    if (strip.first == 0) detail::zero_row(g.row(-1), tiling);
+    if (strip.last == shape.height) detail::zero_row(g.row(strip.last), tiling);
+    for_row_blocks(std::max<int64_t>(0, strip.first - 1), std::min(shape.height, strip.last + 1),
+                   [&]<int R>(int64_t row) { form_g<R>(row, tiles, c); });
   }
 
-  void plane(int64_t group, int64_t b, Tile<A> (&tiles)[kTiles], V* weight_sums) const {
+  void plane(int64_t group, int64_t b, const Strip& next_plane, Tile<A> (&tiles)[kTiles],
+             V* weight_sums) const {
+    const Feature features[4] = {x, p, grad_out, grad_o};
     const Plane c = plane_of(group, b);
     V x_sums[9] = {}, p_sums[9] = {};
-    for (int64_t first = 0; first < shape.height; first += tiling.strip_rows) {
-      const int64_t last = std::min(shape.height, first + tiling.strip_rows);
-      load_strip(tiles, group, b, first, last);
-      Tile<A>& g = tiles[kTileG];
-      g.first_row = first - 1;
-      if (first == 0) detail::zero_row(g.row(-1), tiling);
-      if (last == shape.height) detail::zero_row(g.row(last), tiling);
-      for_row_blocks(std::max<int64_t>(0, first - 1), std::min(shape.height, last + 1),
-                     [&]<int R>(int64_t row) { form_g<R>(row, tiles, c); });
-      for_row_blocks(first, last, [&]<int R>(int64_t row) {
-        correlate<R>(row, g, tiles[kTileX], x_sums);
-        if (p != nullptr) correlate<R>(row, g, tiles[kTileP], p_sums);
+    for_strips(shape, tiling, group, b, next_plane, [&](const Strip& strip, const Strip& next) {
+      for (int f = 0; f < 4; ++f)
+        if (features[f])
+          load_rows(tiles[f], features[f], shape, tiling, strip, f < kTileOut ? 2 : 1, next);
+      form_g_rows(strip, tiles, c);
+      for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
+        correlate<R>(row, tiles[kTileG], tiles[kTileX], x_sums);
+        if (p) correlate<R>(row, tiles[kTileG], tiles[kTileP], p_sums);
       });
-      spread_rows(first, last, tiles, c.x_filter, c.x_offset, residual && grad_out != nullptr,
-                  tiles[kTileX]);
-      store_rows(tiles[kTileX], dx, shape, tiling, b, group, first, last);
-      if (dp != nullptr) {
-        spread_rows(first, last, tiles, c.p_filter, c.p_offset, false, tiles[kTileP]);
-        store_rows(tiles[kTileP], dp, shape, tiling, b, group, first, last);
+      spread_rows(strip, tiles, c.x_filter, c.x_offset, residual && grad_out, tiles[kTileX]);
+      store_rows(tiles[kTileX], dx, shape, tiling, strip);
+      if (dp) {
+        spread_rows(strip, tiles, c.p_filter, c.p_offset, false, tiles[kTileP]);
+        store_rows(tiles[kTileP], dp, shape, tiling, strip);
       }
-    }
+    });
     for (int tap = 0; tap < 9; ++tap) {
       weight_sums[tap] += c.a * x_sums[tap];
       weight_sums[9 + tap] += p_sums[tap];
@@ -488,8 +522,8 @@ struct GradientsPass {
       V* sums = arena.take<V>(18 * units.groups_per_unit);
       std::fill_n(sums, 18 * units.groups_per_unit, V{});
       const int64_t first_group = unit % units.group_units * units.groups_per_unit;
-      for_planes(units, shape, tiling, unit, [&](int64_t group, int64_t b) {
-        plane(group, b, tiles, sums + 18 * (group - first_group));
+      for_planes(units, shape, tiling, unit, [&](int64_t group, int64_t b, const Strip& next) {
+        plane(group, b, next, tiles, sums + 18 * (group - first_group));
       });
       A* rows = partial + unit / units.group_units * 18 * shape.channels;
       const int64_t last_group = std::min(tiling.groups, first_group + units.groups_per_unit);

@@ -80,13 +80,12 @@ struct PlaneStatistics {
   double u, p, e, uu, pp, ee, up, ue, pe, shift_u, shift_p, shift_e;
 
   template <class A>
-  PlaneStatistics(const PlaneTable<A>& t, int64_t plane, double pixels, A a, A d, A lam)
+  PlaneStatistics(const PlaneTable<A>& t, int64_t b, int64_t c, double pixels, A a, A d, A lam)
       : n(pixels), a(a), lam_d(static_cast<double>(lam) * d), lam(lam),
-        u(t.field(kU)[plane]), p(t.field(kP)[plane]), e(t.field(kE)[plane]),
-        uu(t.field(kUU)[plane]), pp(t.field(kPP)[plane]), ee(t.field(kEE)[plane]),
-        up(t.field(kUP)[plane]), ue(t.field(kUE)[plane]), pe(t.field(kPE)[plane]),
-        shift_u(t.field(kShiftU)[plane]), shift_p(t.field(kShiftP)[plane]),
-        shift_e(t.field(kShiftE)[plane]) {}
+        u(t.at(kU, b, c)), p(t.at(kP, b, c)), e(t.at(kE, b, c)),
+        uu(t.at(kUU, b, c)), pp(t.at(kPP, b, c)), ee(t.at(kEE, b, c)),
+        up(t.at(kUP, b, c)), ue(t.at(kUE, b, c)), pe(t.at(kPE, b, c)),
+        shift_u(t.at(kShiftU, b, c)), shift_p(t.at(kShiftP, b, c)), shift_e(t.at(kShiftE, b, c)) {}
 
   double mix(double of_u, double of_p, double of_e) const {
     return a * of_u + lam_d * of_p + lam * of_e;
