@@ -53,9 +53,6 @@ inline void for_row_blocks(int64_t first, int64_t last, const Block& block) {
     if (left >= 8) {
       block.template operator()<8>(row);
       row += 8;
-    } else if (left == 7) {
-      block.template operator()<7>(row);
-      row += 7;
     } else if (left >= 4) {
       block.template operator()<4>(row);
       row += 4;

@@ -396,13 +396,16 @@ struct GradientsPass {
     return c;
   }
 
+  // Every sweep over the strip prefetches one of the next strip's features, so that memory is
+  // evenly busy.
+
   // g of rows [row, row + R), into its tile.
   template <int R>
   void form_g(int64_t row, Tile<A> (&tiles)[kTiles], const Plane& c) const {
     const int64_t stride = tiling.row_stride;
     for (int k = 0; k < tiling.vectors; ++k) {
       const int64_t at = k * kLanes<A>;
-      for (Tile<A>& tile : tiles) tile.next.advance(R);
+      tiles[kTileX].next.advance(R);
       V g[R] = {};
       if (o_scale != nullptr) {
         const V mask = tiling.mask(k);
@@ -431,11 +434,13 @@ struct GradientsPass {
 
   // Adds the correlations of g with a feature over rows [row, row + R).
   template <int R>
-  void correlate(int64_t row, const Tile<A>& g_tile, const Tile<A>& feature, V (&sums)[9]) const {
+  void correlate(int64_t row, const Tile<A>& g_tile, const Tile<A>& feature, Prefetch& prefetch,
+                 V (&sums)[9]) const {
     V acc[9];
     std::copy(sums, sums + 9, acc);
     for (int k = 0; k < tiling.vectors; ++k) {
       const int64_t at = k * kLanes<A>;
+      prefetch.advance(R);
       V g[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) g[r] = load(g_tile.row(row) + at + r * tiling.row_stride);
@@ -446,11 +451,12 @@ struct GradientsPass {
 
   // Gradient of a feature over rows [row, row + R), in place of the feature itself.
   template <int R>
-  void spread(int64_t row, const Tile<A> (&tiles)[kTiles], const V (&flipped)[9], V offset,
+  void spread(int64_t row, Tile<A> (&tiles)[kTiles], const V (&flipped)[9], V offset,
               bool add_out, const Tile<A>& result) const {
     const int64_t stride = tiling.row_stride;
     for (int k = 0; k < tiling.vectors; ++k) {
       const int64_t at = k * kLanes<A>;
+      tiles[kTileO].next.advance(R);
       V acc[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r] = offset;
@@ -466,7 +472,7 @@ struct GradientsPass {
     }
   }
 
-  void spread_rows(const Strip& strip, const Tile<A> (&tiles)[kTiles], const V (&filter)[9],
+  void spread_rows(const Strip& strip, Tile<A> (&tiles)[kTiles], const V (&filter)[9],
                    V offset, bool add_out, const Tile<A>& result) const {
     V flipped[9];
     std::reverse_copy(filter, filter + 9, flipped);
@@ -496,8 +502,8 @@ struct GradientsPass {
           load_rows(tiles[f], features[f], shape, tiling, strip, f < kTileOut ? 2 : 1, next);
       form_g_rows(strip, tiles, c);
       for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
-        correlate<R>(row, tiles[kTileG], tiles[kTileX], x_sums);
-        if (p) correlate<R>(row, tiles[kTileG], tiles[kTileP], p_sums);
+        correlate<R>(row, tiles[kTileG], tiles[kTileX], tiles[kTileP].next, x_sums);
+        if (p) correlate<R>(row, tiles[kTileG], tiles[kTileP], tiles[kTileOut].next, p_sums);
       });
       spread_rows(strip, tiles, c.x_filter, c.x_offset, residual && grad_out, tiles[kTileX]);
       store_rows(tiles[kTileX], dx, shape, tiling, strip);
