@@ -60,9 +60,10 @@ def backends(op: str) -> list[Any]:
     ]
 
 
-def each_backend(op: str) -> pytest.MarkDecorator:
-    """Parametrizes a test with ``backend``."""
-    return pytest.mark.parametrize("backend", backends(op))
+def each_backend(op: str, but: str = "") -> pytest.MarkDecorator:
+    """Parametrizes a test with ``backend``, leaving one out."""
+    chosen = [parameter for parameter in backends(op) if parameter.values[0] != but]
+    return pytest.mark.parametrize("backend", chosen)
 
 
 def reference(op: str) -> Callable[..., Any]:

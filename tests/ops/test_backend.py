@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import re
 import threading
 from pathlib import Path
 
+import _dla_native
 import pytest
 import torch
 
@@ -163,14 +165,17 @@ def test_fallback_warns_without_logging_being_set_up() -> None:
 
 @pytest.mark.parametrize("where", ["repository", "elsewhere"])
 def test_report(where: str, tmp_path: Path) -> None:
-    """python -m dla_kernels: versions, backends per op, SIMD level, threads, a self-check."""
+    """python -m dla_kernels: versions, backends per op (and how they fare), SIMD, threads."""
     done = python(["-m", "dla_kernels"], cwd=ROOT if where == "repository" else tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     for word in (torch.__version__, dla_kernels.__version__, *op_names(), "cpp", "reference"):
         assert word in said, f"does not say {word}:\n{said}"
-    for word in ("simd", "threads", "self-check"):
-        assert word in said.lower(), f"does not say {word}:\n{said}"
+    assert re.search(rf"SIMD.*{_dla_native.simd_level()}", said), said
+    assert re.search(rf"threads\s+{torch.get_num_threads()}", said), said
+    for op in op_names():  # the self-check of both backends
+        row = next(line for line in said.splitlines() if re.search(rf"\b{op}\b", line))
+        assert row.count("ok") == 2, f"{op}: {row}"
 
 
 def test_report_without_the_extension() -> None:

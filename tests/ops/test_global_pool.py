@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -115,6 +116,23 @@ def test_half_sums_beyond_the_range_of_half(backend: str) -> None:
     with use_backend(backend):
         got = dla_kernels.global_pool(x)
     assert_close(got, x.double().mean((2, 3)), dtype=torch.float32)
+
+
+@each_backend("global_pool", but="reference")  # takes minutes: nothing of it is ours
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_more_elements_than_32_bits_count(backend: str, layout: str) -> None:
+    """Memory that was never written costs nothing: the operating system maps pages of zeros."""
+    size, channels = (4100, 4100), 64
+    values = torch.from_numpy(np.zeros(2 * channels * size[0] * size[1], dtype=np.int16))
+    values = values.view(torch.bfloat16)
+    assert values.numel() > 2**31
+    shape = (2, *size, channels) if layout == "nhwc" else (2, channels, *size)
+    x = values.view(shape).permute(0, 3, 1, 2) if layout == "nhwc" else values.view(shape)
+    x[1, -1, -1, -1] = x[1, 0, 0, 0] = 3e7
+    want = torch.zeros(2, channels)
+    want[1, -1] = want[1, 0] = x[1, 0, 0, 0].item() / (size[0] * size[1])
+    with use_backend(backend):
+        assert_close(dla_kernels.global_pool(x), want)
 
 
 BAD = {
