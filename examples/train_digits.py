@@ -34,7 +34,8 @@ def load_digits() -> tuple[Split, Split]:
     data = load()
     images = torch.from_numpy(data.images).float().unsqueeze(1)
     images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
-    images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1).contiguous()
+    images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1)
+    images = images.contiguous(memory_format=torch.channels_last)  # CPUs convolve faster so
     labels = torch.from_numpy(data.target).long()
     held_out = torch.arange(len(labels)) % 4 == 0
     return Split(images[~held_out], labels[~held_out]), Split(images[held_out], labels[held_out])
@@ -78,7 +79,7 @@ def run(name: str, *, steps: int, batch: int, lr: float, seed: int, **options: s
     """Train a fresh model and return its held-out accuracy. ``options`` go to create_model."""
     torch.manual_seed(seed)
     training, held_out = load_digits()
-    model = create_model(name, num_classes=10, **options)
+    model = create_model(name, num_classes=10, **options).to(memory_format=torch.channels_last)
     train(model, training, steps=steps, batch=batch, lr=lr, seed=seed)
     return accuracy(model, held_out)
 
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--spec", choices=["paper", "official"], help="not for plain models")
     parser.add_argument("--unfused", action="store_true", help="plain PyTorch layers")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

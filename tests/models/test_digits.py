@@ -23,7 +23,7 @@ def example() -> ModuleType:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_digits(fused: bool, record_property: pytest.RecordProperty) -> None:
     accuracy = example().run(
-        "resnet20_dla_l", steps=200, batch=32, lr=0.1, seed=0, spec="official", fused=fused
+        "resnet20_dla_l", steps=200, batch=24, lr=0.1, seed=0, spec="official", fused=fused
     )
     record_property("accuracy", accuracy)
     print(f"held-out accuracy {accuracy:.2%}")
