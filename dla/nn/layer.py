@@ -11,7 +11,7 @@ from dla.nn.cells import ACTIVATIONS, CELLS, INITIAL_STATES, Cell
 from dla.nn.checks import one_of, positive_int
 from dla.nn.drop import DropPath
 from dla.nn.state import DLAState, check_state
-from dla_kernels.ops.common import FEATURE_DTYPES, compute_dtype, describe
+from dla_kernels.ops.common import FEATURE_DTYPES, compute_dtype, describe, under_autocast
 from dla_kernels.ops.light_attention import reference
 
 VARIANTS = ("light",)
@@ -317,7 +317,7 @@ class DLALayer(nn.Module):
             raise ValueError(
                 f"x: expected it on {lam.device} with the layer's parameters, got {describe(x)}"
             )
-        if x.dtype != lam.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != lam.dtype and not under_autocast(x):
             raise TypeError(
                 f"x: expected {lam.dtype} as the layer's parameters are (or autocast), "
                 f"got {describe(x)}"
@@ -336,7 +336,7 @@ class DLALayer(nn.Module):
             prev = state.output
         if not isinstance(prev, Tensor):
             raise TypeError(f"prev: expected a Tensor or None, got {type(prev).__name__}")
-        if torch.is_autocast_enabled(x.device.type) and prev.is_floating_point():
+        if prev.dtype != x.dtype and prev.is_floating_point() and under_autocast(x):
             prev = prev.to(x.dtype)
         if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Small rules shared by all ops: precision, memory format, wording of errors."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,15 @@ def compute_dtype(feature_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if feature_dtype == torch.float64 else torch.float32
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Context in which autocast leaves the reference formulas in their own precision."""
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(x.device.type, enabled=False) if under_autocast(x) else nullcontext()
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; the meta device, for one, has none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def dense_format(x: Tensor) -> torch.memory_format:
