@@ -116,6 +116,12 @@ def assert_gradients_close(
         want = torch.zeros_like(got) if want is None else want
         dtype = dtypes[name] if dtypes and actual[name] is not None else got.dtype
         assert_close(
-            got, want, name=f"gradient of {name}", gradient=True, scale=scale,
-            dtype=dtype, case=case, table=table,
+            got,
+            want,
+            name=f"gradient of {name}",
+            gradient=True,
+            scale=scale,
+            dtype=dtype,
+            case=case,
+            table=table,
         )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 
-from dla_kernels.ops.common import dense_format
+from dla_kernels.ops.common import dense_format, without_autocast
 
 
 def dense_as(x: Tensor, result: Tensor) -> Tensor:
@@ -24,9 +24,12 @@ def differentiate(
     Returns:
         One per input: zeros where nothing arrives, None for an input of None.
     """
-    # Operators run below autograd's level of the dispatcher: let this one see it again.
+    # Operators run below autograd's level of the dispatcher: let this one see it again. Products in
+    # backward passes follow the autocast state of the moment, so that is off as in the forward.
+    device_of = next(t for t in inputs if t is not None)
     with (
         torch.enable_grad(),
+        without_autocast(device_of),
         _C._SetExcludeDispatchKeyGuard(_C.DispatchKey.AutogradFunctionality, False),
     ):
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]

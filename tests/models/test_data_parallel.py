@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tolerances import MODELS, assert_gradients_close
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dla.models import create_model
+from tolerances import MODELS, assert_gradients_close
 
 WORLD = 2
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerances import MODELS, assert_close, assert_gradients_close
 from torch import Tensor, nn
 
 from dla.models import CifarResNet, create_model, list_models, register_variant
 from dla.models.registry import VARIANTS
+from tolerances import MODELS, assert_close, assert_gradients_close
 
 OFFICIAL = {"spec": "official"}
 # Design section 7: parameters for (CIFAR-10, CIFAR-100).

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import FLOOR, MODELS, assert_close
 from torch import Tensor, nn
 
 from dla.models import create_model, load_official
 from dla.models.registry import VARIANTS
+from tolerances import FLOOR, MODELS, assert_close
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VARIANT_OPTIONS = {"dla_l": {"spec": "official"}, "mrla_l": {"spec": "official"}}

@@ -60,8 +60,8 @@ class Case:
         """Whether the op is defined for this combination."""
         batch, channels, height, width = self.shape
         statistics_exist = self.norm != "batch" or batch * height * width > 1
-        return channels % self.head_dim == 0 and statistics_exist and (
-            self.has_p or not self.has_prev
+        return (
+            channels % self.head_dim == 0 and statistics_exist and (self.has_p or not self.has_prev)
         )
 
     def flags(self) -> dict[str, Any]:

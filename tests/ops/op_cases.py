@@ -280,7 +280,8 @@ def covering(
 
     numbered = [[(name, i) for i in range(len(values))] for name, values in axes.items()]
     missing = {
-        pair for one, two in itertools.combinations(numbered, 2)
+        pair
+        for one, two in itertools.combinations(numbered, 2)
         for pair in itertools.product(one, two)
     }
     cases = []
@@ -318,6 +319,10 @@ def python(
     """Runs ``python -c code`` or ``python *args`` in a fresh process and returns what it said."""
     args = ["-c", code_or_args] if isinstance(code_or_args, str) else list(code_or_args)
     return subprocess.run(
-        [sys.executable, *args], env={**os.environ, **(env or {})}, cwd=cwd,
-        capture_output=True, text=True, timeout=600,
+        [sys.executable, *args],
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )

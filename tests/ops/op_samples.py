@@ -67,9 +67,7 @@ def gate(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generat
 
     like = {"generator": generator, "dtype": compute_dtype(dtype)}
     gates = [random_small(*s[:2], **like) for s in shapes]
-    return Call(
-        dla_kernels.gate, {"features": maps(), "gates": gates}, dict(enumerate(maps())), {}
-    )
+    return Call(dla_kernels.gate, {"features": maps(), "gates": gates}, dict(enumerate(maps())), {})
 
 
 def light_attention(**changes: Any) -> Make:
@@ -81,8 +79,11 @@ def light_attention(**changes: Any) -> Make:
             x_layout=layout, p_layout=layout, grad_layout=layout,
         ).with_(**changes)  # fmt: skip
         return Call(
-            dla_kernels.light_attention, case.inputs(generator), case.cotangents(generator),
-            case.flags(), CONSTANT,
+            dla_kernels.light_attention,
+            case.inputs(generator),
+            case.cotangents(generator),
+            case.flags(),
+            CONSTANT,
         )
 
     return make

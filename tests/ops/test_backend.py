@@ -51,9 +51,7 @@ def serving(op: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @EACH_OP
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_explicit_choice_is_obeyed(
-    op: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explicit_choice_is_obeyed(op: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = serving(op, monkeypatch)
     with use_backend(backend):
         call(op)
@@ -181,8 +179,6 @@ def test_report(where: str, tmp_path: Path) -> None:
 def test_report_without_the_extension() -> None:
     """The report is what a user runs when something is wrong: it must not fail then."""
     run = "import runpy; sys.argv[:] = ['dla_kernels']; "
-    done = python(
-        WITHOUT_EXTENSION + run + "runpy.run_module('dla_kernels', run_name='__main__')"
-    )
+    done = python(WITHOUT_EXTENSION + run + "runpy.run_module('dla_kernels', run_name='__main__')")
     assert "Traceback" not in done.stderr
     assert "_dla_native" in done.stdout and "pip install" in done.stdout, done.stdout

@@ -63,8 +63,14 @@ def check(
         "params": cell_params(kind, channels, hidden, generator, dtype=dtype),
     }
     outputs, _ = compare(
-        "cell", backend, inputs, {0: strided(*state, **like)}, case=dtype,
-        wants=wants, kind=kind, activation=activation,
+        "cell",
+        backend,
+        inputs,
+        {0: strided(*state, **like)},
+        case=dtype,
+        wants=wants,
+        kind=kind,
+        activation=activation,
     )
     assert outputs[0].dtype == dtype
 
@@ -100,8 +106,9 @@ def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch
         "params": cell_params(kind, 8, 4, **like),
     }
     cotangents = {0: random_small(SLOTS[kind], 3, 8, **like)}
-    compare("cell", backend, inputs, cotangents, case=torch.float32,
-            kind=kind, activation="sigmoid")
+    compare(
+        "cell", backend, inputs, cotangents, case=torch.float32, kind=kind, activation="sigmoid"
+    )
 
 
 @each_backend("cell")
@@ -115,8 +122,15 @@ def test_gradient_at_one_slot_only(backend: str, slot: int, generator: torch.Gen
     }
     grad = torch.zeros(2, 2, 6, dtype=torch.float64)
     grad[slot] = random_small(2, 6, generator=generator)
-    compare("cell", backend, inputs, {0: grad}, case=torch.float64,
-            kind="dsu_split", activation="sigmoid")
+    compare(
+        "cell",
+        backend,
+        inputs,
+        {0: grad},
+        case=torch.float64,
+        kind="dsu_split",
+        activation="sigmoid",
+    )
 
 
 @each_backend("cell")
@@ -129,8 +143,9 @@ def test_zero_state(backend: str, activation: str, generator: torch.Generator) -
         "params": cell_params("dsu", 6, 3, generator, dtype=torch.float64),
     }
     grad = random_small(1, 2, 6, generator=generator)
-    compare("cell", backend, inputs, {0: grad}, case=torch.float64,
-            kind="dsu", activation=activation)
+    compare(
+        "cell", backend, inputs, {0: grad}, case=torch.float64, kind="dsu", activation=activation
+    )
 
 
 def arguments(of: str = "dsu_split", **changes: Any) -> tuple[Any, ...]:

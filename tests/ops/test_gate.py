@@ -66,8 +66,12 @@ def check(
         i: feature(shape, dtype, grad, generator=generator) for i, shape in enumerate(shapes)
     }
     outputs, gradients = compare(
-        "gate", backend, {"features": features, "gates": gates}, cotangents,
-        case=dtype, wants=wants,
+        "gate",
+        backend,
+        {"features": features, "gates": gates},
+        cotangents,
+        case=dtype,
+        wants=wants,
     )
     for i, (out, name) in enumerate(zip(outputs, layouts, strict=True)):
         assert out.dtype == dtype
@@ -110,7 +114,10 @@ def test_transposed_and_expanded_gates(
     ]
     cotangents = dict(enumerate(features[::-1]))
     compare(
-        "gate", backend, {"features": features, "gates": gates}, cotangents,
+        "gate",
+        backend,
+        {"features": features, "gates": gates},
+        cotangents,
         case=torch.float32,
     )
 
@@ -131,8 +138,11 @@ def test_one_output_unused(backend: str, generator: torch.Generator) -> None:
     features = [feature((2, 3, 4, 4), torch.float32, "nchw", generator=generator) for _ in range(2)]
     gates = [random_small(2, 3, generator=generator, dtype=torch.float32) for _ in range(2)]
     compare(
-        "gate", backend, {"features": features, "gates": gates},
-        {1: features[0]}, case=torch.float32,
+        "gate",
+        backend,
+        {"features": features, "gates": gates},
+        {1: features[0]},
+        case=torch.float32,
     )
 
 

@@ -65,9 +65,7 @@ def check(
     generator = torch.Generator().manual_seed(batch + 10 * channels + 1000 * size[1])
     x = feature((batch, channels, *size), dtype, layout, generator=generator)
     cotangent = gradient(batch, channels, grad, compute_dtype(dtype), generator)
-    outputs, gradients = compare(
-        "global_pool", backend, {"x": x}, {0: cotangent}, case=dtype
-    )
+    outputs, gradients = compare("global_pool", backend, {"x": x}, {0: cotangent}, case=dtype)
     assert outputs[0].dtype == compute_dtype(dtype)
     assert_dense(gradients["x"], layout, "gradient of x")
 

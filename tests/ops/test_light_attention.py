@@ -105,8 +105,15 @@ def check(backend: str, case: Case) -> None:
     inputs = case.inputs(generator)
     cotangents = case.cotangents(generator)
     outputs, gradients = compare(
-        "light_attention", backend, inputs, cotangents,
-        case=case.dtype, names=OUTPUTS, key=case, constant=CONSTANT, wants=case.wants,
+        "light_attention",
+        backend,
+        inputs,
+        cotangents,
+        case=case.dtype,
+        names=OUTPUTS,
+        key=case,
+        constant=CONSTANT,
+        wants=case.wants,
         **case.flags(),
     )
     named = dict(zip(OUTPUTS, outputs, strict=True))
@@ -163,8 +170,14 @@ def preset_case(preset: str, where: Any, dtype: torch.dtype, layouts: tuple[str,
     x, p, grad = layouts
     shape, head_dim, kernel, hidden = where
     return Case(**changes).with_(
-        shape=shape, head_dim=head_dim, kernel=kernel, hidden=hidden, dtype=dtype,
-        x_layout=x, p_layout=p, grad_layout=grad,
+        shape=shape,
+        head_dim=head_dim,
+        kernel=kernel,
+        hidden=hidden,
+        dtype=dtype,
+        x_layout=x,
+        p_layout=p,
+        grad_layout=grad,
     )
 
 
@@ -302,8 +315,13 @@ def test_saturated_scores(backend: str, generator: torch.Generator) -> None:
     inputs = case.inputs(generator)
     inputs["q_weight"] *= 1e3
     compare(
-        "light_attention", backend, inputs,
-        case.cotangents(generator), case=case.dtype, names=OUTPUTS, constant=CONSTANT,
+        "light_attention",
+        backend,
+        inputs,
+        case.cotangents(generator),
+        case=case.dtype,
+        names=OUTPUTS,
+        constant=CONSTANT,
         **case.flags(),
     )
 

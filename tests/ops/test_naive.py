@@ -62,8 +62,9 @@ def test_cell(kind: str, slots: int, activation: str, generator: torch.Generator
 def test_official_cell_starts_from_zero_not_from_one_half() -> None:
     """h = 0 in the first step although h' = sigmoid(c') would be 0.5 at c = 0 (design 2.1)."""
     params = [torch.ones(s).double() for s in [(1, 2), (1,), (6, 1), (6,)] * 2]
-    first = reference("cell")(torch.zeros(1, 2).double(), torch.zeros(2, 1, 2).double(), params,
-                              "dsu_split")
+    first = reference("cell")(
+        torch.zeros(1, 2).double(), torch.zeros(2, 1, 2).double(), params, "dsu_split"
+    )
     gate = torch.tensor(4.0).double()  # 2 biased bottlenecks of zero input: 2 * (1 * 1 + 1)
     c = torch.sigmoid(gate) * torch.tanh(gate)
     assert_close(first, torch.stack([torch.sigmoid(c), c]).view(2, 1, 1).expand(2, 1, 2))

@@ -29,8 +29,9 @@ def test_kernels_of(cap: str) -> None:
     if level(cap) != cap:
         pytest.skip(f"needs a CPU with {cap}")
     args = ["-m", "pytest", "-q", "-m", "simd", "-k", "cpp", "-p", "no:cacheprovider", "--tb=short"]
-    done = python([*args, str(Path(__file__).parent)],
-                  env={"DLA_SIMD": cap, "MALLOC_PERTURB_": "1"})
+    done = python(
+        [*args, str(Path(__file__).parent)], env={"DLA_SIMD": cap, "MALLOC_PERTURB_": "1"}
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 

@@ -255,7 +255,6 @@ struct BackwardStep : Step<A> {
     const double rstd = this->rstd(args.var, c), weight = this->norm_weight(c) * rstd;
     double dweight = 0, dbias = 0, dlam = 0;
     for (int64_t b = 0; b < shape.batch; ++b) {
-      const int64_t i = b * shape.channels + c;
       const PlaneStatistics plane = this->statistics(table, a, d, b, c);
       const double sum = table.at(kG, b, c);
       const double with_o = plane.mix(table.at(kGU, b, c), table.at(kGP, b, c), table.at(kGE, b, c)) +
