@@ -28,8 +28,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "paper_conv": {"prev_conv": True, "gate": "sigmoid", "initial_state": "learned"},
     "random_start": {"spec": "official", "initial_state": "normal"},
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_form = pytest.mark.parametrize("form", FORMS)
 each_fused = pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """Tiny maps gain nothing from a second thread, and lose minutes where it has to wait."""
+    torch.set_num_threads(1)
 
 
 class Block(nn.Module):
