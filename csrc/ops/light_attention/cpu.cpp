@@ -195,7 +195,7 @@ struct ForwardStep : Step<A> {
 
   void run() const {
     const bool batch_norm = args.norm == LightNorm::batch;
-    const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape, tiling) : 0;
+    const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape) : 0;
     Buffers<A> buffers(4 * planes + table_size);
     A *a = buffers.take(planes), *d = buffers.take(planes);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
@@ -204,7 +204,7 @@ struct ForwardStep : Step<A> {
       d = nullptr;
       std::fill_n(pooled_p, planes, A(0));
     }
-    const PlaneTable<A> table(buffers.take(table_size), tiling);
+    const PlaneTable<A> table(buffers.take(table_size), shape);
     if (batch_norm) {
       this->moments(table, nullptr, nullptr).run(args.threads);
       pool_from_sums(table, y, pooled_p);
@@ -360,9 +360,9 @@ struct BackwardStep : Step<A> {
     const int64_t channels = shape.channels, slots = this->slots();
     const Units<A> units(shape, tiling);
     const int64_t partial_size = units.batch_units * 18 * channels;
-    const int64_t table_size = PlaneTable<A>::elements(shape, tiling);
+    const int64_t table_size = PlaneTable<A>::elements(shape);
     Buffers<A> buffers(table_size + (7 + 2 * slots) * planes + 2 * channels + partial_size);
-    const PlaneTable<A> table(buffers.take(table_size), tiling);
+    const PlaneTable<A> table(buffers.take(table_size), shape);
     A *a = buffers.take(planes), *d = buffers.take(planes), *da = buffers.take(planes);
     A *dd = buffers.take(planes), *out_scale = buffers.take(planes);
     A *dy = buffers.take(2 * planes), *dpooled_p = dy + planes;

@@ -11,6 +11,7 @@
 
 #include "common/parallel.h"
 #include "common/stencil.h"
+#include "ops/light_attention/plane_table.h"
 
 namespace dla::DLA_ISA {
 
@@ -82,37 +83,6 @@ inline void load_filter(const A* weight, const MapShape& s, const Tiling<A>& t, 
 }
 
 // ---- moments -----------------------------------------------------------------------------------
-
-// Sums over a plane. u, p, e are shifted by their value at one pixel (kShift*), which keeps the
-// squares small: raw float sums of squares lose the variance when the mean is large.
-enum PlaneSum : int {
-  kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE,  // of the features
-  kG, kGU, kGP, kGE,                             // with the gradient of out
-  kD, kDU, kDP, kDE,                             // with the gradient arriving at o
-  kSums,
-  kShiftU = kSums, kShiftP, kShiftE,
-  kPlaneFields
-};
-
-// The numbers of all planes. Those of one group lie together, [B, groups, fields, planes of a
-// group]: with an array per field, the writes of a plane would fall on one cache set and stall the
-// stores of the next tile behind them.
-template <class A>
-struct PlaneTable {
-  A* data;
-  int64_t groups, planes;
-
-  PlaneTable(A* data, const Tiling<A>& t) : data(data), groups(t.groups), planes(t.planes) {}
-  static int64_t elements(const MapShape& s, const Tiling<A>& t) {
-    return s.batch * t.groups * t.planes * kPlaneFields;
-  }
-  A* record(int64_t b, int64_t group) const {
-    return data + (b * groups + group) * kPlaneFields * planes;
-  }
-  A at(int field, int64_t b, int64_t c) const {
-    return record(b, c / planes)[field * planes + c % planes];
-  }
-};
 
 template <class A>
 struct MomentsPass {
@@ -227,7 +197,7 @@ struct MomentsPass {
       });
       for (int f = 0; f < kSums; ++f) total[f] += sums[f];
     });
-    write(total, shift, table.record(b, group));
+    write(total, shift, table.record(b, group * tiling.planes));
   }
 
   void write(V (&sums)[kSums], const V (&shift)[3], A* record) const {
@@ -235,10 +205,10 @@ struct MomentsPass {
       for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, sums[f]);
       for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, shift[f]);
     } else {
-      const int used = grad_o ? kSums : grad_out ? kD : kG;
-      lane_sums<A>(sums, used, record);
-      std::fill(record + used, record + kSums, A(0));
-      for (int f = 0; f < 3; ++f) record[kShiftU + f] = shift[f][0];
+      A totals[round_up(kSums, kLanes<A>)] = {};
+      lane_sums<A>(sums, grad_o ? kSums : grad_out ? kD : kG, totals);
+      for (int f = 0; f < kSums; ++f) record[f * kLanes<A>] = totals[f];
+      for (int f = 0; f < 3; ++f) record[(kShiftU + f) * kLanes<A>] = shift[f][0];
     }
   }
 
