@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -235,50 +236,174 @@ inline void store_n(T* p, Vec<Compute<T>> v, int n) {
 #endif
 }
 
-// ---- across lanes ------------------------------------------------------------------------------
+// ---- masks: which lanes of a vector are meant ---------------------------------------------------
 
 template <class A>
 using LaneIndex = typename VectorOf<std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>,
                                     kLanes<A>>::type;
 
-// Sum of the lanes, always in the same tree order.
+// A bit per lane with AVX-512, else all bits of a lane.
+#if defined(__AVX512F__)
 template <class A>
-inline A sum(Vec<A> v) {
-#pragma GCC unroll 4
-  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
-    LaneIndex<A> partner;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<A>; ++i) partner[i] = i ^ width;
-    v += __builtin_shuffle(v, partner);
+using Mask = std::uint32_t;
+#else
+template <class A>
+using Mask = LaneIndex<A>;
+#endif
+
+// The lanes for which `holds(lane)`.
+template <class A, class Predicate>
+inline Mask<A> mask_where(const Predicate& holds) {
+  Mask<A> mask{};
+  for (int lane = 0; lane < kLanes<A>; ++lane) {
+#if defined(__AVX512F__)
+    mask |= static_cast<std::uint32_t>(holds(lane)) << lane;
+#else
+    mask[lane] = holds(lane) ? -1 : 0;
+#endif
   }
-  return v[0];
+  return mask;
+}
+
+// v in the lanes of the mask, zero in the others.
+template <class A>
+inline Vec<A> keep(Mask<A> mask, Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v)));
+  else
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_mov_pd(static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v)));
+#else
+  return reinterpret_cast<Vec<A>>(reinterpret_cast<LaneIndex<A>>(v) & mask);
+#endif
+}
+
+#if !defined(__AVX512F__)
+template <class A>
+inline bool is_full(Mask<A> mask) {
+#if defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) == -1;
+#else
+  auto all = mask[0];
+  for (int lane = 1; lane < kLanes<A>; ++lane) all &= mask[lane];
+  return all != 0;
+#endif
+}
+#endif
+
+// Lanes outside the mask read as zero; their memory is not touched and need not exist.
+template <class A>
+inline Vec<A> load_masked(const A* p, Mask<A> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  else
+    return reinterpret_cast<Vec<A>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return reinterpret_cast<Vec<A>>(_mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask)));
+  else
+    return reinterpret_cast<Vec<A>>(_mm256_maskload_pd(p, reinterpret_cast<__m256i>(mask)));
+#else
+  if (is_full<A>(mask)) return load(p);
+  Vec<A> v{};
+  for (int lane = 0; lane < kLanes<A>; ++lane)
+    if (mask[lane]) v[lane] = p[lane];
+  return v;
+#endif
+}
+
+template <class A>
+inline void store_masked(A* p, Vec<A> v, Mask<A> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+#else
+  // Masked stores of AVX2 are several times slower than these.
+  if (is_full<A>(mask)) return store(p, v);
+  for (int lane = 0; lane < kLanes<A>; ++lane)
+    if (mask[lane]) p[lane] = v[lane];
+#endif
+}
+
+// ---- across lanes ------------------------------------------------------------------------------
+
+template <class A>
+using AllLanes = std::make_integer_sequence<int, kLanes<A>>;
+
+// Lane i of the result is lane index[i] of a and b laid side by side.
+template <int... index, class V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  using Lane = std::conditional_t<sizeof(a[0]) == 4, std::int32_t, std::int64_t>;
+  using Index = typename VectorOf<Lane, sizeof...(index)>::type;
+  return __builtin_shuffle(a, b, Index{index...});
+#endif
+}
+
+// v with every lane plus the one `width` lanes apart.
+template <int width, class A, int... lane>
+inline Vec<A> add_partner(Vec<A> v, std::integer_sequence<int, lane...>) {
+  return v + shuffle<(lane ^ width)...>(v, v);
+}
+
+// Sum of the lanes, always in the same tree order.
+template <class A, int width = kLanes<A> / 2>
+inline A sum(Vec<A> v) {
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+    return sum<A, width / 2>(add_partner<width, A>(v, AllLanes<A>{}));
+  }
+}
+
+// Rows i and i + block exchange their off-diagonal blocks, for every i without that bit.
+template <int block, class A, int... lane>
+inline void exchange_blocks(Vec<A>* rows, std::integer_sequence<int, lane...>) {
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & block) continue;
+    const Vec<A> upper = rows[i], lower = rows[i + block];
+    rows[i] = shuffle<(lane & block ? n + lane - block : lane)...>(upper, lower);
+    rows[i + block] = shuffle<(lane & block ? n + lane : lane + block)...>(upper, lower);
+  }
 }
 
 // In-place transpose of a square of kLanes x kLanes elements held in kLanes vectors: log2(kLanes)
 // rounds, each exchanging the off-diagonal blocks of one size.
-template <class A>
-inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
-  constexpr int n = kLanes<A>;
-#pragma GCC unroll 4
-  for (int block = n / 2; block > 0; block /= 2) {
-    LaneIndex<A> low, high;
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      const bool second = (i & block) != 0;
-      low[i] = second ? n + i - block : i;
-      high[i] = second ? n + i : i + block;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (i & block) continue;
-      const Vec<A> upper = rows[i], lower = rows[i + block];
-      rows[i] = __builtin_shuffle(upper, lower, low);
-      rows[i + block] = __builtin_shuffle(upper, lower, high);
-    }
+template <class A, int block = kLanes<A> / 2>
+inline void transpose(Vec<A>* rows) {
+  if constexpr (block > 0) {
+    exchange_blocks<block, A>(rows, AllLanes<A>{});
+    transpose<A, block / 2>(rows);
   }
 }
 
-// out[i] = sum of the lanes of v[i]: one transpose sums a whole block of vectors.
+// Sums of pairs of lanes `width` apart: of b where the lane's number has the bit `width`, else of a.
+template <int width, class A, int... lane>
+inline Vec<A> pair_sums(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
+  constexpr int n = kLanes<A>;
+  return shuffle<(lane & width ? n + lane : lane)...>(a, b) +
+         shuffle<(lane & width ? n + (lane ^ width) : (lane ^ width))...>(a, b);
+}
+
+// Lane i of v[0] = sum of the lanes of v[i]: every round halves the number of vectors.
+template <class A, int width = kLanes<A> / 2>
+inline void fold_lanes(Vec<A>* v) {
+  if constexpr (width > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i)
+      v[i] = pair_sums<width, A>(v[i], v[i + width], AllLanes<A>{});
+    fold_lanes<A, width / 2>(v);
+  }
+}
+
+// out[i] = sum of the lanes of v[i].
 template <class A>
 inline void lane_sums(const Vec<A>* v, int count, A* out) {
   constexpr int n = kLanes<A>;
@@ -287,11 +412,7 @@ inline void lane_sums(const Vec<A>* v, int count, A* out) {
     const int used = count - first < n ? count - first : n;
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) block[i] = i < used ? v[first + i] : Vec<A>{};
-    transpose<A>(block);
-#pragma GCC unroll 4
-    for (int width = n / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < width; ++i) block[i] += block[i + width];
+    fold_lanes<A>(block);
     store_n(out + first, block[0], used);
   }
 }

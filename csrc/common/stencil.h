@@ -1,69 +1,80 @@
-// Register blocks of the 3x3 depthwise stencil and of its weight gradient on padded tiles.
+// Register blocks of the 3x3 depthwise stencil and of its weight gradient.
 //
 // A block is R rows of one vector: every loaded vector feeds up to three multiply-adds (the rows
 // above, at and below it), so that the loads stay well under the arithmetic.
 #pragma once
 
-#include "tile.h"
+#include "map.h"
 
 namespace dla::DLA_ISA {
 
-// acc[r] += sum_ij weight[3i + j] * at[(r + i - 1, j - 1)], i and j in 0..2.
-template <int R, class A>
-inline __attribute__((always_inline)) void stencil_block(const A* at, int64_t row_stride,
-                                                         int64_t pixel_stride,
+// Calls use(r, i, j, v) for the taps (i, j) of all rows r of a block; v is the vector there.
+template <int R, class A, class Use>
+inline __attribute__((always_inline)) void for_taps(const Window<const A>& in, const A* at,
+                                                    const TapMasks<A>& masks, const Use& use) {
+  const A* left = at - in.row_stride - in.pixel_stride;
+#pragma GCC unroll 10
+  for (int r = -1; r <= R; ++r, left += in.row_stride) {
+    const Mask<A>(&mask)[3] = masks.at[r < 0 ? 0 : r < R ? 1 : 2];
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      const Vec<A> v = load_masked<A>(left + j * in.pixel_stride, mask[j]);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i)
+        if (0 <= r - i + 1 && r - i + 1 < R) use(r - i + 1, i, j, v);
+    }
+  }
+}
+
+// Keeps the compiler from reading v from memory again at every use.
+template <class V>
+inline __attribute__((always_inline)) V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// acc[r] = sum_ij weight[3i + j] * (vector at tap (i, j) of row r), or += where `add`.
+template <int R, bool add, class A>
+inline __attribute__((always_inline)) void stencil_block(const Window<const A>& in, const A* at,
+                                                         const TapMasks<A>& masks,
                                                          const Vec<A>* weight, Vec<A> (&acc)[R]) {
-  const A* left = at - row_stride - pixel_stride;
-#pragma GCC unroll 10
-  for (int r = 0; r < R + 2; ++r, left += row_stride) {
-    const Vec<A> row[3] = {load(left), load(left + pixel_stride), load(left + 2 * pixel_stride)};
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i)
-        if (r >= i && r - i < R) acc[r - i] += weight[3 * i + j] * row[j];
-    }
-  }
+  Vec<A> w[9];
+#pragma GCC unroll 9
+  for (int tap = 0; tap < 9; ++tap) w[tap] = in_register(weight[tap]);
+  for_taps<R, A>(in, at, masks, [&](int r, int i, int j, Vec<A> v) __attribute__((always_inline)) {
+    const Vec<A> product = w[3 * i + j] * v;
+    acc[r] = !add && i == 0 && j == 0 ? product : acc[r] + product;
+  });
 }
 
-// acc[3i + j] += sum_r g[r] * at[(r + i - 1, j - 1)].
+// acc[3i + j] += sum_r g[r] * (vector at tap (i, j) of row r).
 template <int R, class A>
-inline __attribute__((always_inline)) void correlate_block(const A* at, int64_t row_stride,
-                                                           int64_t pixel_stride,
+inline __attribute__((always_inline)) void correlate_block(const Window<const A>& in, const A* at,
+                                                           const TapMasks<A>& masks,
                                                            const Vec<A> (&g)[R], Vec<A>* acc) {
-  const A* left = at - row_stride - pixel_stride;
-#pragma GCC unroll 10
-  for (int r = 0; r < R + 2; ++r, left += row_stride) {
-    const Vec<A> row[3] = {load(left), load(left + pixel_stride), load(left + 2 * pixel_stride)};
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i)
-        if (r >= i && r - i < R) acc[3 * i + j] += g[r - i] * row[j];
-    }
-  }
+  for_taps<R, A>(in, at, masks, [&](int r, int i, int j, Vec<A> v) __attribute__((always_inline)) {
+    acc[3 * i + j] += g[r] * v;
+  });
 }
 
-// Calls block.template operator()<R>(row) so that the blocks cover rows [first, last).
+// Fetches what follows the R rows at `at`.
+template <int R, class A>
+inline __attribute__((always_inline)) void prefetch_block(const Window<const A>& in, const A* at) {
+  const char* next = reinterpret_cast<const char*>(at) + in.ahead;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    __builtin_prefetch(next + r * in.row_stride * static_cast<std::ptrdiff_t>(sizeof(A)));
+}
+
+// Calls block.template operator()<R>(row) so that blocks of R rows cover [first, last).
 template <class Block>
-inline void for_row_blocks(int64_t first, int64_t last, const Block& block) {
+inline void for_blocks(int64_t first, int64_t last, const Block& block) {
   int64_t row = first;
-  while (row < last) {
-    const int64_t left = last - row;
-    if (left >= 8) {
-      block.template operator()<8>(row);
-      row += 8;
-    } else if (left >= 4) {
-      block.template operator()<4>(row);
-      row += 4;
-    } else if (left >= 2) {
-      block.template operator()<2>(row);
-      row += 2;
-    } else {
-      block.template operator()<1>(row);
-      row += 1;
-    }
-  }
+  for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
+  for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
+  for (; row < last; ++row) block.template operator()<1>(row);
 }
 
 }  // namespace dla::DLA_ISA

@@ -33,14 +33,14 @@ template <class A>
 struct Step {
   const LightAttentionInputs& args;
   MapShape shape;
-  Tiling<A> tiling;
+  Grid<A> grid;
   int64_t planes;
   CellWeights<A> cell;
 
   explicit Step(const LightAttentionInputs& args)
       : args(args),
         shape{args.batch, args.channels, args.height, args.width, args.channels_last},
-        tiling(shape),
+        grid(shape),
         planes(shape.planes()),
         cell{static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation),
              args.channels, args.hidden, {}} {
@@ -82,7 +82,7 @@ struct Step {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
   MomentsPass<A> moments(PlaneTable<A> table, const void* grad_out, const void* grad_o) const {
-    return {shape, tiling, feature(args.x), feature(args.p), feature(grad_out), feature(grad_o),
+    return {grid, feature(args.x), feature(args.p), feature(grad_out), feature(grad_o),
             small(args.v_weight), small(args.prev_weight), table};
   }
   PlaneStatistics statistics(PlaneTable<A> table, const A* a, const A* d, int64_t b,
@@ -131,7 +131,7 @@ struct Step {
 
 template <class A>
 struct ForwardStep : Step<A> {
-  using Step<A>::shape, Step<A>::tiling, Step<A>::planes, Step<A>::small;
+  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::small;
 
   const LightAttentionForward& args;
 
@@ -214,7 +214,7 @@ struct ForwardStep : Step<A> {
     this->attend(y, pooled_p, small(args.state_out), a, d);
     if (batch_norm) batch_statistics(table, a, d, small(args.mean), small(args.var));
     output_coefficients(scale, shift);
-    StencilPass<A>{shape, tiling, this->feature(args.x), this->feature(args.p),
+    StencilPass<A>{grid, this->feature(args.x), this->feature(args.p),
                    this->feature(args.out), this->feature(args.o), this->mixture(a, d), scale, shift, args.residual}
         .run(args.threads);
   }
@@ -224,7 +224,7 @@ struct ForwardStep : Step<A> {
 
 template <class A>
 struct BackwardStep : Step<A> {
-  using Step<A>::shape, Step<A>::tiling, Step<A>::planes, Step<A>::small;
+  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::small;
 
   const LightAttentionBackward& args;
 
@@ -358,7 +358,7 @@ struct BackwardStep : Step<A> {
 
   void run() const {
     const int64_t channels = shape.channels, slots = this->slots();
-    const Units<A> units(shape, tiling);
+    const Units<A> units(grid);
     const int64_t partial_size = units.batch_units * 18 * channels;
     const int64_t table_size = PlaneTable<A>::elements(shape);
     Buffers<A> buffers(table_size + (7 + 2 * slots) * planes + 2 * channels + partial_size);
@@ -388,7 +388,7 @@ struct BackwardStep : Step<A> {
     for (int64_t i = 0; i < 2 * planes; ++i) dy[i] *= scale;
 
     const bool through_norm = args.norm == LightNorm::batch;
-    GradientsPass<A>{shape, tiling, this->feature(args.x), this->feature(args.p),
+    GradientsPass<A>{grid, this->feature(args.x), this->feature(args.p),
                      this->feature(args.grad_out), this->feature(args.grad_o),
                      this->feature(args.dx), this->feature(args.dp),
                      this->mixture(a, d), out_scale, through_norm ? to.o_scale : nullptr,

@@ -7,8 +7,6 @@
 // o is never stored unless asked for; every pass recomputes it from x and p.
 #pragma once
 
-#include <vector>
-
 #include "common/parallel.h"
 #include "common/stencil.h"
 #include "ops/light_attention/plane_table.h"
@@ -21,64 +19,54 @@ template <class A>
 struct Units {
   int64_t groups_per_unit, samples_per_unit, group_units, batch_units;
 
-  Units(const MapShape& s, const Tiling<A>& t) {
-    const int64_t group_bytes = s.pixels() * t.planes * static_cast<int64_t>(sizeof(A));
-    groups_per_unit = std::clamp<int64_t>(16 * 1024 / group_bytes, 1, t.groups);
-    group_units = ceil_div(t.groups, groups_per_unit);
+  explicit Units(const Grid<A>& grid) {
+    const int64_t group_bytes =
+        grid.shape.pixels() * grid.planes * static_cast<int64_t>(sizeof(A));
+    const int64_t wanted = std::max(16 * 1024 / group_bytes, grid.together);
+    groups_per_unit = std::min(wanted, grid.groups);
+    group_units = ceil_div(grid.groups, groups_per_unit);
     // Enough units to share out; few, since each leaves its own partial weight gradients.
-    samples_per_unit = ceil_div(s.batch, std::min(s.batch, ceil_div(32, group_units)));
-    batch_units = ceil_div(s.batch, samples_per_unit);
+    const int64_t batch = grid.shape.batch;
+    samples_per_unit = ceil_div(batch, std::min(batch, ceil_div(32, group_units)));
+    batch_units = ceil_div(batch, samples_per_unit);
   }
   int64_t count() const { return group_units * batch_units; }
+  int64_t first_group(int64_t unit) const { return unit % group_units * groups_per_unit; }
 };
 
-// Calls body(group, b, next) over all groups and samples of a unit; `next` is the first strip of
-// the planes that follow.
-template <class A, class Body>
-inline void for_planes(const Units<A>& units, const MapShape& s, const Tiling<A>& t, int64_t unit,
-                       const Body& body) {
-  const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
-  const int64_t first_group = unit % units.group_units * units.groups_per_unit;
-  const int64_t last_sample = std::min(s.batch, first_sample + units.samples_per_unit);
-  const int64_t last_group = std::min(t.groups, first_group + units.groups_per_unit);
-  for (int64_t b = first_sample; b < last_sample; ++b) {
-    for (int64_t group = first_group; group < last_group; ++group) {
-      Strip next{b, group + 1, 0, t.strip_rows};
-      if (next.group == last_group) {
-        next.group = first_group;
-        next.b = std::min(b + 1, last_sample - 1);
-      }
-      body(group, b, next);
-    }
-  }
-}
+constexpr int kMostTogether = 4;  // bound of Grid::together
 
-// Calls body(strip, following) over the strips of a group of planes, top to bottom.
+// Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
+// kMostTogether tells the groups apart whose strips are interleaved.
 template <class A, class Body>
-inline void for_strips(const MapShape& s, const Tiling<A>& t, int64_t group, int64_t b,
-                       const Strip& next_plane, const Body& body) {
-  const auto strip_at = [&](int64_t first) {
-    return Strip{b, group, first, std::min(s.height, first + t.strip_rows)};
-  };
-  for (int64_t first = 0; first < s.height; first += t.strip_rows) {
-    const Strip strip = strip_at(first);
-    body(strip, strip.last < s.height ? strip_at(strip.last) : next_plane);
+inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
+  const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
+  const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
+  const int64_t first_group = units.first_group(unit);
+  const int64_t last_group = std::min(grid.groups, first_group + units.groups_per_unit);
+  for (int64_t b = first_sample; b < last_sample; ++b) {
+    for (int64_t start = first_group; start < last_group; start += grid.together) {
+      const int64_t count = std::min(grid.together, last_group - start);
+      for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
+        const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
+        for (int64_t slot = 0; slot < count; ++slot)
+          body(Place<A>{grid, b, start + slot, strip}, slot);
+      }
+    }
   }
 }
 
 // 3x3 filters of a group's channels: one vector per tap.
 template <class A>
-inline void load_filter(const A* weight, const MapShape& s, const Tiling<A>& t, int64_t group,
-                        Vec<A> (&filter)[9]) {
-  const int lanes = t.lanes(s, group);
+inline void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec<A> (&filter)[9]) {
   for (int tap = 0; tap < 9; ++tap) {
-    if (!t.channel_lanes) {
+    if (!grid.channel_lanes) {
       filter[tap] = splat(weight[group * 9 + tap]);
       continue;
     }
     filter[tap] = Vec<A>{};
-    for (int lane = 0; lane < lanes; ++lane)
-      filter[tap][lane] = weight[(group * t.planes + lane) * 9 + tap];
+    for (int lane = 0; lane < grid.lanes(group); ++lane)
+      filter[tap][lane] = weight[(group * grid.planes + lane) * 9 + tap];
   }
 }
 
@@ -87,76 +75,111 @@ inline void load_filter(const A* weight, const MapShape& s, const Tiling<A>& t, 
 template <class A>
 struct MomentsPass {
   using V = Vec<A>;
-  const MapShape& shape;
-  const Tiling<A>& tiling;
+  const Grid<A>& grid;
   Feature x, p, grad_out, grad_o;
   const A *v_weight, *prev_weight;
   PlaneTable<A> table;
 
-  static std::size_t scratch_bytes(const Tiling<A>& t) {
-    return 4 * Arena::bytes_of<A>(t.tile_elements(1));
+  struct Plane {
+    V v_filter[9], e_filter[9];
+    V shift[3], sums[kSums];
+    Mask<A> channels;
+  };
+  enum { kX_, kP_, kOut_, kO_, kInputs };
+
+  void begin(int64_t group, Plane& plane) const {
+    load_filter(v_weight, grid, group, plane.v_filter);
+    if (prev_weight != nullptr) load_filter(prev_weight, grid, group, plane.e_filter);
+    plane.channels = grid.channel_mask(group);
+    for (V& sum : plane.sums) sum = V{};
+    for (V& shift : plane.shift) shift = V{};
+  }
+
+  // Value of the shift: one inside the first block, away from the map's edges.
+  template <int R>
+  V inner(const V (&v)[R]) const {
+    if (grid.channel_lanes) return v[R / 2];
+    return splat<A>(v[R / 2][std::min<int64_t>(grid.shape.width, kLanes<A>) / 2]);
   }
 
   template <int R>
-  void block(int64_t row, Tile<A> (&tiles)[4], const V (&v_filter)[9], const V (&e_filter)[9],
-             const V (&shift)[3], V (&sums)[kSums]) const {
-    const int64_t stride = tiling.row_stride;
-    for (int k = 0; k < tiling.vectors; ++k) {
-      const V mask = tiling.mask(k);
-      const A* at[4];
-      for (int f = 0; f < 4; ++f) {
-        at[f] = tiles[f].row(row) + k * kLanes<A>;
-        tiles[f].next.advance(R);
-      }
-      V u[R] = {}, q[R] = {}, e[R] = {};
-      stencil_block<R, A>(at[0], stride, tiling.pixel_stride, v_filter, u);
+  void block(int64_t row, bool first, const Window<const A> (&in)[kInputs], Plane& plane) const {
+    V(&sums)[kSums] = plane.sums;
+    const int64_t middle = grid.vectors / 2;
+    for (int64_t i = 0; i < grid.vectors; ++i) {
+      // From the middle on, where the shifts are taken.
+      const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
+      const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
+      const Mask<A> own = masks.centre();
+      const bool take_shift = first && i == 0;
+      const A* x_at = in[kX_].at(row, k);
+      for (const Window<const A>& w : in)
+        if (w) prefetch_block<R, A>(w, w.at(row, k));
+      V u[R], q[R], e[R];
+      stencil_block<R, false, A>(in[kX_], x_at, masks, plane.v_filter, u);
+      if (take_shift) plane.shift[0] = inner<R>(u);
       // Each sum is formed over the block's rows first: short chains of additions keep float sums
       // over large planes accurate.
-      V first = {}, second = {}, third = {}, fourth = {};
+      V alone = {}, with_u = {}, with_p = {}, with_e = {};
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        u[r] = (u[r] - shift[0]) * mask;
-        first += load(at[0] + r * stride);
-        second += u[r];
-        third += u[r] * u[r];
+        u[r] = keep<A>(own, u[r] - plane.shift[0]);
+        alone += load_masked<A>(x_at + r * in[kX_].row_stride, own);
+        with_e += u[r];
+        with_u += u[r] * u[r];
       }
-      sums[kX] += first, sums[kU] += second, sums[kUU] += third;
+      sums[kX] += alone, sums[kU] += with_e, sums[kUU] += with_u;
       if (p) {
-        first = second = third = V{};
+        const A* p_at = in[kP_].at(row, k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) q[r] = load_masked<A>(p_at + r * in[kP_].row_stride, own);
+        if (take_shift) plane.shift[1] = inner<R>(q);
+        alone = with_u = with_p = V{};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          q[r] = (load(at[1] + r * stride) - shift[1]) * mask;
-          first += q[r];
-          second += q[r] * q[r];
-          third += u[r] * q[r];
+          q[r] = keep<A>(own, q[r] - plane.shift[1]);
+          alone += q[r];
+          with_u += u[r] * q[r];
+          with_p += q[r] * q[r];
         }
-        sums[kP] += first, sums[kPP] += second, sums[kUP] += third;
-      }
-      if (prev_weight != nullptr) {
-        stencil_block<R, A>(at[1], stride, tiling.pixel_stride, e_filter, e);
-        first = second = third = V{};
+        sums[kP] += alone, sums[kPP] += with_p, sums[kUP] += with_u;
+        if (prev_weight != nullptr) {
+          stencil_block<R, false, A>(in[kP_], p_at, masks, plane.e_filter, e);
+          if (take_shift) plane.shift[2] = inner<R>(e);
+          alone = with_u = with_p = with_e = V{};
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          e[r] = (e[r] - shift[2]) * mask;
-          first += e[r];
-          second += e[r] * e[r];
-          third += q[r] * e[r];
-          fourth += u[r] * e[r];
+          for (int r = 0; r < R; ++r) {
+            e[r] = keep<A>(own, e[r] - plane.shift[2]);
+            alone += e[r];
+            with_u += u[r] * e[r];
+            with_p += q[r] * e[r];
+            with_e += e[r] * e[r];
+          }
+          sums[kE] += alone, sums[kEE] += with_e, sums[kPE] += with_p, sums[kUE] += with_u;
         }
-        sums[kE] += first, sums[kEE] += second, sums[kPE] += third, sums[kUE] += fourth;
       }
-      if (grad_out) products<R>(at[2], u, q, e, sums + kG);
-      if (grad_o) products<R>(at[3], u, q, e, sums + kD);
+      // Without p or its convolution these products are not used, but must not be garbage.
+      if (!p) clear(q);
+      if (prev_weight == nullptr) clear(e);
+      if (grad_out) products<R>(in[kOut_], in[kOut_].at(row, k), own, u, q, e, sums + kG);
+      if (grad_o) products<R>(in[kO_], in[kO_].at(row, k), own, u, q, e, sums + kD);
     }
   }
 
-  // Adds the sums of grad and of its products with u, p and e.
   template <int R>
-  void products(const A* grad, const V (&u)[R], const V (&q)[R], const V (&e)[R], V* sums) const {
+  static void clear(V (&v)[R]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) v[r] = V{};
+  }
+
+  // Adds the sums of a gradient and of its products with u, p and e.
+  template <int R>
+  void products(const Window<const A>& in, const A* at, Mask<A> own, const V (&u)[R], const V (&q)[R],
+                const V (&e)[R], V* sums) const {
     V alone = {}, with_u = {}, with_p = {}, with_e = {};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V g = load(grad + r * tiling.row_stride);
+      const V g = load_masked<A>(at + r * in.row_stride, own);
       alone += g;
       with_u += g * u[r];
       with_p += g * q[r];
@@ -165,62 +188,39 @@ struct MomentsPass {
     sums[0] += alone, sums[1] += with_u, sums[2] += with_p, sums[3] += with_e;
   }
 
-  // Value of a feature, or of its stencil, at the middle pixel of the strip in the tile.
-  V at_middle(const Tile<A>& tile, int64_t row, const V* filter) const {
-    const A* at = tile.row(row) + shape.width / 2 * tiling.pixel_stride;
-    V value[1] = {};
-    if (filter != nullptr)
-      stencil_block<1, A>(at, tiling.row_stride, tiling.pixel_stride, filter, value);
-    else
-      value[0] = load(at);
-    return tiling.channel_lanes ? value[0] : splat<A>(value[0][0]);
-  }
-
-  void plane(int64_t group, int64_t b, const Strip& next_plane, Tile<A> (&tiles)[4]) const {
-    const Feature features[4] = {x, p, grad_out, grad_o};
-    V v_filter[9], e_filter[9], shift[3] = {}, total[kSums] = {};
-    load_filter(v_weight, shape, tiling, group, v_filter);
-    if (prev_weight != nullptr) load_filter(prev_weight, shape, tiling, group, e_filter);
-    for_strips(shape, tiling, group, b, next_plane, [&](const Strip& strip, const Strip& next) {
-      for (int f = 0; f < 4; ++f)
-        if (features[f])
-          load_rows(tiles[f], features[f], shape, tiling, strip, f < 2 ? 1 : 0, next);
-      if (strip.first == 0) {
-        const int64_t middle = strip.last / 2;
-        shift[0] = at_middle(tiles[0], middle, v_filter);
-        if (p) shift[1] = at_middle(tiles[1], middle, nullptr);
-        if (prev_weight != nullptr) shift[2] = at_middle(tiles[1], middle, e_filter);
-      }
-      V sums[kSums] = {};
-      for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
-        block<R>(row, tiles, v_filter, e_filter, shift, sums);
-      });
-      for (int f = 0; f < kSums; ++f) total[f] += sums[f];
-    });
-    write(total, shift, table.record(b, group * tiling.planes));
-  }
-
-  void write(V (&sums)[kSums], const V (&shift)[3], A* record) const {
-    if (tiling.channel_lanes) {
-      for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, sums[f]);
-      for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, shift[f]);
+  void write(const Plane& plane, A* record) const {
+    if (grid.channel_lanes) {
+      for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, plane.sums[f]);
+      for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, plane.shift[f]);
     } else {
       A totals[round_up(kSums, kLanes<A>)] = {};
-      lane_sums<A>(sums, grad_o ? kSums : grad_out ? kD : kG, totals);
+      lane_sums<A>(plane.sums, grad_o ? kSums : grad_out ? kD : kG, totals);
       for (int f = 0; f < kSums; ++f) record[f * kLanes<A>] = totals[f];
-      for (int f = 0; f < 3; ++f) record[(kShiftU + f) * kLanes<A>] = shift[f][0];
+      for (int f = 0; f < 3; ++f) record[(kShiftU + f) * kLanes<A>] = plane.shift[f][0];
     }
   }
 
   void run(int threads) const {
-    const Units<A> units(shape, tiling);
+    const Units<A> units(grid);
+    const Feature features[kInputs] = {x, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
       thread_local Arena arena;
-      arena.reserve(scratch_bytes(tiling));
-      Tile<A> tiles[4];
-      for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
-      for_planes(units, shape, tiling, unit,
-                 [&](int64_t group, int64_t b, const Strip& next) { plane(group, b, next, tiles); });
+      const int64_t elements = grid.strip_elements(1);
+      arena.reserve(kInputs * Arena::bytes_of<A>(elements));
+      A* memory[kInputs];
+      for (A*& m : memory) m = arena.take<A>(elements);
+      Plane planes[kMostTogether];
+      for_strips(units, grid, unit, [&](const Place<A>& place, int64_t slot) {
+        const Strip& strip = place.strip;
+        Plane& plane = planes[slot];
+        if (strip.first == 0) begin(place.group, plane);
+        Window<const A> in[kInputs] = {};
+        for (int f = 0; f < kInputs; ++f)
+          if (features[f]) in[f] = place.open(features[f], f < kOut_, memory[f]);
+        for_blocks(strip.first, strip.last,
+                   [&]<int R>(int64_t row) { block<R>(row, row == 0, in, plane); });
+        if (strip.last == grid.shape.height) write(plane, table.record(place.b, place.group * grid.planes));
+      });
     });
   }
 };
@@ -234,88 +234,95 @@ struct Mixture {
   const A *a, *d, *lam;             // d null: 1
 
   // The two filters of o = x_filter * x + p_filter * p.
-  void filters(const MapShape& s, const Tiling<A>& t, int64_t b, int64_t group, bool has_p,
-               Vec<A> (&x_filter)[9], Vec<A> (&p_filter)[9]) const {
-    load_filter(v_weight, s, t, group, x_filter);
-    const Vec<A> scale = channel_vector(a + b * s.channels, s, t, group);
+  void filters(const Grid<A>& grid, int64_t b, int64_t group, bool has_p, Vec<A> (&x_filter)[9],
+               Vec<A> (&p_filter)[9]) const {
+    const int64_t row = b * grid.shape.channels;
+    load_filter(v_weight, grid, group, x_filter);
+    const Vec<A> scale = channel_vector(a + row, grid, group);
     for (Vec<A>& tap : x_filter) tap *= scale;
     if (!has_p) return;
-    const Vec<A> weight = channel_vector(lam, s, t, group);
+    const Vec<A> weight = channel_vector(lam, grid, group);
     if (prev_weight != nullptr) {
-      load_filter(prev_weight, s, t, group, p_filter);
+      load_filter(prev_weight, grid, group, p_filter);
       for (Vec<A>& tap : p_filter) tap *= weight;
     } else {
       for (Vec<A>& tap : p_filter) tap = Vec<A>{};
     }
-    p_filter[4] += d == nullptr ? weight : weight * channel_vector(d + b * s.channels, s, t, group);
+    p_filter[4] += d == nullptr ? weight : weight * channel_vector(d + row, grid, group);
   }
 };
 
 template <class A>
 struct StencilPass {
   using V = Vec<A>;
-  const MapShape& shape;
-  const Tiling<A>& tiling;
+  const Grid<A>& grid;
   Feature x, p;
   OutFeature out, o;  // o may be null
   Mixture<A> mixture;
   const A *scale, *shift;  // [B, C]
   bool residual;
 
-  static std::size_t scratch_bytes(const Tiling<A>& t) {
-    return 4 * Arena::bytes_of<A>(t.tile_elements(1));
+  struct Plane {
+    V x_filter[9], p_filter[9];
+    V scale, shift;
+    Mask<A> channels;
+  };
+
+  void begin(int64_t b, int64_t group, Plane& plane) const {
+    mixture.filters(grid, b, group, static_cast<bool>(p), plane.x_filter, plane.p_filter);
+    plane.scale = channel_vector(scale + b * grid.shape.channels, grid, group);
+    plane.shift = channel_vector(shift + b * grid.shape.channels, grid, group);
+    plane.channels = grid.channel_mask(group);
   }
 
   template <int R>
-  void block(int64_t row, Tile<A> (&tiles)[4], const V (&x_filter)[9], const V (&p_filter)[9],
-             V scaled, V shifted) const {
-    const int64_t stride = tiling.row_stride;
-    for (int k = 0; k < tiling.vectors; ++k) {
-      const int64_t offset = k * kLanes<A>;
-      const A* x_at = tiles[0].row(row) + offset;
-      tiles[0].next.advance(R);
-      tiles[1].next.advance(R);
-      V acc[R] = {};
-      stencil_block<R, A>(x_at, stride, tiling.pixel_stride, x_filter, acc);
-      if (p)
-        stencil_block<R, A>(tiles[1].row(row) + offset, stride, tiling.pixel_stride, p_filter, acc);
-      A* out_at = tiles[2].row(row) + offset;
-      A* o_at = tiles[3].row(row) + offset;
+  void block(int64_t row, const Plane& plane, const Window<const A>& x_in,
+             const Window<const A>& p_in, const Window<A>& to, const Window<A>& o_to) const {
+    for (int64_t k = 0; k < grid.vectors; ++k) {
+      const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
+      const Mask<A> own = masks.centre();
+      const A* x_at = x_in.at(row, k);
+      prefetch_block<R, A>(x_in, x_at);
+      if (p) prefetch_block<R, A>(p_in, p_in.at(row, k));
+      V acc[R];
+      stencil_block<R, false, A>(x_in, x_at, masks, plane.x_filter, acc);
+      if (p) stencil_block<R, true, A>(p_in, p_in.at(row, k), masks, plane.p_filter, acc);
+      A* out_at = to.at(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const V base = residual ? load(x_at + r * stride) + shifted : shifted;
-        store(out_at + r * stride, scaled * acc[r] + base);
-        if (o) store(o_at + r * stride, acc[r]);
+        V base = plane.shift;
+        if (residual) base += load_masked<A>(x_at + r * x_in.row_stride, own);
+        store_masked<A>(out_at + r * to.row_stride, plane.scale * acc[r] + base, own);
       }
+      if (!o) continue;
+      A* o_at = o_to.at(row, k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) store_masked<A>(o_at + r * o_to.row_stride, acc[r], own);
     }
   }
 
-  void plane(int64_t group, int64_t b, const Strip& next_plane, Tile<A> (&tiles)[4]) const {
-    V x_filter[9], p_filter[9];
-    mixture.filters(shape, tiling, b, group, static_cast<bool>(p), x_filter, p_filter);
-    const V scaled = channel_vector(scale + b * shape.channels, shape, tiling, group);
-    const V shifted = channel_vector(shift + b * shape.channels, shape, tiling, group);
-    for_strips(shape, tiling, group, b, next_plane, [&](const Strip& strip, const Strip& next) {
-      load_rows(tiles[0], x, shape, tiling, strip, 1, next);
-      if (p) load_rows(tiles[1], p, shape, tiling, strip, 1, next);
-      tiles[2].first_row = tiles[3].first_row = strip.first;
-      for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
-        block<R>(row, tiles, x_filter, p_filter, scaled, shifted);
-      });
-      store_rows(tiles[2], out, shape, tiling, strip);
-      if (o) store_rows(tiles[3], o, shape, tiling, strip);
-    });
-  }
-
   void run(int threads) const {
-    const Units<A> units(shape, tiling);
+    const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
       thread_local Arena arena;
-      arena.reserve(scratch_bytes(tiling));
-      Tile<A> tiles[4];
-      for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 1);
-      for_planes(units, shape, tiling, unit,
-                 [&](int64_t group, int64_t b, const Strip& next) { plane(group, b, next, tiles); });
+      const int64_t elements = grid.strip_elements(1);
+      arena.reserve(4 * Arena::bytes_of<A>(elements));
+      A* memory[4];
+      for (A*& m : memory) m = arena.take<A>(elements);
+      Plane planes[kMostTogether];
+      for_strips(units, grid, unit, [&](const Place<A>& place, int64_t slot) {
+        Plane& plane = planes[slot];
+        if (place.strip.first == 0) begin(place.b, place.group, plane);
+        const Window<const A> x_in = place.open(x, 1, memory[0]);
+        const Window<const A> p_in = p ? place.open(p, 1, memory[1]) : Window<const A>{};
+        const Window<A> to = place.open(out, memory[2]);
+        const Window<A> o_to = o ? place.open(o, memory[3]) : Window<A>{};
+        for_blocks(place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
+          block<R>(row, plane, x_in, p_in, to, o_to);
+        });
+        place.close(out, memory[2]);
+        if (o) place.close(o, memory[3]);
+      });
     });
   }
 };
@@ -325,8 +332,7 @@ struct StencilPass {
 template <class A>
 struct GradientsPass {
   using V = Vec<A>;
-  const MapShape& shape;
-  const Tiling<A>& tiling;
+  const Grid<A>& grid;
   Feature x, p, grad_out, grad_o;
   OutFeature dx, dp;  // dp may be null
   Mixture<A> mixture;
@@ -338,175 +344,174 @@ struct GradientsPass {
   bool residual;
   A* partial;  // [batch_units, 18, C]: sum_b a R_{g,x} and sum_b R_{g,p}
 
-  enum { kTileX, kTileP, kTileOut, kTileO, kTileG, kTiles };
-
-  static std::size_t scratch_bytes(const Tiling<A>& t, const Units<A>& units) {
-    return kTiles * Arena::bytes_of<A>(t.tile_elements(2)) +
-           Arena::bytes_of<V>(18 * units.groups_per_unit);
-  }
+  enum { kX_, kP_, kOut_, kO_, kInputs };
 
   struct Plane {
     V x_filter[9], p_filter[9];
     V a, out_scale, o_scale, offset, x_offset, p_offset;
+    Mask<A> channels;
   };
 
-  Plane plane_of(int64_t group, int64_t b) const {
+  void begin(int64_t b, int64_t group, Plane& c) const {
     const auto vector = [&](const A* values) {
-      return values == nullptr ? V{} : channel_vector(values, shape, tiling, group);
+      return values == nullptr ? V{} : channel_vector(values, grid, group);
     };
-    const int64_t row = b * shape.channels;
-    Plane c;
-    mixture.filters(shape, tiling, b, group, static_cast<bool>(p), c.x_filter, c.p_filter);
+    const int64_t row = b * grid.shape.channels;
+    mixture.filters(grid, b, group, static_cast<bool>(p), c.x_filter, c.p_filter);
     c.a = vector(mixture.a + row);
     c.out_scale = vector(out_scale + row);
     c.o_scale = vector(o_scale);
     c.offset = vector(offset);
     c.x_offset = vector(x_offset + row);
     c.p_offset = vector(p_offset == nullptr ? nullptr : p_offset + row);
-    return c;
+    c.channels = grid.channel_mask(group);
   }
 
-  // Every sweep over the strip prefetches one of the next strip's features, so that memory is
-  // evenly busy.
-
-  // g of rows [row, row + R), into its tile.
+  // g of rows [row, row + R).
   template <int R>
-  void form_g(int64_t row, Tile<A> (&tiles)[kTiles], const Plane& c) const {
-    const int64_t stride = tiling.row_stride;
-    for (int k = 0; k < tiling.vectors; ++k) {
-      const int64_t at = k * kLanes<A>;
-      tiles[kTileX].next.advance(R);
-      V g[R] = {};
-      if (o_scale != nullptr) {
-        const V mask = tiling.mask(k);
-        stencil_block<R, A>(tiles[kTileX].row(row) + at, stride, tiling.pixel_stride, c.x_filter, g);
-        if (p)
-          stencil_block<R, A>(tiles[kTileP].row(row) + at, stride, tiling.pixel_stride, c.p_filter,
-                              g);
+  void form_g(int64_t row, const Window<const A> (&in)[kInputs], const Plane& c,
+              const Window<A>& g_out) const {
+    for (int64_t k = 0; k < grid.vectors; ++k) {
+      const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
+      const Mask<A> own = masks.centre();
+      for (const Window<const A>& w : in)
+        if (w) prefetch_block<R, A>(w, w.at(row, k));
+      V g[R];
+      if (o_scale == nullptr) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] = (c.o_scale * g[r] + c.offset) * mask;
+        for (int r = 0; r < R; ++r) g[r] = V{};
+      } else {
+        stencil_block<R, false, A>(in[kX_], in[kX_].at(row, k), masks, c.x_filter, g);
+        if (p) stencil_block<R, true, A>(in[kP_], in[kP_].at(row, k), masks, c.p_filter, g);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) g[r] = c.o_scale * g[r] + c.offset;
       }
-      if (grad_out) {
-        const A* from = tiles[kTileOut].row(row) + at;
+      if (grad_out) add<R>(in[kOut_], in[kOut_].at(row, k), own, c.out_scale, g);
+      if (grad_o) add<R>(in[kO_], in[kO_].at(row, k), own, splat(A(1)), g);
+      A* to = g_out.at(row, k);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] += c.out_scale * load(from + r * stride);
-      }
-      if (grad_o) {
-        const A* from = tiles[kTileO].row(row) + at;
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] += load(from + r * stride);
-      }
-      A* to = tiles[kTileG].row(row) + at;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store(to + r * stride, g[r]);
+      for (int r = 0; r < R; ++r) store_masked<A>(to + r * g_out.row_stride, g[r], own);
     }
+  }
+
+  template <int R>
+  static void add(const Window<const A>& in, const A* at, Mask<A> own, V scale, V (&sum)[R]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r] += scale * load_masked<A>(at + r * in.row_stride, own);
   }
 
   // Adds the correlations of g with a feature over rows [row, row + R).
   template <int R>
-  void correlate(int64_t row, const Tile<A>& g_tile, const Tile<A>& feature, Prefetch& prefetch,
-                 V (&sums)[9]) const {
+  void correlate(int64_t row, const Window<const A>& g_in, const Window<const A>& feature,
+                 const Plane& c, V (&sums)[9]) const {
     V acc[9];
     std::copy(sums, sums + 9, acc);
-    for (int k = 0; k < tiling.vectors; ++k) {
-      const int64_t at = k * kLanes<A>;
-      prefetch.advance(R);
+    for (int64_t k = 0; k < grid.vectors; ++k) {
+      const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
+      const A* g_at = g_in.at(row, k);
       V g[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) g[r] = load(g_tile.row(row) + at + r * tiling.row_stride);
-      correlate_block<R, A>(feature.row(row) + at, tiling.row_stride, tiling.pixel_stride, g, acc);
+      for (int r = 0; r < R; ++r) g[r] = load_masked<A>(g_at + r * g_in.row_stride, masks.centre());
+      correlate_block<R, A>(feature, feature.at(row, k), masks, g, acc);
     }
     std::copy(acc, acc + 9, sums);
   }
 
-  // Gradient of a feature over rows [row, row + R), in place of the feature itself.
+  // Gradient of a feature over rows [row, row + R); grad_out is added where `passed` is not null.
   template <int R>
-  void spread(int64_t row, Tile<A> (&tiles)[kTiles], const V (&flipped)[9], V offset,
-              bool add_out, const Tile<A>& result) const {
-    const int64_t stride = tiling.row_stride;
-    for (int k = 0; k < tiling.vectors; ++k) {
-      const int64_t at = k * kLanes<A>;
-      tiles[kTileO].next.advance(R);
+  void spread(int64_t row, const Window<const A>& g_in, const V (&flipped)[9], V offset,
+              const Window<const A>* passed, const Plane& c, const Window<A>& to) const {
+    for (int64_t k = 0; k < grid.vectors; ++k) {
+      const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
+      const Mask<A> own = masks.centre();
       V acc[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r] = offset;
-      stencil_block<R, A>(tiles[kTileG].row(row) + at, stride, tiling.pixel_stride, flipped, acc);
-      if (add_out) {
-        const A* from = tiles[kTileOut].row(row) + at;
+      stencil_block<R, true, A>(g_in, g_in.at(row, k), masks, flipped, acc);
+      if (passed != nullptr) add<R>(*passed, passed->at(row, k), own, splat(A(1)), acc);
+      A* at = to.at(row, k);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r] += load(from + r * stride);
-      }
-      A* to = result.row(row) + at;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store(to + r * stride, acc[r]);
+      for (int r = 0; r < R; ++r) store_masked<A>(at + r * to.row_stride, acc[r], own);
     }
   }
 
-  void spread_rows(const Strip& strip, Tile<A> (&tiles)[kTiles], const V (&filter)[9],
-                   V offset, bool add_out, const Tile<A>& result) const {
+  void spread_rows(const Strip& strip, const Window<const A>& g, const V (&filter)[9], V offset,
+                   const Window<const A>* passed, const Plane& c, const Window<A>& to) const {
     V flipped[9];
     std::reverse_copy(filter, filter + 9, flipped);
-    for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
-      spread<R>(row, tiles, flipped, offset, add_out, result);
+    for_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
+      spread<R>(row, g, flipped, offset, passed, c, to);
     });
   }
 
-  // g of a strip and one row above and below it, zero outside the map.
-  void form_g_rows(const Strip& strip, Tile<A> (&tiles)[kTiles], const Plane& c) const {
-    Tile<A>& g = tiles[kTileG];
-    g.first_row = strip.first - 1;
-    if (strip.first == 0) detail::zero_row(g.row(-1), tiling);
-    if (strip.last == shape.height) detail::zero_row(g.row(strip.last), tiling);
-    for_row_blocks(std::max<int64_t>(0, strip.first - 1), std::min(shape.height, strip.last + 1),
-                   [&]<int R>(int64_t row) { form_g<R>(row, tiles, c); });
+  struct Memory {
+    A *inputs[kInputs], *g, *dx, *dp;
+    V* weight_sums;  // [groups of a unit][18]
+  };
+
+  Memory reserve(Arena& arena, int64_t groups) const {
+    const int64_t elements = grid.strip_elements(2);
+    arena.reserve(7 * Arena::bytes_of<A>(elements) + Arena::bytes_of<V>(18 * groups));
+    Memory m;
+    for (A*& input : m.inputs) input = arena.take<A>(elements);
+    m.g = arena.take<A>(elements);
+    m.dx = arena.take<A>(elements);
+    m.dp = arena.take<A>(elements);
+    m.weight_sums = arena.take<V>(18 * groups);
+    std::fill_n(m.weight_sums, 18 * groups, V{});
+    return m;
   }
 
-  void plane(int64_t group, int64_t b, const Strip& next_plane, Tile<A> (&tiles)[kTiles],
-             V* weight_sums) const {
-    const Feature features[4] = {x, p, grad_out, grad_o};
-    const Plane c = plane_of(group, b);
-    V x_sums[9] = {}, p_sums[9] = {};
-    for_strips(shape, tiling, group, b, next_plane, [&](const Strip& strip, const Strip& next) {
-      for (int f = 0; f < 4; ++f)
-        if (features[f])
-          load_rows(tiles[f], features[f], shape, tiling, strip, f < kTileOut ? 2 : 1, next);
-      form_g_rows(strip, tiles, c);
-      for_row_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
-        correlate<R>(row, tiles[kTileG], tiles[kTileX], tiles[kTileP].next, x_sums);
-        if (p) correlate<R>(row, tiles[kTileG], tiles[kTileP], tiles[kTileOut].next, p_sums);
-      });
-      spread_rows(strip, tiles, c.x_filter, c.x_offset, residual && grad_out, tiles[kTileX]);
-      store_rows(tiles[kTileX], dx, shape, tiling, strip);
-      if (dp) {
-        spread_rows(strip, tiles, c.p_filter, c.p_offset, false, tiles[kTileP]);
-        store_rows(tiles[kTileP], dp, shape, tiling, strip);
-      }
+  void visit(const Place<A>& place, const Plane& c, const Memory& memory, V* weight_sums) const {
+    const Strip& strip = place.strip;
+    const Feature features[kInputs] = {x, p, grad_out, grad_o};
+    Window<const A> in[kInputs] = {};
+    for (int f = 0; f < kInputs; ++f)
+      if (features[f]) in[f] = place.open(features[f], f < kOut_ ? 2 : 1, memory.inputs[f]);
+    // g is needed one row beyond the strip.
+    const Strip around{std::max<int64_t>(0, strip.first - 1),
+                       std::min(grid.shape.height, strip.last + 1)};
+    const Window<A> g_out = place.on_memory(memory.g, around.first);
+    const Window<const A> g = g_out;
+    for_blocks(around.first, around.last,
+               [&]<int R>(int64_t row) { form_g<R>(row, in, c, g_out); });
+    V x_sums[9], p_sums[9];
+    for (V& sum : x_sums) sum = V{};
+    for (V& sum : p_sums) sum = V{};
+    for_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
+      correlate<R>(row, g, in[kX_], c, x_sums);
+      if (p) correlate<R>(row, g, in[kP_], c, p_sums);
     });
     for (int tap = 0; tap < 9; ++tap) {
       weight_sums[tap] += c.a * x_sums[tap];
       weight_sums[9 + tap] += p_sums[tap];
     }
+    spread_rows(strip, g, c.x_filter, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr, c,
+                place.open(dx, memory.dx));
+    place.close(dx, memory.dx);
+    if (!dp) return;
+    spread_rows(strip, g, c.p_filter, c.p_offset, nullptr, c,
+                place.open(dp, memory.dp));
+    place.close(dp, memory.dp);
   }
 
   void run(int threads) const {
-    const Units<A> units(shape, tiling);
+    const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
       thread_local Arena arena;
-      arena.reserve(scratch_bytes(tiling, units));
-      Tile<A> tiles[kTiles];
-      for (Tile<A>& tile : tiles) tile = new_tile(arena, tiling, 2);
-      V* sums = arena.take<V>(18 * units.groups_per_unit);
-      std::fill_n(sums, 18 * units.groups_per_unit, V{});
-      const int64_t first_group = unit % units.group_units * units.groups_per_unit;
-      for_planes(units, shape, tiling, unit, [&](int64_t group, int64_t b, const Strip& next) {
-        plane(group, b, next, tiles, sums + 18 * (group - first_group));
+      const Memory memory = reserve(arena, units.groups_per_unit);
+      const int64_t first_group = units.first_group(unit);
+      Plane planes[kMostTogether];
+      for_strips(units, grid, unit, [&](const Place<A>& place, int64_t slot) {
+        if (place.strip.first == 0) begin(place.b, place.group, planes[slot]);
+        visit(place, planes[slot], memory, memory.weight_sums + 18 * (place.group - first_group));
       });
-      A* rows = partial + unit / units.group_units * 18 * shape.channels;
-      const int64_t last_group = std::min(tiling.groups, first_group + units.groups_per_unit);
+      A* rows = partial + unit / units.group_units * 18 * grid.shape.channels;
+      const int64_t last_group = std::min(grid.groups, first_group + units.groups_per_unit);
       for (int64_t group = first_group; group < last_group; ++group)
         for (int f = 0; f < 18; ++f)
-          store_channel_sums(rows + f * shape.channels, sums[18 * (group - first_group) + f], shape,
-                             tiling, group);
+          store_channel_sums(rows + f * grid.shape.channels,
+                             memory.weight_sums[18 * (group - first_group) + f], grid, group);
     });
   }
 };

@@ -1,7 +1,7 @@
 // What a pass over the feature maps leaves behind: a few numbers per plane.
 #pragma once
 
-#include "common/tile.h"
+#include "common/map.h"
 
 namespace dla::DLA_ISA {
 
