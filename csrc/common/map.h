@@ -91,6 +91,7 @@ struct Grid {
   int64_t together;     // groups that share cache lines and are worked on strip by strip
   int64_t vectors;      // vectors of a row
   int64_t strip_rows;   // rows that are worked on at a time
+  bool safe_rows;       // a vector that starts in a row, or a pixel before it, ends in the next
   std::vector<Mask<A>> columns;  // [vectors][3]: lanes whose neighbour at dx = -1, 0, 1 is in the row
 
   explicit Grid(const MapShape& s) : shape(s) {
@@ -104,6 +105,7 @@ struct Grid {
     groups = ceil_div(s.channels, planes);
     together = s.channels_last ? 4 : 1;
     vectors = channel_lanes ? s.width : ceil_div(s.width, kV);
+    safe_rows = (channel_lanes ? kV : vectors * kV + 1 - s.width) <= s.row_elements();
     // A strip of six maps in the L1 cache.
     const int64_t row_bytes = row_stride() * static_cast<int64_t>(sizeof(A));
     const int64_t fitting = 48 * 1024 / (6 * row_bytes) / 8 * 8;
@@ -150,19 +152,21 @@ struct Grid {
   }
 };
 
-// Rows of a group of planes as vectors find them.
-template <class A>
+// Rows of a group of planes as vectors find them. With pixel lanes the strides along a row are known
+// to the compiler, which spares a good part of the instructions.
+template <class A, bool kPixelLanes>
 struct Window {
   A* origin;  // of row 0
-  int64_t row_stride, pixel_stride, vector_stride;
+  int64_t row_stride, stride_of_pixels;
   std::ptrdiff_t ahead;  // bytes from what is read now to what should be fetched meanwhile
 
   explicit operator bool() const { return origin != nullptr; }
+  int64_t pixel_stride() const { return kPixelLanes ? 1 : stride_of_pixels; }
   A* at(int64_t row, int64_t vector) const {
-    return origin + row * row_stride + vector * vector_stride;
+    return origin + row * row_stride + vector * (kPixelLanes ? kLanes<A> : stride_of_pixels);
   }
-  operator Window<const A>() const {
-    return {origin, row_stride, pixel_stride, vector_stride, ahead};
+  operator Window<const A, kPixelLanes>() const {
+    return {origin, row_stride, stride_of_pixels, ahead};
   }
 };
 
@@ -263,20 +267,23 @@ struct Copy {
 };
 
 // A strip of a group of planes.
-template <class A>
+template <class A, bool kPixelLanes>
 struct Place {
+  using In = Window<const A, kPixelLanes>;
+  using Out = Window<A, kPixelLanes>;
+
   const Grid<A>& grid;
   int64_t b, group;
   Strip strip;
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
-  Window<const A> open(Feature feature, int64_t halo, A* memory) const {
+  In open(Feature feature, int64_t halo, A* memory) const {
     if (in_place(feature.dtype)) return on_feature(static_cast<const A*>(feature.data));
     const MapShape& s = grid.shape;
     const Strip rows{std::max<int64_t>(0, strip.first - halo),
                      std::min(s.height, strip.last + halo)};
     const int64_t pixels = (rows.last - rows.first) * s.width;
-    Window<const A> window = on_memory<const A>(memory, rows.first);
+    In window = on_memory(memory, rows.first);
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
       const T* from = static_cast<const T*>(feature.data) + offset(rows.first);
@@ -284,7 +291,7 @@ struct Place {
                      reinterpret_cast<const char*>(memory);
       if (s.channels_last)
         Copy<T, A>::load_runs(from, pixels, lanes(), s.channels, memory);
-      else if (grid.channel_lanes)
+      else if (!kPixelLanes)
         Copy<T, A>::load_planes(from, pixels, lanes(), s.pixels(), memory);
       else
         Copy<T, A>::load_flat(from, pixels, memory);
@@ -293,7 +300,7 @@ struct Place {
   }
 
   // A feature to be written, in place or in `memory` until close().
-  Window<A> open(OutFeature feature, A* memory) const {
+  Out open(OutFeature feature, A* memory) const {
     if (in_place(feature.dtype)) return on_feature(static_cast<A*>(feature.data));
     return on_memory(memory, strip.first);
   }
@@ -306,7 +313,7 @@ struct Place {
       T* to = static_cast<T*>(feature.data) + offset(strip.first);
       if (s.channels_last)
         Copy<T, A>::store_runs(memory, pixels, lanes(), s.channels, to);
-      else if (grid.channel_lanes)
+      else if (!kPixelLanes)
         Copy<T, A>::store_planes(memory, pixels, lanes(), s.pixels(), to);
       else
         Copy<T, A>::store_flat(memory, pixels, to);
@@ -314,15 +321,14 @@ struct Place {
   }
 
   // Working memory that holds rows from `first_row` on.
-  template <class E>
-  Window<E> on_memory(E* memory, int64_t first_row) const {
-    return {memory - first_row * grid.row_stride(), grid.row_stride(), grid.planes, kLanes<A>, 0};
+  Out on_memory(A* memory, int64_t first_row) const {
+    return {memory - first_row * grid.row_stride(), grid.row_stride(), grid.planes, 0};
   }
 
  private:
   bool in_place(DType dtype) const {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
-    return !converted && (grid.shape.channels_last || !grid.channel_lanes);
+    return !converted && (grid.shape.channels_last || kPixelLanes);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {
@@ -330,11 +336,10 @@ struct Place {
   }
   // Fetched meanwhile: the block of rows below, or the next group's lines beside these.
   template <class E>
-  Window<E> on_feature(E* data) const {
+  Window<E, kPixelLanes> on_feature(E* data) const {
     const MapShape& s = grid.shape;
     const int64_t ahead = s.channels_last ? kLanes<A> : 8 * s.width;
     return {data + offset(0), s.row_elements(), s.channels_last ? s.channels : 1,
-            s.channels_last ? s.channels : kLanes<A>,
             ahead * static_cast<std::ptrdiff_t>(sizeof(A))};
   }
 };

@@ -8,25 +8,7 @@
 
 namespace dla::DLA_ISA {
 
-// Calls use(r, i, j, v) for the taps (i, j) of all rows r of a block; v is the vector there.
-template <int R, class A, class Use>
-inline __attribute__((always_inline)) void for_taps(const Window<const A>& in, const A* at,
-                                                    const TapMasks<A>& masks, const Use& use) {
-  const A* left = at - in.row_stride - in.pixel_stride;
-#pragma GCC unroll 10
-  for (int r = -1; r <= R; ++r, left += in.row_stride) {
-    const Mask<A>(&mask)[3] = masks.at[r < 0 ? 0 : r < R ? 1 : 2];
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      const Vec<A> v = load_masked<A>(left + j * in.pixel_stride, mask[j]);
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i)
-        if (0 <= r - i + 1 && r - i + 1 < R) use(r - i + 1, i, j, v);
-    }
-  }
-}
-
-// Keeps the compiler from reading v from memory again at every use.
+// Keeps the compiler from reading v from memory again at every use, as it likes to.
 template <class V>
 inline __attribute__((always_inline)) V in_register(V v) {
 #if defined(__AVX512F__)
@@ -35,33 +17,66 @@ inline __attribute__((always_inline)) V in_register(V v) {
   return v;
 }
 
-// acc[r] = sum_ij weight[3i + j] * (vector at tap (i, j) of row r), or += where `add`.
-template <int R, bool add, class A>
-inline __attribute__((always_inline)) void stencil_block(const Window<const A>& in, const A* at,
+// Calls add(r, i, j, a function (a, c) -> c + a v) for the taps (i, j) of all rows r of a block; v is
+// the vector at the tap, zero outside the map. Rows with a row of the block on either side are read
+// whole, beyond their ends (Grid::safe_rows), and masked in the sum, which costs nothing.
+template <int R, class A, bool kPixelLanes, class Add>
+inline __attribute__((always_inline)) void for_taps(const Window<const A, kPixelLanes>& in, const A* at,
+                                                    const TapMasks<A>& masks, const Add& add) {
+  const A* left = at - in.row_stride - in.pixel_stride();
+#pragma GCC unroll 10
+  for (int r = -1; r <= R; ++r, left += in.row_stride) {
+    const bool whole = kHasMaskedArithmetic && 0 < r && r < R - 1;
+    const Mask<A>(&mask)[3] = masks.at[r < 0 ? 0 : r < R ? 1 : 2];
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      const A* tap = left + j * in.pixel_stride();
+      const Vec<A> v = in_register(whole ? load(tap) : load_masked<A>(tap, mask[j]));
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i)
+        if (0 <= r - i + 1 && r - i + 1 < R)
+          add(r - i + 1, i, j, [&](Vec<A> a, Vec<A> c) __attribute__((always_inline)) {
+            return whole ? multiply_add_masked<A>(a, v, c, mask[j]) : c + a * v;
+          });
+    }
+  }
+}
+
+// acc[r] += sum_ij weight[3i + j] * (vector at tap (i, j) of row r).
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void stencil_block(const Window<const A, kPixelLanes>& in, const A* at,
                                                          const TapMasks<A>& masks,
                                                          const Vec<A>* weight, Vec<A> (&acc)[R]) {
   Vec<A> w[9];
 #pragma GCC unroll 9
   for (int tap = 0; tap < 9; ++tap) w[tap] = in_register(weight[tap]);
-  for_taps<R, A>(in, at, masks, [&](int r, int i, int j, Vec<A> v) __attribute__((always_inline)) {
-    const Vec<A> product = w[3 * i + j] * v;
-    acc[r] = !add && i == 0 && j == 0 ? product : acc[r] + product;
-  });
+  for_taps<R, A>(in, at, masks,
+                 [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
+                   acc[r] = add(w[3 * i + j], acc[r]);
+                 });
 }
 
 // acc[3i + j] += sum_r g[r] * (vector at tap (i, j) of row r).
-template <int R, class A>
-inline __attribute__((always_inline)) void correlate_block(const Window<const A>& in, const A* at,
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void correlate_block(const Window<const A, kPixelLanes>& in, const A* at,
                                                            const TapMasks<A>& masks,
                                                            const Vec<A> (&g)[R], Vec<A>* acc) {
-  for_taps<R, A>(in, at, masks, [&](int r, int i, int j, Vec<A> v) __attribute__((always_inline)) {
-    acc[3 * i + j] += g[r] * v;
-  });
+  for_taps<R, A>(in, at, masks,
+                 [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
+                   acc[3 * i + j] = add(g[r], acc[3 * i + j]);
+                 });
+}
+
+// A block of zeros (or of another value); an initialiser would be one slow instruction.
+template <int R, class V>
+inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) block[r] = value;
 }
 
 // Fetches what follows the R rows at `at`.
-template <int R, class A>
-inline __attribute__((always_inline)) void prefetch_block(const Window<const A>& in, const A* at) {
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kPixelLanes>& in, const A* at) {
   const char* next = reinterpret_cast<const char*>(at) + in.ahead;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -69,11 +84,13 @@ inline __attribute__((always_inline)) void prefetch_block(const Window<const A>&
 }
 
 // Calls block.template operator()<R>(row) so that blocks of R rows cover [first, last).
-template <class Block>
-inline void for_blocks(int64_t first, int64_t last, const Block& block) {
+template <class A, class Block>
+inline void for_blocks(const Grid<A>& grid, int64_t first, int64_t last, const Block& block) {
   int64_t row = first;
-  for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
-  for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
+  if (grid.safe_rows) {
+    for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
+    for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
+  }
   for (; row < last; ++row) block.template operator()<1>(row);
 }
 

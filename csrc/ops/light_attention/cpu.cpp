@@ -81,9 +81,9 @@ struct Step {
   Mixture<A> mixture(const A* a, const A* d) const {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
-  MomentsPass<A> moments(PlaneTable<A> table, const void* grad_out, const void* grad_o) const {
-    return {grid, feature(args.x), feature(args.p), feature(grad_out), feature(grad_o),
-            small(args.v_weight), small(args.prev_weight), table};
+  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o) const {
+    run_pass<MomentsPass>(args.threads, grid, feature(args.x), feature(args.p), feature(grad_out),
+                          feature(grad_o), small(args.v_weight), small(args.prev_weight), table);
   }
   PlaneStatistics statistics(PlaneTable<A> table, const A* a, const A* d, int64_t b,
                              int64_t c) const {
@@ -206,7 +206,7 @@ struct ForwardStep : Step<A> {
     }
     const PlaneTable<A> table(buffers.take(table_size), shape);
     if (batch_norm) {
-      this->moments(table, nullptr, nullptr).run(args.threads);
+      this->moments(table, nullptr, nullptr);
       pool_from_sums(table, y, pooled_p);
     } else {
       pool(y, pooled_p);
@@ -214,9 +214,9 @@ struct ForwardStep : Step<A> {
     this->attend(y, pooled_p, small(args.state_out), a, d);
     if (batch_norm) batch_statistics(table, a, d, small(args.mean), small(args.var));
     output_coefficients(scale, shift);
-    StencilPass<A>{grid, this->feature(args.x), this->feature(args.p),
-                   this->feature(args.out), this->feature(args.o), this->mixture(a, d), scale, shift, args.residual}
-        .run(args.threads);
+    run_pass<StencilPass>(args.threads, this->grid, this->feature(args.x), this->feature(args.p),
+                          this->feature(args.out), this->feature(args.o), this->mixture(a, d), scale,
+                          shift, args.residual);
   }
 };
 
@@ -372,7 +372,7 @@ struct BackwardStep : Step<A> {
     const A *y = small(args.pooled), *pooled_p = y + planes;
     if (!this->gated()) d = nullptr;
 
-    this->moments(table, args.grad_out, args.grad_o).run(args.threads);
+    this->moments(table, args.grad_out, args.grad_o);
     this->attend(y, pooled_p, state, a, d);
     channel_gradients(table, a, d, to, da, dd);
     std::fill_n(dy, 2 * planes, A(0));
@@ -388,12 +388,12 @@ struct BackwardStep : Step<A> {
     for (int64_t i = 0; i < 2 * planes; ++i) dy[i] *= scale;
 
     const bool through_norm = args.norm == LightNorm::batch;
-    GradientsPass<A>{grid, this->feature(args.x), this->feature(args.p),
-                     this->feature(args.grad_out), this->feature(args.grad_o),
-                     this->feature(args.dx), this->feature(args.dp),
-                     this->mixture(a, d), out_scale, through_norm ? to.o_scale : nullptr,
-                     through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial}
-        .run(args.threads);
+    run_pass<GradientsPass>(
+        args.threads, this->grid, this->feature(args.x), this->feature(args.p),
+        this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),
+        this->feature(args.dp), this->mixture(a, d), out_scale,
+        through_norm ? to.o_scale : nullptr, through_norm ? to.offset : nullptr, dy, dpooled_p,
+        args.residual, partial);
     weight_gradients(partial, units.batch_units);
   }
 };

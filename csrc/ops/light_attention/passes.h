@@ -38,7 +38,7 @@ constexpr int kMostTogether = 4;  // bound of Grid::together
 
 // Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
 // kMostTogether tells the groups apart whose strips are interleaved.
-template <class A, class Body>
+template <bool kPixelLanes, class A, class Body>
 inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
   const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
   const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
@@ -50,7 +50,7 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
       for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
         const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
         for (int64_t slot = 0; slot < count; ++slot)
-          body(Place<A>{grid, b, start + slot, strip}, slot);
+          body(Place<A, kPixelLanes>{grid, b, start + slot, strip}, slot);
       }
     }
   }
@@ -72,9 +72,12 @@ inline void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec
 
 // ---- moments -----------------------------------------------------------------------------------
 
-template <class A>
+template <class A, bool kPixelLanes>
 struct MomentsPass {
   using V = Vec<A>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using In = typename Place::In;
+  using Out = typename Place::Out;
   const Grid<A>& grid;
   Feature x, p, grad_out, grad_o;
   const A *v_weight, *prev_weight;
@@ -103,7 +106,7 @@ struct MomentsPass {
   }
 
   template <int R>
-  void block(int64_t row, bool first, const Window<const A> (&in)[kInputs], Plane& plane) const {
+  void block(int64_t row, bool first, const In (&in)[kInputs], Plane& plane) const {
     V(&sums)[kSums] = plane.sums;
     const int64_t middle = grid.vectors / 2;
     for (int64_t i = 0; i < grid.vectors; ++i) {
@@ -113,10 +116,13 @@ struct MomentsPass {
       const Mask<A> own = masks.centre();
       const bool take_shift = first && i == 0;
       const A* x_at = in[kX_].at(row, k);
-      for (const Window<const A>& w : in)
+      for (const In& w : in)
         if (w) prefetch_block<R, A>(w, w.at(row, k));
       V u[R], q[R], e[R];
-      stencil_block<R, false, A>(in[kX_], x_at, masks, plane.v_filter, u);
+      fill_block(u, V{});
+      fill_block(q, V{});
+      fill_block(e, V{});
+      stencil_block<R, A>(in[kX_], x_at, masks, plane.v_filter, u);
       if (take_shift) plane.shift[0] = inner<R>(u);
       // Each sum is formed over the block's rows first: short chains of additions keep float sums
       // over large planes accurate.
@@ -144,7 +150,7 @@ struct MomentsPass {
         }
         sums[kP] += alone, sums[kPP] += with_p, sums[kUP] += with_u;
         if (prev_weight != nullptr) {
-          stencil_block<R, false, A>(in[kP_], p_at, masks, plane.e_filter, e);
+          stencil_block<R, A>(in[kP_], p_at, masks, plane.e_filter, e);
           if (take_shift) plane.shift[2] = inner<R>(e);
           alone = with_u = with_p = with_e = V{};
 #pragma GCC unroll 8
@@ -158,23 +164,14 @@ struct MomentsPass {
           sums[kE] += alone, sums[kEE] += with_e, sums[kPE] += with_p, sums[kUE] += with_u;
         }
       }
-      // Without p or its convolution these products are not used, but must not be garbage.
-      if (!p) clear(q);
-      if (prev_weight == nullptr) clear(e);
       if (grad_out) products<R>(in[kOut_], in[kOut_].at(row, k), own, u, q, e, sums + kG);
       if (grad_o) products<R>(in[kO_], in[kO_].at(row, k), own, u, q, e, sums + kD);
     }
   }
 
-  template <int R>
-  static void clear(V (&v)[R]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) v[r] = V{};
-  }
-
   // Adds the sums of a gradient and of its products with u, p and e.
   template <int R>
-  void products(const Window<const A>& in, const A* at, Mask<A> own, const V (&u)[R], const V (&q)[R],
+  void products(const In& in, const A* at, Mask<A> own, const V (&u)[R], const V (&q)[R],
                 const V (&e)[R], V* sums) const {
     V alone = {}, with_u = {}, with_p = {}, with_e = {};
 #pragma GCC unroll 8
@@ -210,14 +207,14 @@ struct MomentsPass {
       A* memory[kInputs];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips(units, grid, unit, [&](const Place<A>& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.group, plane);
-        Window<const A> in[kInputs] = {};
+        In in[kInputs] = {};
         for (int f = 0; f < kInputs; ++f)
           if (features[f]) in[f] = place.open(features[f], f < kOut_, memory[f]);
-        for_blocks(strip.first, strip.last,
+        for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { block<R>(row, row == 0, in, plane); });
         if (strip.last == grid.shape.height) write(plane, table.record(place.b, place.group * grid.planes));
       });
@@ -252,9 +249,12 @@ struct Mixture {
   }
 };
 
-template <class A>
+template <class A, bool kPixelLanes>
 struct StencilPass {
   using V = Vec<A>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using In = typename Place::In;
+  using Out = typename Place::Out;
   const Grid<A>& grid;
   Feature x, p;
   OutFeature out, o;  // o may be null
@@ -276,8 +276,8 @@ struct StencilPass {
   }
 
   template <int R>
-  void block(int64_t row, const Plane& plane, const Window<const A>& x_in,
-             const Window<const A>& p_in, const Window<A>& to, const Window<A>& o_to) const {
+  void block(int64_t row, const Plane& plane, const In& x_in,
+             const In& p_in, const Out& to, const Out& o_to) const {
     for (int64_t k = 0; k < grid.vectors; ++k) {
       const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
       const Mask<A> own = masks.centre();
@@ -285,8 +285,9 @@ struct StencilPass {
       prefetch_block<R, A>(x_in, x_at);
       if (p) prefetch_block<R, A>(p_in, p_in.at(row, k));
       V acc[R];
-      stencil_block<R, false, A>(x_in, x_at, masks, plane.x_filter, acc);
-      if (p) stencil_block<R, true, A>(p_in, p_in.at(row, k), masks, plane.p_filter, acc);
+      fill_block(acc, V{});
+      stencil_block<R, A>(x_in, x_at, masks, plane.x_filter, acc);
+      if (p) stencil_block<R, A>(p_in, p_in.at(row, k), masks, plane.p_filter, acc);
       A* out_at = to.at(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -310,14 +311,14 @@ struct StencilPass {
       A* memory[4];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips(units, grid, unit, [&](const Place<A>& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
-        const Window<const A> x_in = place.open(x, 1, memory[0]);
-        const Window<const A> p_in = p ? place.open(p, 1, memory[1]) : Window<const A>{};
-        const Window<A> to = place.open(out, memory[2]);
-        const Window<A> o_to = o ? place.open(o, memory[3]) : Window<A>{};
-        for_blocks(place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
+        const In x_in = place.open(x, 1, memory[0]);
+        const In p_in = p ? place.open(p, 1, memory[1]) : In{};
+        const Out to = place.open(out, memory[2]);
+        const Out o_to = o ? place.open(o, memory[3]) : Out{};
+        for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
           block<R>(row, plane, x_in, p_in, to, o_to);
         });
         place.close(out, memory[2]);
@@ -329,9 +330,12 @@ struct StencilPass {
 
 // ---- gradients ---------------------------------------------------------------------------------
 
-template <class A>
+template <class A, bool kPixelLanes>
 struct GradientsPass {
   using V = Vec<A>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using In = typename Place::In;
+  using Out = typename Place::Out;
   const Grid<A>& grid;
   Feature x, p, grad_out, grad_o;
   OutFeature dx, dp;  // dp may be null
@@ -369,20 +373,18 @@ struct GradientsPass {
 
   // g of rows [row, row + R).
   template <int R>
-  void form_g(int64_t row, const Window<const A> (&in)[kInputs], const Plane& c,
-              const Window<A>& g_out) const {
+  void form_g(int64_t row, const In (&in)[kInputs], const Plane& c,
+              const Out& g_out) const {
     for (int64_t k = 0; k < grid.vectors; ++k) {
       const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
       const Mask<A> own = masks.centre();
-      for (const Window<const A>& w : in)
+      for (const In& w : in)
         if (w) prefetch_block<R, A>(w, w.at(row, k));
       V g[R];
-      if (o_scale == nullptr) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] = V{};
-      } else {
-        stencil_block<R, false, A>(in[kX_], in[kX_].at(row, k), masks, c.x_filter, g);
-        if (p) stencil_block<R, true, A>(in[kP_], in[kP_].at(row, k), masks, c.p_filter, g);
+      fill_block(g, V{});
+      if (o_scale != nullptr) {
+        stencil_block<R, A>(in[kX_], in[kX_].at(row, k), masks, c.x_filter, g);
+        if (p) stencil_block<R, A>(in[kP_], in[kP_].at(row, k), masks, c.p_filter, g);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) g[r] = c.o_scale * g[r] + c.offset;
       }
@@ -395,14 +397,14 @@ struct GradientsPass {
   }
 
   template <int R>
-  static void add(const Window<const A>& in, const A* at, Mask<A> own, V scale, V (&sum)[R]) {
+  static void add(const In& in, const A* at, Mask<A> own, V scale, V (&sum)[R]) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sum[r] += scale * load_masked<A>(at + r * in.row_stride, own);
   }
 
   // Adds the correlations of g with a feature over rows [row, row + R).
   template <int R>
-  void correlate(int64_t row, const Window<const A>& g_in, const Window<const A>& feature,
+  void correlate(int64_t row, const In& g_in, const In& feature,
                  const Plane& c, V (&sums)[9]) const {
     V acc[9];
     std::copy(sums, sums + 9, acc);
@@ -419,15 +421,14 @@ struct GradientsPass {
 
   // Gradient of a feature over rows [row, row + R); grad_out is added where `passed` is not null.
   template <int R>
-  void spread(int64_t row, const Window<const A>& g_in, const V (&flipped)[9], V offset,
-              const Window<const A>* passed, const Plane& c, const Window<A>& to) const {
+  void spread(int64_t row, const In& g_in, const V (&flipped)[9], V offset,
+              const In* passed, const Plane& c, const Out& to) const {
     for (int64_t k = 0; k < grid.vectors; ++k) {
       const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
       const Mask<A> own = masks.centre();
       V acc[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r] = offset;
-      stencil_block<R, true, A>(g_in, g_in.at(row, k), masks, flipped, acc);
+      fill_block(acc, offset);
+      stencil_block<R, A>(g_in, g_in.at(row, k), masks, flipped, acc);
       if (passed != nullptr) add<R>(*passed, passed->at(row, k), own, splat(A(1)), acc);
       A* at = to.at(row, k);
 #pragma GCC unroll 8
@@ -435,11 +436,11 @@ struct GradientsPass {
     }
   }
 
-  void spread_rows(const Strip& strip, const Window<const A>& g, const V (&filter)[9], V offset,
-                   const Window<const A>* passed, const Plane& c, const Window<A>& to) const {
+  void spread_rows(const Strip& strip, const In& g, const V (&filter)[9], V offset,
+                   const In* passed, const Plane& c, const Out& to) const {
     V flipped[9];
     std::reverse_copy(filter, filter + 9, flipped);
-    for_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
+    for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
       spread<R>(row, g, flipped, offset, passed, c, to);
     });
   }
@@ -462,23 +463,23 @@ struct GradientsPass {
     return m;
   }
 
-  void visit(const Place<A>& place, const Plane& c, const Memory& memory, V* weight_sums) const {
+  void visit(const Place& place, const Plane& c, const Memory& memory, V* weight_sums) const {
     const Strip& strip = place.strip;
     const Feature features[kInputs] = {x, p, grad_out, grad_o};
-    Window<const A> in[kInputs] = {};
+    In in[kInputs] = {};
     for (int f = 0; f < kInputs; ++f)
       if (features[f]) in[f] = place.open(features[f], f < kOut_ ? 2 : 1, memory.inputs[f]);
     // g is needed one row beyond the strip.
     const Strip around{std::max<int64_t>(0, strip.first - 1),
                        std::min(grid.shape.height, strip.last + 1)};
-    const Window<A> g_out = place.on_memory(memory.g, around.first);
-    const Window<const A> g = g_out;
-    for_blocks(around.first, around.last,
+    const Out g_out = place.on_memory(memory.g, around.first);
+    const In g = g_out;
+    for_blocks(grid, around.first, around.last,
                [&]<int R>(int64_t row) { form_g<R>(row, in, c, g_out); });
     V x_sums[9], p_sums[9];
     for (V& sum : x_sums) sum = V{};
     for (V& sum : p_sums) sum = V{};
-    for_blocks(strip.first, strip.last, [&]<int R>(int64_t row) {
+    for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
       correlate<R>(row, g, in[kX_], c, x_sums);
       if (p) correlate<R>(row, g, in[kP_], c, p_sums);
     });
@@ -502,7 +503,7 @@ struct GradientsPass {
       const Memory memory = reserve(arena, units.groups_per_unit);
       const int64_t first_group = units.first_group(unit);
       Plane planes[kMostTogether];
-      for_strips(units, grid, unit, [&](const Place<A>& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         if (place.strip.first == 0) begin(place.b, place.group, planes[slot]);
         visit(place, planes[slot], memory, memory.weight_sums + 18 * (place.group - first_group));
       });
@@ -515,5 +516,14 @@ struct GradientsPass {
     });
   }
 };
+
+// Runs a pass with the lanes that the grid says.
+template <template <class, bool> class Pass, class A, class... Fields>
+void run_pass(int threads, const Grid<A>& grid, const Fields&... fields) {
+  if (grid.channel_lanes)
+    Pass<A, false>{grid, fields...}.run(threads);
+  else
+    Pass<A, true>{grid, fields...}.run(threads);
+}
 
 }  // namespace dla::DLA_ISA
