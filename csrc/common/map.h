@@ -105,7 +105,8 @@ struct Grid {
     groups = ceil_div(s.channels, planes);
     together = s.channels_last ? 4 : 1;
     vectors = channel_lanes ? s.width : ceil_div(s.width, kV);
-    safe_rows = (channel_lanes ? kV : vectors * kV + 1 - s.width) <= s.row_elements();
+    const int64_t memory_row = s.channels_last ? s.row_elements() : row_stride();
+    safe_rows = (channel_lanes ? kV : vectors * kV + 1 - s.width) <= memory_row;
     // A strip of six maps in the L1 cache.
     const int64_t row_bytes = row_stride() * static_cast<int64_t>(sizeof(A));
     const int64_t fitting = 48 * 1024 / (6 * row_bytes) / 8 * 8;

@@ -70,7 +70,7 @@ inline __attribute__((always_inline)) void correlate_block(const Window<const A,
 // A block of zeros (or of another value); an initialiser would be one slow instruction.
 template <int R, class V>
 inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
-#pragma GCC unroll 8
+#pragma GCC unroll 18
   for (int r = 0; r < R; ++r) block[r] = value;
 }
 

@@ -56,18 +56,13 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
   }
 }
 
-// 3x3 filters of a group's channels: one vector per tap.
+// 3x3 filters [C, 3, 3] of a group's channels: one vector per tap.
 template <class A>
 inline void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec<A> (&filter)[9]) {
-  for (int tap = 0; tap < 9; ++tap) {
-    if (!grid.channel_lanes) {
-      filter[tap] = splat(weight[group * 9 + tap]);
-      continue;
-    }
-    filter[tap] = Vec<A>{};
-    for (int lane = 0; lane < grid.lanes(group); ++lane)
-      filter[tap][lane] = weight[(group * grid.planes + lane) * 9 + tap];
-  }
+  const A* from = weight + group * grid.planes * 9;
+  if (grid.channel_lanes)
+    return Copy<A, A>::load_planes(from, 9, grid.lanes(group), 9, reinterpret_cast<A*>(filter));
+  for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
 }
 
 // ---- moments -----------------------------------------------------------------------------------
@@ -94,8 +89,8 @@ struct MomentsPass {
     load_filter(v_weight, grid, group, plane.v_filter);
     if (prev_weight != nullptr) load_filter(prev_weight, grid, group, plane.e_filter);
     plane.channels = grid.channel_mask(group);
-    for (V& sum : plane.sums) sum = V{};
-    for (V& shift : plane.shift) shift = V{};
+    fill_block(plane.sums, V{});
+    fill_block(plane.shift, V{});
   }
 
   // Value of the shift: one inside the first block, away from the map's edges.
@@ -105,16 +100,25 @@ struct MomentsPass {
     return splat<A>(v[R / 2][std::min<int64_t>(grid.shape.width, kLanes<A>) / 2]);
   }
 
+  // Channel lanes see every pixel of a row: long sums are formed block by block.
   template <int R>
-  void block(int64_t row, bool first, const In (&in)[kInputs], Plane& plane) const {
-    V(&sums)[kSums] = plane.sums;
+  void add_block(int64_t row, const In (&in)[kInputs], Plane& plane) const {
+    if (kPixelLanes) return block<R>(row, in, plane, plane.sums);
+    V sums[kSums];
+    fill_block(sums, V{});
+    block<R>(row, in, plane, sums);
+    for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
+  }
+
+  template <int R>
+  void block(int64_t row, const In (&in)[kInputs], Plane& plane, V (&sums)[kSums]) const {
     const int64_t middle = grid.vectors / 2;
     for (int64_t i = 0; i < grid.vectors; ++i) {
       // From the middle on, where the shifts are taken.
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
       const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
       const Mask<A> own = masks.centre();
-      const bool take_shift = first && i == 0;
+      const bool take_shift = row == 0 && i == 0;
       const A* x_at = in[kX_].at(row, k);
       for (const In& w : in)
         if (w) prefetch_block<R, A>(w, w.at(row, k));
@@ -215,7 +219,7 @@ struct MomentsPass {
         for (int f = 0; f < kInputs; ++f)
           if (features[f]) in[f] = place.open(features[f], f < kOut_, memory[f]);
         for_blocks(grid, strip.first, strip.last,
-                   [&]<int R>(int64_t row) { block<R>(row, row == 0, in, plane); });
+                   [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
         if (strip.last == grid.shape.height) write(plane, table.record(place.b, place.group * grid.planes));
       });
     });
@@ -477,8 +481,8 @@ struct GradientsPass {
     for_blocks(grid, around.first, around.last,
                [&]<int R>(int64_t row) { form_g<R>(row, in, c, g_out); });
     V x_sums[9], p_sums[9];
-    for (V& sum : x_sums) sum = V{};
-    for (V& sum : p_sums) sum = V{};
+    fill_block(x_sums, V{});
+    fill_block(p_sums, V{});
     for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
       correlate<R>(row, g, in[kX_], c, x_sums);
       if (p) correlate<R>(row, g, in[kP_], c, p_sums);
