@@ -1,6 +1,7 @@
 """One DLA-L layer: attention of a layer to itself and, through a gated feature, to earlier ones."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -231,17 +232,23 @@ class DLALayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The fused step, or the attention alone followed by norm, drop path and residual."""
         keep_output = keep_output and self.form.prev_from == "output"
+        norm, drop_path = self.norm, self.drop_path
         dtype = compute_dtype(x.dtype)
         tensors = (
             x,
             prev,
             context,
-            [_cast(weight, dtype) for weight in cell.weights()] if cell else [],
-            _cast(self.q_conv.weight, dtype),
-            _cast(self.k_conv.weight, dtype),
-            _cast(self.v_conv.weight, dtype),
-            _cast(prev_conv.weight, dtype) if prev_conv is not None and prev is not None else None,
-            _cast(self.lam, dtype),
+            _cast(cell.weights(), dtype) if cell is not None else [],
+            *_cast(
+                (
+                    self.q_conv.weight,
+                    self.k_conv.weight,
+                    self.v_conv.weight,
+                    None if prev_conv is None or prev is None else prev_conv.weight,
+                    self.lam,
+                ),
+                dtype,
+            ),
         )
         flags: dict[str, Any] = {
             "cell": self.form.cell,
@@ -251,37 +258,30 @@ class DLALayer(nn.Module):
             "head_dim": self.head_dim,
         }
         attend = dla_kernels.light_attention if self.fused else reference.light_attention
-        if self.fused and self._norm_and_drop_path_are_ours():
-            norm = _batch_norm_arguments(self.norm, x, dtype)
-            scale = self.drop_path.scale(x)
+        # The fused step stands for norm and drop_path only where it misses nothing that they do.
+        fused_norm = norm is None or _is_plain(norm, nn.BatchNorm2d)
+        if self.fused and fused_norm and _is_plain(drop_path, DropPath):
+            mode, eps, norm_tensors = _batch_norm_arguments(norm, x, dtype)
+            scale = drop_path.scale(x)
             out, o, context, mean, var, _ = attend(
                 *tensors,
-                norm.weight,
-                norm.bias,
-                norm.mean,
-                norm.var,
+                *norm_tensors,
                 None if scale is None else scale.flatten(),
                 **flags,
-                norm=norm.mode,
-                eps=norm.eps,
+                norm=mode,
+                eps=eps,
                 residual=True,
                 return_o=keep_output,
             )
-            if norm.mode == "batch":
-                _track_statistics(self.norm, mean, var, x.numel() // self.channels)
+            if mode == "batch":
+                _track_statistics(norm, mean, var, x.numel() // self.channels)
             return out, o if keep_output else None, context
         nothing = (None,) * 5
         o, _, context, *_ = attend(
             *tensors, *nothing, **flags, norm="none", eps=0.0, residual=False, return_o=False
         )
-        branch = o if self.norm is None else self.norm(o)
-        return x + self.drop_path(branch), o if keep_output else None, context
-
-    def _norm_and_drop_path_are_ours(self) -> bool:
-        """Whether the fused step may stand for the modules: they do nothing that it would miss."""
-        norm = self.norm
-        known = norm is None or (type(norm) is nn.BatchNorm2d and _is_unhooked(norm))
-        return known and type(self.drop_path) is DropPath and _is_unhooked(self.drop_path)
+        branch = o if norm is None else norm(o)
+        return x + drop_path(branch), o if keep_output else None, context
 
     def _parts(
         self, cell: Cell | None, prev_conv: nn.Conv2d | None
@@ -392,49 +392,44 @@ def shared_parts(
     return cell, depthwise_conv(channels, spec) if form.prev_conv else None
 
 
-class _BatchNorm(NamedTuple):
-    """What the fused step needs to know of a BatchNorm2d."""
-
-    mode: str
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-
-
-def _batch_norm_arguments(norm: nn.BatchNorm2d | None, x: Tensor, dtype: torch.dtype) -> _BatchNorm:
+def _batch_norm_arguments(
+    norm: nn.BatchNorm2d | None, x: Tensor, dtype: torch.dtype
+) -> tuple[str, float, Sequence[Tensor | None]]:
+    """Mode and eps of the fused step, and its norm_weight, norm_bias, mean_in and var_in."""
     if norm is None:
-        return _BatchNorm("none", 0.0, None, None, None, None)
-    weight, bias = _cast(norm.weight, dtype), _cast(norm.bias, dtype)
-    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
-        mean, var = _cast(norm.running_mean, dtype), _cast(norm.running_var, dtype)
-        return _BatchNorm("running", norm.eps, weight, bias, mean, var)
+        return "none", 0.0, (None,) * 4
+    weights = norm.weight, norm.bias
+    mean, var = norm.running_mean, norm.running_var
+    if not norm.training and mean is not None and var is not None:
+        return "running", norm.eps, _cast((*weights, mean, var), dtype)
     if x.numel() == x.shape[1]:
         # The words of torch.nn.functional.batch_norm.
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
-    return _BatchNorm("batch", norm.eps, weight, bias, None, None)
+    return "batch", norm.eps, _cast((*weights, None, None), dtype)
 
 
 def _track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Updates running statistics as BatchNorm2d does: the variance unbiased, the mean of all
     batches so far under ``momentum=None``."""
-    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+    running_mean = norm.running_mean
+    if not (norm.training and norm.track_running_stats) or running_mean is None:
         return
     factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    batches = norm.num_batches_tracked
+    if batches is not None:
+        batches.add_(1)
         if norm.momentum is None:
-            factor = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-    norm.running_mean.lerp_(_cast(mean, norm.running_mean.dtype), factor)
-    unbiased = var * (count / (count - 1))
-    norm.running_var.lerp_(_cast(unbiased, norm.running_var.dtype), factor)
+            factor = batches.to(running_mean.dtype).reciprocal()
+    mean, unbiased = _cast((mean, var * (count / (count - 1))), running_mean.dtype)
+    running_mean.lerp_(mean, factor)
+    norm.running_var.lerp_(unbiased, factor)
 
 
-def _is_unhooked(module: nn.Module) -> bool:
-    return not (
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` does what ``kind`` does, and nothing else."""
+    return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -443,5 +438,5 @@ def _is_unhooked(module: nn.Module) -> bool:
     )
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is None or x.dtype == dtype else x.to(dtype)
+def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]

@@ -136,8 +136,8 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
     """One list of the values and, in their places, of those in lists."""
     flat: list[Any] = []
     for value in values:
-        if isinstance(value, list | tuple):
-            flat.extend(value)
+        if isinstance(value, (list, tuple)):
+            flat += value
         else:
             flat.append(value)
     return flat

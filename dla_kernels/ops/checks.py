@@ -26,11 +26,17 @@ def features(name: str, x: Tensor) -> None:
 
 
 def like(
-    name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    name: str,
+    x: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    index: int | None = None,
 ) -> None:
-    """Exactly this shape, dtype and device."""
-    a_tensor(name, x)
-    if x.shape != shape or x.dtype != dtype or x.device != device:
+    """Exactly this shape, dtype and device; ``index`` is the place of x in a list."""
+    if x is None or x.shape != shape or x.dtype != dtype or x.device != device:
+        name = name if index is None else f"{name}[{index}]"
+        a_tensor(name, x)
         kind = ValueError if x.dtype == dtype else TypeError
         raise kind(f"{name}: expected {dtype} {list(shape)} on {device}, got {describe(x)}")
 

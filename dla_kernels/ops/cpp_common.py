@@ -1,5 +1,7 @@
 """What the ``cpp.py`` adapters share: tensors to addresses, memory formats, dtype codes."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,9 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 
 def unsupported(x: Tensor) -> str | None:
     """Why the compiled CPU kernels cannot serve ``x``, or None."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the compiled kernels run on CPU tensors, x is on {x.device}"
     return native.error()
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The dense format of ``x``, or the one that a dense copy of it gets."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def dense(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
@@ -30,3 +26,13 @@ def dense(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
 def address(x: Tensor | None) -> int | None:
     """Address of the first element; null for a missing tensor."""
     return None if x is None else x.data_ptr()
+
+
+def contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    """The tensors by name, dense copies of those that are not contiguous."""
+    return {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+
+
+def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:
+    """Fields of a native struct that hold these tensors; they must outlive the native call."""
+    return {name: None if t is None else t.data_ptr() for name, t in tensors.items()}

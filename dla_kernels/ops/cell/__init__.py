@@ -11,10 +11,8 @@ from dla_kernels.ops._registration import define
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 
-# Slots of the state of each kind, and the shapes of its parameters with C and h for sizes.
+# Slots of the state of each kind.
 SLOTS = {"dsu": 1, "dsu_split": 2}
-_MLP = (("h", "C"), ("h",), ("3C", "h"), ("3C",))
-_PARAMETERS = {"dsu": (("h", "2C"), ("3C", "h"), ("3C",)), "dsu_split": _MLP + _MLP}
 
 
 def cell(
@@ -49,17 +47,22 @@ def check_params(
     device: torch.device,
 ) -> None:
     """Raises unless ``params`` are those of a cell of this kind and width."""
-    forms = _PARAMETERS[kind]
-    if len(params) != len(forms):
-        raise ValueError(f"{name}: expected the {len(forms)} of {kind!r}, got {len(params)}")
-    first = params[0]
-    hidden = first.shape[0] if first.dim() else 0
-    sizes = {"h": hidden, "C": channels, "2C": 2 * channels, "3C": 3 * channels}
+    hidden = params[0].shape[0] if params and params[0].dim() else 0
+    shapes = _parameter_shapes(kind, hidden, channels)
+    if len(params) != len(shapes):
+        raise ValueError(f"{name}: expected the {len(shapes)} of {kind!r}, got {len(params)}")
     if hidden < 1:
-        raise ValueError(f"{name}[0]: expected [h, {sizes[forms[0][1]]}], got {list(first.shape)}")
-    for index, (param, form) in enumerate(zip(params, forms, strict=True)):
-        shape = tuple(sizes[size] for size in form)
-        checks.like(f"{name}[{index}]", param, shape, dtype, device)
+        width, came = shapes[0][1], list(params[0].shape)
+        raise ValueError(f"{name}[0]: expected [h, {width}], got {came}")
+    for index, (param, shape) in enumerate(zip(params, shapes, strict=True)):
+        checks.like(name, param, shape, dtype, device, index)
+
+
+def _parameter_shapes(kind: str, hidden: int, channels: int) -> tuple[tuple[int, ...], ...]:
+    gates = 3 * channels
+    if kind == "dsu":
+        return (hidden, 2 * channels), (gates, hidden), (gates,)
+    return 2 * ((hidden, channels), (hidden,), (gates, hidden), (gates,))
 
 
 def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> None:

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.common import compute_dtype
-from dla_kernels.ops.cpp_common import DTYPES, address, dense, memory_format
+from dla_kernels.ops.common import compute_dtype, dense_format, empty_features
+from dla_kernels.ops.cpp_common import DTYPES, address, dense
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
 def forward(x: Tensor) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool``."""
-    x = dense(x, memory_format(x))
+    x = dense(x, dense_format(x))
     out = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
     module = native.load()
     module.global_pool_forward(
@@ -22,7 +22,7 @@ def forward(x: Tensor) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
-    grad, dx = grad.contiguous(), torch.empty_like(x, memory_format=memory_format(x))
+    grad, dx = grad.contiguous(), empty_features(x)
     module = native.load()
     module.global_pool_backward(
         module.GlobalPoolBackward(grad=address(grad), dx=address(dx), **_sizes(dx))
@@ -38,6 +38,6 @@ def _sizes(x: Tensor) -> dict[str, object]:
         "channels": channels,
         "area": height * width,
         "dtype": DTYPES[x.dtype],
-        "channels_last": memory_format(x) is torch.channels_last,
+        "channels_last": dense_format(x) is torch.channels_last,
         "threads": torch.get_num_threads(),
     }

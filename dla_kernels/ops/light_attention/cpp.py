@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
-from dla_kernels.ops.cpp_common import DTYPES, address, dense, memory_format
+from dla_kernels.ops.common import dense_format
+from dla_kernels.ops.cpp_common import DTYPES, address, addresses, contiguous, dense
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 NORMS = {"none": 0, "batch": 1, "running": 2}
@@ -39,30 +40,44 @@ def forward(
     return_o: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of ``dla_kernels::light_attention``."""
-    layout = memory_format(x)
+    layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
-    small = _contiguous(state, q_weight, k_weight, v_weight, prev_weight, lam, norm_weight)
-    small += _contiguous(norm_bias, drop_scale, mean_in, var_in)
-    params = _contiguous(*cell_params)
+    small = contiguous(
+        state=state,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        v_weight=v_weight,
+        prev_weight=prev_weight,
+        lam=lam,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        drop_scale=drop_scale,
+        mean_in=mean_in,
+        var_in=var_in,
+    )
+    params = [w.contiguous() for w in cell_params]
     out = torch.empty_like(x, memory_format=layout)
     o = torch.empty_like(out) if return_o else x.new_empty(0)
-    new_state = torch.empty_like(small[0])
-    channels = x.shape[1]
-    mean, var = (state.new_empty(channels if norm == "batch" else 0) for _ in range(2))
-    pooled = state.new_empty(2, x.shape[0], channels)
+    new_state = torch.empty_like(small["state"])
+    batch, channels = x.shape[:2]
+    statistics = channels if norm == "batch" else 0
+    mean, var = state.new_empty(statistics), state.new_empty(statistics)
+    pooled = state.new_empty(2, batch, channels)
     module = native.load()
     module.light_attention_forward(
         module.LightAttentionForward(
-            **_inputs(x, p, small[:9], params, head_dim, norm, eps, residual),
-            **_switches(cell, activation, gate, context),
-            mean_in=address(small[9]),
-            var_in=address(small[10]),
-            out=address(out),
-            o=address(o) if return_o else None,
-            state_out=address(new_state),
-            mean=address(mean),
-            var=address(var),
-            pooled=address(pooled),
+            **_sizes(x, layout, q_weight, params),
+            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            **addresses(small),
+            x=x.data_ptr(),
+            p=address(p),
+            cell_params=[w.data_ptr() for w in params],
+            out=out.data_ptr(),
+            o=o.data_ptr() if return_o else None,
+            state_out=new_state.data_ptr(),
+            mean=mean.data_ptr(),
+            var=var.data_ptr(),
+            pooled=pooled.data_ptr(),
         )
     )
     return out, o, new_state, mean, var, pooled
@@ -98,96 +113,87 @@ def backward(
     needs_p: bool,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
-    layout = memory_format(x)
+    layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
-    small = _contiguous(state, q_weight, k_weight, v_weight, prev_weight, lam, norm_weight)
-    small += _contiguous(norm_bias, drop_scale, mean, var, pooled, grad_state)
-    params = _contiguous(*cell_params)
+    weights = contiguous(
+        q_weight=q_weight,
+        k_weight=k_weight,
+        v_weight=v_weight,
+        prev_weight=prev_weight,
+        lam=lam,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    small = contiguous(
+        state=state, drop_scale=drop_scale, mean=mean, var=var, pooled=pooled, grad_state=grad_state
+    )
+    params = [w.contiguous() for w in cell_params]
     dx = torch.empty_like(x, memory_format=layout)
     dp = torch.empty_like(dx) if p is not None and needs_p else None
+    dweights = {
+        f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
+    }
     # The kernel adds to the gradients of the cell: it is evaluated twice.
-    dstate = torch.zeros_like(small[0])
-    dparams = [torch.zeros_like(w) for w in params]
-    # Of q_weight, k_weight, v_weight, prev_weight, lam, norm_weight and norm_bias.
-    dsmall = [None if w is None else torch.empty_like(w) for w in small[1:8]]
+    dstate, *dparams = [torch.zeros_like(t) for t in (small["state"], *params)]
     module = native.load()
     module.light_attention_backward(
         module.LightAttentionBackward(
-            **_inputs(x, p, small[:9], params, head_dim, norm, eps, residual),
-            **_switches(cell, activation, gate, context),
+            **_sizes(x, layout, q_weight, params),
+            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            **addresses(weights),
+            **addresses(small),
+            **addresses(dweights),
+            x=x.data_ptr(),
+            p=address(p),
+            cell_params=[w.data_ptr() for w in params],
             grad_out=address(grad_out),
             grad_o=address(grad_o),
-            grad_state=address(small[12]),
-            mean=address(small[9]),
-            var=address(small[10]),
-            pooled=address(small[11]),
-            dx=address(dx),
+            dx=dx.data_ptr(),
             dp=address(dp),
-            dstate=address(dstate),
-            dq_weight=address(dsmall[0]),
-            dk_weight=address(dsmall[1]),
-            dv_weight=address(dsmall[2]),
-            dprev_weight=address(dsmall[3]),
-            dlam=address(dsmall[4]),
-            dnorm_weight=address(dsmall[5]),
-            dnorm_bias=address(dsmall[6]),
-            dcell_params=[address(w) for w in dparams],
+            dstate=dstate.data_ptr(),
+            dcell_params=[w.data_ptr() for w in dparams],
         )
     )
-    grads = [dx, dp, dstate, *dsmall]
-    return [state.new_empty(0) if g is None else g for g in grads] + dparams
+    grads = [dx, dp, dstate, *dweights.values(), *dparams]
+    return [state.new_empty(0) if g is None else g for g in grads]
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _sizes(
+    x: Tensor, layout: torch.memory_format, q_weight: Tensor, params: list[Tensor]
+) -> dict[str, object]:
+    """Fields of the native ``LightAttentionInputs`` that say what the tensors are."""
+    batch, channels, height, width = x.shape
+    return {
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "kernel_size": q_weight.numel(),
+        "hidden": params[0].shape[0] if params else 0,
+        "dtype": DTYPES[x.dtype],
+        "channels_last": layout is torch.channels_last,
+        "threads": torch.get_num_threads(),
+    }
 
 
-def _inputs(
-    x: Tensor,
-    p: Tensor | None,
-    small: list[Tensor | None],
-    params: list[Tensor],
+def _flags(
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
     head_dim: int,
     norm: str,
     eps: float,
     residual: bool,
 ) -> dict[str, object]:
-    """Fields of the native ``LightAttentionInputs`` that hold tensors and sizes."""
-    state, q_weight, k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop = small
-    batch, channels, height, width = x.shape
-    return {
-        "x": address(x),
-        "p": address(p),
-        "state": address(state),
-        "cell_params": [address(w) for w in params],
-        "q_weight": address(q_weight),
-        "k_weight": address(k_weight),
-        "v_weight": address(v_weight),
-        "prev_weight": address(prev_weight),
-        "lam": address(lam),
-        "norm_weight": address(norm_weight),
-        "norm_bias": address(norm_bias),
-        "drop_scale": address(drop),
-        "batch": batch,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "head_dim": head_dim,
-        "kernel_size": q_weight.numel(),
-        "hidden": params[0].shape[0] if params else 0,
-        "dtype": DTYPES[x.dtype],
-        "norm": NORMS[norm],
-        "channels_last": memory_format(x) is torch.channels_last,
-        "residual": residual,
-        "eps": eps,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _switches(cell: str, activation: str, gate: str, context: str) -> dict[str, object]:
+    """Its other fields: the options of the op."""
     return {
         "cell": KINDS.get(cell, 0),  # a static layer has no cell parameters and reads no kind
         "activation": ACTIVATIONS[activation],
         "sigmoid_gate": gate == "sigmoid",
         "first_sample": context == "first_sample",
+        "head_dim": head_dim,
+        "norm": NORMS[norm],
+        "eps": eps,
+        "residual": residual,
     }
