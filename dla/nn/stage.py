@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dla.nn.layer import STATIC, DLALayer, shared_parts
+from dla.nn.form import STATIC, shared_parts
+from dla.nn.layer import DLALayer
 
 
 class DLAStage(nn.Module):
@@ -20,7 +21,7 @@ class DLAStage(nn.Module):
         channels: C.
         variant, spec, cell, ...: of every layer, see `DLALayer`.
         drop_path: one rate, or one per block.
-        static: make the layers static (MRLA-L): ``cell="none"``.
+        static: make the layers static (MRLA): ``cell="none"``.
 
     Attributes:
         blocks, layers: lists of equal length.
