@@ -8,6 +8,7 @@ from dla_kernels.ops.cell import cell
 from dla_kernels.ops.gate import gate
 from dla_kernels.ops.global_pool import global_pool
 from dla_kernels.ops.light_attention import light_attention
+from dla_kernels.ops.residual_gate import residual_gate
 
 try:
     __version__ = version("dla-kernels")
@@ -21,5 +22,6 @@ __all__ = [
     "gate",
     "global_pool",
     "light_attention",
+    "residual_gate",
     "use_backend",
 ]

@@ -71,6 +71,15 @@ def gate(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generat
     return Call(dla_kernels.gate, {"features": maps(), "gates": gates}, dict(enumerate(maps())), {})
 
 
+def residual_gate(
+    shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator
+) -> Call:
+    u, shortcut, grad = (feature(shape, dtype, layout, generator=generator) for _ in range(3))
+    h = random_small(*shape[:2], generator=generator, dtype=compute_dtype(dtype))
+    inputs = {"u": u, "h": h, "shortcut": shortcut}
+    return Call(dla_kernels.residual_gate, inputs, {0: grad}, {})
+
+
 def light_attention(**changes: Any) -> Make:
     def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
         channels = shape[1]
@@ -114,6 +123,7 @@ SAMPLES: dict[str, dict[str, Make]] = {
     "global_pool": {"": global_pool},
     "cell": {"dsu": cell("dsu", 1), "dsu_split": cell("dsu_split", 2)},
     "gate": {"": gate},
+    "residual_gate": {"": residual_gate},
     "light_attention": {
         "official": light_attention(drop="some"),
         "paper": light_attention(cell="dsu", has_prev=False, return_o=True),
