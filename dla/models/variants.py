@@ -6,12 +6,15 @@ The patterns beside a variant say where the authors' CIFAR code keeps the same p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+import dla_kernels
 from dla.models.registry import register_variant
-from dla.nn import DLAStage
+from dla.nn import DIAStage, DLAStage, ECAGate, SEGate
+from dla.nn.checks import match_autocast, one_of
+from dla.nn.form import SPECS
 
 # In the authors' key: the stem and the head, then what a block consists of.
 _STEM_AND_HEAD = (r"^(conv1|bn1|fc)\.", r"\1.")
@@ -41,6 +44,73 @@ class PlainStage(nn.Module):
 def plain(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
     """The backbone alone: the baseline."""
     return PlainStage(blocks)
+
+
+class ChannelGateStage(nn.Module):
+    """Blocks whose residual branches are scaled by channel gates: [B, C_in, H, W] -> [B, C, ...].
+
+    Args:
+        blocks: each with ``parts(x)``, its residual branch and its shortcut.
+        gates: a module per block, from means of the branch [B, C] to gates [B, C].
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], gates: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, layer in zip(self.blocks, self.layers, strict=True):
+            branch, shortcut = block.parts(x)
+            gate = layer(dla_kernels.global_pool(branch))
+            x = dla_kernels.residual_gate(branch, gate, match_autocast(shortcut, branch))
+        return x
+
+
+@register_variant("se")
+def se(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
+    """Squeeze-and-excitation with a hidden width of C // 16 and no biases."""
+    return ChannelGateStage(blocks, (SEGate(channels) for _ in blocks))
+
+
+@register_variant("eca")
+def eca(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
+    """Efficient channel attention."""
+    return ChannelGateStage(blocks, (ECAGate(channels) for _ in blocks))
+
+
+# The authors' cell is Sequential(Linear, ReLU, Linear) for each of its inputs.
+_CELL_KEYS = tuple(
+    (
+        rf"^stages\.(\d+)\.lstm\.w_{theirs}h\.0\.seq\.{linear}\.(\w)\w+$",
+        rf"stages.\1.cell.{ours}_\g<2>{number}",
+    )
+    for theirs, ours in (("i", "y"), ("h", "h"))
+    for number, linear in ((1, 0), (2, 2))
+)
+
+
+@register_variant(
+    "dia",
+    official_keys=(
+        _STEM_AND_HEAD,
+        (r"^stages\.(\d+)\.ModuleList\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+        *_CELL_KEYS,
+    ),
+)
+def dia(
+    blocks: Sequence[nn.Module],
+    channels: int,
+    *,
+    spec: str = "paper",
+    fused: bool = True,
+    cell: str = "dia",
+    activation: str = "sigmoid",
+    reduction: int = 4,
+) -> nn.Module:
+    """DIANet; with another ``cell``, the LII family. It has one form: ``spec`` changes nothing."""
+    one_of("spec", spec, SPECS)
+    return DIAStage(blocks, channels, cell, reduction, fused, activation)
 
 
 _MRLA_KEYS = (
@@ -82,15 +152,6 @@ def mrla_b(
     return DLAStage(blocks, channels, "base", static=True, **options)
 
 
-# The authors' cell is Sequential(Linear, ReLU, Linear) for each of its inputs.
-_CELL_KEYS = tuple(
-    (
-        rf"^stages\.(\d+)\.lstm\.w_{theirs}h\.0\.seq\.{linear}\.(\w)\w+$",
-        rf"stages.\1.cell.{ours}_\g<2>{number}",
-    )
-    for theirs, ours in (("i", "y"), ("h", "h"))
-    for number, linear in ((1, 0), (2, 2))
-)
 _ATTENTION = r"^stages\.(\d+)\.attention\.(\d+)\."
 _DLA_KEYS = (
     _STEM_AND_HEAD,
@@ -120,6 +181,7 @@ def dla_l(
     spec: str = "paper",
     fused: bool = True,
     cell: str | None = None,
+    activation: str = "sigmoid",
     reduction: int = 4,
     head_dim: int = 32,
     context: str = "per_sample",
@@ -133,6 +195,7 @@ def dla_l(
         spec=spec,
         fused=fused,
         cell=cell,
+        activation=activation,
         reduction=reduction,
         head_dim=head_dim,
         context=context,
@@ -148,6 +211,7 @@ def dla_b(
     spec: str = "paper",
     fused: bool = True,
     cell: str | None = None,
+    activation: str = "sigmoid",
     reduction: int = 4,
     head_dim: int = 32,
     context: str = "per_sample",
@@ -161,6 +225,7 @@ def dla_b(
         spec=spec,
         fused=fused,
         cell=cell,
+        activation=activation,
         reduction=reduction,
         head_dim=head_dim,
         context=context,

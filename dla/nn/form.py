@@ -67,6 +67,22 @@ def _refuse(variant: str, **choices: Any) -> None:
             raise ValueError(f"{name}: expected None under variant={variant!r}, got {value!r}")
 
 
+def check_kind(cell: Cell | None, kind: str) -> None:
+    """Raises unless ``cell`` is of the kind that the layer was made for; None is "none"."""
+    found = STATIC if cell is None else cell.kind
+    if found != kind:
+        raise ValueError(
+            f"cell: expected one of kind {kind!r}, got {found!r}; a layer made with shared=True "
+            "takes it from its caller"
+        )
+
+
+def channel_kernel_size(channels: int) -> int:
+    """ks(C): the odd size of the convolutions over the channel axis."""
+    size = int(abs((math.log2(channels) + 1) / 2))
+    return size if size % 2 else size + 1
+
+
 def depthwise_conv(channels: int, spec: str) -> nn.Conv2d:
     """Depthwise 3x3 convolution; weights from N(0, 2 / 9), its fan being 9.
 

@@ -1,7 +1,6 @@
 """One DLA layer: attention of a layer to itself and to earlier layers of its stage."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,19 +10,21 @@ from torch import Tensor, nn
 import dla_kernels
 from dla.nn.batch_norm import batch_norm_arguments, cast, is_unhooked, track_statistics
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
-from dla.nn.checks import one_of, positive_int
+from dla.nn.checks import check_features, match_autocast, one_of, positive_int
 from dla.nn.drop import DropPath
-from dla.nn.form import CONTEXTS, STATIC, depthwise_conv, resolve_form, shared_parts
+from dla.nn.form import (
+    CONTEXTS,
+    STATIC,
+    channel_kernel_size,
+    check_kind,
+    depthwise_conv,
+    resolve_form,
+    shared_parts,
+)
 from dla.nn.state import DLAState, check_memory, check_state
 from dla_kernels.ops.base_attention import reference as base_reference
-from dla_kernels.ops.common import FEATURE_DTYPES, compute_dtype, describe, under_autocast
+from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
-
-
-def channel_kernel_size(channels: int) -> int:
-    """ks(C): the odd size of the convolutions over the channel axis."""
-    size = int(abs((math.log2(channels) + 1) / 2))
-    return size if size % 2 else size + 1
 
 
 class DLALayer(nn.Module):
@@ -179,7 +180,7 @@ class DLALayer(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        self._check_features(x)
+        check_features("x", x, self.channels, self.v_conv.weight)
         cell, prev_conv = self._parts(cell, prev_conv)
         state = self._start(x, cell) if state is None else self._check_state(x, state, cell)
         weights = [cast(w, state.context.dtype) for w in cell.weights()] if cell else []
@@ -233,7 +234,7 @@ class DLALayer(nn.Module):
         attend = functools.partial(
             attend,
             x,
-            [self._like(x, value) for value in state.values],
+            [match_autocast(value, x) for value in state.values],
             state.context,
             state.keys,
             state.gates,
@@ -342,12 +343,7 @@ class DLALayer(nn.Module):
         """The cell and prev_conv of this call: the layer's own, or those of its owner."""
         cell = self.cell if cell is None else cell
         prev_conv = self.prev_conv if prev_conv is None else prev_conv
-        kind = STATIC if cell is None else cell.kind
-        if kind != self.form.cell:
-            raise ValueError(
-                f"cell: expected one of kind {self.form.cell!r}, got {kind!r}; a layer made with "
-                "shared=True takes it from its caller"
-            )
+        check_kind(cell, self.form.cell)
         if (prev_conv is not None) != bool(self.form.prev_conv):
             raise ValueError(
                 f"prev_conv: this layer was made with prev_conv={self.form.prev_conv}, "
@@ -356,27 +352,7 @@ class DLALayer(nn.Module):
             )
         return cell, prev_conv
 
-    def _check_features(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dtype not in FEATURE_DTYPES:
-            raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {describe(x)}")
-        if x.dim() != 4 or x.shape[1] != self.channels or x.numel() == 0:
-            raise ValueError(
-                f"x: expected [B, {self.channels}, H, W] with B, H, W >= 1, got {describe(x)}"
-            )
-        weight = self.v_conv.weight
-        if x.device != weight.device:
-            raise ValueError(
-                f"x: expected it on {weight.device} with the layer's parameters, got {describe(x)}"
-            )
-        if x.dtype != weight.dtype and not under_autocast(x):
-            raise TypeError(
-                f"x: expected {weight.dtype} as the layer's parameters are (or autocast), "
-                f"got {describe(x)}"
-            )
-
-    def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState | None) -> Tensor | None:
+    def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState) -> Tensor | None:
         """p of this step; None stands for zeros."""
         if prev is None:
             if self.form.prev_from == "shortcut":
@@ -384,23 +360,17 @@ class DLALayer(nn.Module):
                     "prev: expected the shortcut of the block (its input, downsampled in a "
                     f"stage's first block), {list(x.shape)}, got None; DLAStage passes it"
                 )
-            if state is None or state.output is None:
+            if state.output is None:
                 return None
             prev = state.output
         if not isinstance(prev, Tensor):
             raise TypeError(f"prev: expected a Tensor or None, got {type(prev).__name__}")
-        prev = self._like(x, prev)
+        prev = match_autocast(prev, x)
         if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
             raise ValueError(
                 f"prev: expected shape, dtype and device of x, {describe(x)}, got {describe(prev)}"
             )
         return prev
-
-    @staticmethod
-    def _like(x: Tensor, other: Tensor) -> Tensor:
-        """``other`` in the dtype of ``x`` under autocast, which mixes dtypes; else as it is."""
-        differs = other.dtype != x.dtype and other.is_floating_point() and under_autocast(x)
-        return other.to(x.dtype) if differs else other
 
 
 class MRLALayer(DLALayer):
