@@ -21,10 +21,12 @@ from dla.nn.form import (
     resolve_form,
     shared_parts,
 )
+from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
+from dla_kernels.ops.step_formulas import gates_of
 
 
 class DLALayer(nn.Module):
@@ -220,10 +222,18 @@ class DLALayer(nn.Module):
             cast(self.lam, state.context.dtype),
         )
         if self._norm_and_drop_path_are_fused():
-            out, o, context, *_ = self._finished_by_op(x, attend, return_o=keep_output)
+            out, o, context, *_, pooled = self._finished_by_op(x, attend, return_o=keep_output)
         else:
-            o, _, context, *_ = self._attention_alone(attend, return_o=False)
+            o, _, context, *_, pooled = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
+        if recordings:
+            y, pooled_p = pooled.unbind()
+            scores = light_reference.scores_of(y, q_weight, k_weight, self.head_dim)
+            gates = None
+            if cell_weights and prev is not None:
+                flags = self.form.cell, self.activation, self.form.gate, self.context
+                gates = gates_of(pooled_p.unsqueeze(0), context, cell_weights, *flags)[0]
+            record(self, scores[:, :: self.head_dim], gates)
         return out, DLAState(context, o if keep_output else None, state.size)
 
     def _base_step(
@@ -253,7 +263,9 @@ class DLALayer(nn.Module):
         else:
             results = self._attention_alone(attend, relu=False)
             out = self._finished_by_modules(x, results[0])
-        _, v, context, keys, gates, mean, *_ = results
+        _, v, context, keys, gates, mean, scores, *_ = results
+        if recordings:
+            record(self, scores, gates if cell_weights else None)
         if not keep_output:
             return out, DLAState(context, None, state.size)
         static, features = self.form.cell == STATIC, self.form.gated == "features"

@@ -69,7 +69,7 @@ def light_attention(
     with without_autocast(x):
         y = global_pool(x)
         new_state = forward_path(y, state, cell_params, cell, activation)
-        attention = _scores(y, q_weight, k_weight, head_dim)
+        attention = scores_of(y, q_weight, k_weight, head_dim)
         x = x.to(dtype)
         if p is None:
             # p = 0. Every parameter stays part of the graph (DistributedDataParallel needs it):
@@ -94,7 +94,7 @@ def light_attention(
         return out.to(feature_dtype), kept, new_state, mean, var, pooled.detach()
 
 
-def _scores(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
+def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
     """Attention of each head to its own layer, repeated over the channels of the head: [B, C]."""
     batch, channels = y.shape
     heads = (batch, channels // head_dim, head_dim)
