@@ -35,6 +35,12 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(threads: None) -> None:
+    """Tiny maps gain nothing from a second thread, and lose minutes where it has to wait."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A freshly seeded source of random numbers."""
     return torch.Generator().manual_seed(0)

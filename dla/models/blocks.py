@@ -33,11 +33,16 @@ class ResidualBlock(nn.Module):
         """The residual branch, before the addition. [B, C_in, H, W] -> [B, C_out, H', W']."""
         raise NotImplementedError
 
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C_in, H, W] -> (branch, shortcut), both [B, C_out, H', W']."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.branch(x), shortcut
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C_in, H, W] -> (output, shortcut), both [B, C_out, H', W']."""
-        shortcut = x if self.downsample is None else self.downsample(x)
+        branch, shortcut = self.parts(x)
         # In place: batch norm keeps its input for backward, not the output overwritten here.
-        return F.relu(self.branch(x).add_(shortcut), inplace=True), shortcut
+        return F.relu(branch.add_(shortcut), inplace=True), shortcut
 
 
 class BasicBlock(ResidualBlock):

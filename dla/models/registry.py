@@ -120,7 +120,7 @@ def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell ``pattern``, by depth, then by variant.
 
     >>> list_models("resnet20_*")
-    ['resnet20_plain', 'resnet20_mrla_l', 'resnet20_dla_l']
+    ['resnet20_plain', 'resnet20_se', ..., 'resnet20_dla_l', 'resnet20_dla_b']
     """
     catalogue = _catalogue()
     names = [name for name in catalogue if fnmatch.fnmatchcase(name, pattern)]
@@ -134,9 +134,9 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
         name: ``resnet<depth>_<variant>``, for instance ``"resnet56_dla_l"``.
         num_classes: width of the classifier, 0 for none; by default the family's own
             (10 for the CIFAR models).
-        **options: of ``block``, ``spec``, ``fused``, ``cell``, ``reduction``, ``head_dim``,
-            ``context`` and ``drop_path`` those that the variant has. ``plain`` has ``block``
-            alone.
+        **options: of ``block``, ``spec``, ``fused``, ``cell``, ``activation``, ``reduction``,
+            ``head_dim``, ``context`` and ``drop_path`` those that the variant has. ``plain``,
+            ``se`` and ``eca`` have ``block`` alone.
 
     Raises:
         ValueError: unknown name, or an option's value that cannot be served.

@@ -6,12 +6,15 @@ The patterns beside a variant say where the authors' CIFAR code keeps the same p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+import dla_kernels
 from dla.models.registry import register_variant
-from dla.nn import DLAStage
+from dla.nn import DIAStage, DLAStage, ECAGate, SEGate
+from dla.nn.checks import match_autocast, one_of
+from dla.nn.form import SPECS
 
 # In the authors' key: the stem and the head, then what a block consists of.
 _STEM_AND_HEAD = (r"^(conv1|bn1|fc)\.", r"\1.")
@@ -43,16 +46,83 @@ def plain(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
     return PlainStage(blocks)
 
 
+class ChannelGateStage(nn.Module):
+    """Blocks whose residual branches are scaled by channel gates: [B, C_in, H, W] -> [B, C, ...].
+
+    Args:
+        blocks: each with ``parts(x)``, its residual branch and its shortcut.
+        gates: a module per block, from means of the branch [B, C] to gates [B, C].
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], gates: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, layer in zip(self.blocks, self.layers, strict=True):
+            branch, shortcut = block.parts(x)
+            gate = layer(dla_kernels.global_pool(branch))
+            x = dla_kernels.residual_gate(branch, gate, match_autocast(shortcut, branch))
+        return x
+
+
+@register_variant("se")
+def se(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
+    """Squeeze-and-excitation with a hidden width of C // 16 and no biases."""
+    return ChannelGateStage(blocks, (SEGate(channels) for _ in blocks))
+
+
+@register_variant("eca")
+def eca(blocks: Sequence[nn.Module], channels: int) -> nn.Module:
+    """Efficient channel attention."""
+    return ChannelGateStage(blocks, (ECAGate(channels) for _ in blocks))
+
+
+# The authors' cell is Sequential(Linear, ReLU, Linear) for each of its inputs.
+_CELL_KEYS = tuple(
+    (
+        rf"^stages\.(\d+)\.lstm\.w_{theirs}h\.0\.seq\.{linear}\.(\w)\w+$",
+        rf"stages.\1.cell.{ours}_\g<2>{number}",
+    )
+    for theirs, ours in (("i", "y"), ("h", "h"))
+    for number, linear in ((1, 0), (2, 2))
+)
+
+
 @register_variant(
-    "mrla_l",
+    "dia",
     official_keys=(
         _STEM_AND_HEAD,
-        (r"^stages\.(\d+)\.(\d+)\.mrla\.lambda_t$", r"stages.\1.layers.\2.lam"),
-        (r"^stages\.(\d+)\.(\d+)\.mrla\.mrla\.W([qkv])\.", r"stages.\1.layers.\2.\3_conv."),
-        (r"^stages\.(\d+)\.(\d+)\.bn_mrla\.", r"stages.\1.layers.\2.norm."),
-        (r"^stages\.(\d+)\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+        (r"^stages\.(\d+)\.ModuleList\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+        *_CELL_KEYS,
     ),
 )
+def dia(
+    blocks: Sequence[nn.Module],
+    channels: int,
+    *,
+    spec: str = "paper",
+    fused: bool = True,
+    cell: str = "dia",
+    activation: str = "sigmoid",
+    reduction: int = 4,
+) -> nn.Module:
+    """DIANet; with another ``cell``, the LII family. It has one form: ``spec`` changes nothing."""
+    one_of("spec", spec, SPECS)
+    return DIAStage(blocks, channels, cell, reduction, fused, activation)
+
+
+_MRLA_KEYS = (
+    _STEM_AND_HEAD,
+    (r"^stages\.(\d+)\.(\d+)\.mrla\.mrla\.W([qkv])\.", r"stages.\1.layers.\2.\3_conv."),
+    (r"^stages\.(\d+)\.(\d+)\.bn_mrla\.", r"stages.\1.layers.\2.norm."),
+    (r"^stages\.(\d+)\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+)
+_MRLA_LAM = (r"^stages\.(\d+)\.(\d+)\.mrla\.lambda_t$", r"stages.\1.layers.\2.lam")
+
+
+@register_variant("mrla_l", official_keys=(_MRLA_LAM, *_MRLA_KEYS))
 def mrla_l(
     blocks: Sequence[nn.Module],
     channels: int,
@@ -63,37 +133,45 @@ def mrla_l(
     drop_path: float = 0.0,
 ) -> nn.Module:
     """MRLA-L, the static counterpart of DLA-L; ``spec`` only sets the initialisation."""
-    return DLAStage(
-        blocks,
-        channels,
-        static=True,
-        spec=spec,
-        fused=fused,
-        head_dim=head_dim,
-        drop_path=drop_path,
-    )
+    options = {"spec": spec, "fused": fused, "head_dim": head_dim, "drop_path": drop_path}
+    return DLAStage(blocks, channels, "light", static=True, **options)
+
+
+@register_variant("mrla_b", official_keys=_MRLA_KEYS)
+def mrla_b(
+    blocks: Sequence[nn.Module],
+    channels: int,
+    *,
+    spec: str = "paper",
+    fused: bool = True,
+    head_dim: int = 32,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """MRLA-B, the static counterpart of DLA-B; ``spec`` only sets the initialisation."""
+    options = {"spec": spec, "fused": fused, "head_dim": head_dim, "drop_path": drop_path}
+    return DLAStage(blocks, channels, "base", static=True, **options)
 
 
 _ATTENTION = r"^stages\.(\d+)\.attention\.(\d+)\."
+_DLA_KEYS = (
+    _STEM_AND_HEAD,
+    (r"^stages\.(\d+)\.layers\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
+    (
+        _ATTENTION + r"layer_attention\.layer_attention\.W([qkv])\.",
+        r"stages.\1.layers.\2.\3_conv.",
+    ),
+    (_ATTENTION + r"bn_layer_attention\.", r"stages.\1.layers.\2.norm."),
+    *_CELL_KEYS,
+)
+_DLA_LIGHT_KEYS = (
+    (_ATTENTION + r"layer_attention\.lambda_t$", r"stages.\1.layers.\2.lam"),
+    (r"^stages\.(\d+)\.excite\.", r"stages.\1.prev_conv."),
+)
 
 
 @register_variant(
     "dla_l",
-    official_keys=(
-        _STEM_AND_HEAD,
-        (r"^stages\.(\d+)\.layers\.(\d+)\." + _IN_BLOCK, r"stages.\1.blocks.\2.\3."),
-        (_ATTENTION + r"layer_attention\.lambda_t$", r"stages.\1.layers.\2.lam"),
-        (
-            _ATTENTION + r"layer_attention\.layer_attention\.W([qkv])\.",
-            r"stages.\1.layers.\2.\3_conv.",
-        ),
-        (_ATTENTION + r"bn_layer_attention\.", r"stages.\1.layers.\2.norm."),
-        (r"^stages\.(\d+)\.lstm\.w_ih\.0\.seq\.0\.(\w)\w+$", r"stages.\1.cell.y_\g<2>1"),
-        (r"^stages\.(\d+)\.lstm\.w_ih\.0\.seq\.2\.(\w)\w+$", r"stages.\1.cell.y_\g<2>2"),
-        (r"^stages\.(\d+)\.lstm\.w_hh\.0\.seq\.0\.(\w)\w+$", r"stages.\1.cell.h_\g<2>1"),
-        (r"^stages\.(\d+)\.lstm\.w_hh\.0\.seq\.2\.(\w)\w+$", r"stages.\1.cell.h_\g<2>2"),
-        (r"^stages\.(\d+)\.excite\.", r"stages.\1.prev_conv."),
-    ),
+    official_keys=(*_DLA_LIGHT_KEYS, *_DLA_KEYS),
     official_options={"spec": "official"},
 )
 def dla_l(
@@ -103,6 +181,7 @@ def dla_l(
     spec: str = "paper",
     fused: bool = True,
     cell: str | None = None,
+    activation: str = "sigmoid",
     reduction: int = 4,
     head_dim: int = 32,
     context: str = "per_sample",
@@ -112,9 +191,41 @@ def dla_l(
     return DLAStage(
         blocks,
         channels,
+        "light",
         spec=spec,
         fused=fused,
         cell=cell,
+        activation=activation,
+        reduction=reduction,
+        head_dim=head_dim,
+        context=context,
+        drop_path=drop_path,
+    )
+
+
+@register_variant("dla_b", official_keys=_DLA_KEYS, official_options={"spec": "official"})
+def dla_b(
+    blocks: Sequence[nn.Module],
+    channels: int,
+    *,
+    spec: str = "paper",
+    fused: bool = True,
+    cell: str | None = None,
+    activation: str = "sigmoid",
+    reduction: int = 4,
+    head_dim: int = 32,
+    context: str = "per_sample",
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """DLA-B: dynamic layer attention, "base". ``cell=None`` is the spec's own cell."""
+    return DLAStage(
+        blocks,
+        channels,
+        "base",
+        spec=spec,
+        fused=fused,
+        cell=cell,
+        activation=activation,
         reduction=reduction,
         head_dim=head_dim,
         context=context,

@@ -1,7 +1,11 @@
-"""Checks of constructor arguments, with messages that name them."""
+"""Checks of arguments of layers, with messages that name them."""
 
 from collections.abc import Collection
 from typing import Any
+
+from torch import Tensor
+
+from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
@@ -29,3 +33,32 @@ def hidden_width(channels: int, reduction: int) -> int:
             "the cell's hidden width channels // reduction would be 0"
         )
     return hidden
+
+
+def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
+    """Raises unless ``x`` is [B, channels, H, W] and goes with ``weight``, the layer's own."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, float64, bfloat16 or float16, got {describe(x)}"
+        )
+    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0:
+        raise ValueError(
+            f"{name}: expected [B, {channels}, H, W] with B, H, W >= 1, got {describe(x)}"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"{name}: expected it on {weight.device} with the layer's parameters, got {describe(x)}"
+        )
+    if x.dtype != weight.dtype and not under_autocast(x):
+        raise TypeError(
+            f"{name}: expected {weight.dtype} as the layer's parameters are (or autocast), "
+            f"got {describe(x)}"
+        )
+
+
+def match_autocast(other: Tensor, x: Tensor) -> Tensor:
+    """``other`` in the dtype of ``x`` under autocast, which mixes dtypes; else as it is."""
+    differs = other.dtype != x.dtype and other.is_floating_point() and under_autocast(x)
+    return other.to(x.dtype) if differs else other

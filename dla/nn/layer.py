@@ -1,94 +1,64 @@
-"""One DLA-L layer: attention of a layer to itself and, through a gated feature, to earlier ones."""
+"""One DLA layer: attention of a layer to itself and to earlier layers of its stage."""
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.cells import ACTIVATIONS, CELLS, INITIAL_STATES, Cell
-from dla.nn.checks import one_of, positive_int
+from dla.nn.batch_norm import batch_norm_arguments, cast, is_unhooked, track_statistics
+from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
+from dla.nn.checks import check_features, match_autocast, one_of, positive_int
 from dla.nn.drop import DropPath
-from dla.nn.state import DLAState, check_state
-from dla_kernels.ops.common import FEATURE_DTYPES, compute_dtype, describe, under_autocast
-from dla_kernels.ops.light_attention import reference
-
-VARIANTS = ("light",)
-SPECS = ("paper", "official")
-GATES = ("identity", "sigmoid")
-CONTEXTS = ("per_sample", "first_sample")
-SOURCES = ("output", "shortcut")
-STATIC = "none"
-
-
-class Form(NamedTuple):
-    """The choices that a spec presets, each open to an argument of its own."""
-
-    cell: str
-    gate: str
-    prev_conv: bool
-    prev_from: str
-
-
-def resolve_form(
-    spec: str, cell: str | None, gate: str | None, prev_conv: bool | None, prev_from: str | None
-) -> Form:
-    """The preset of ``spec`` where an argument is None, else the argument."""
-    paper = one_of("spec", spec, SPECS) == "paper"
-    if cell is None:
-        cell = "dsu" if paper else "dsu_split"
-    static = one_of("cell", cell, (*CELLS, STATIC)) == STATIC
-    if gate is None:
-        gate = "identity" if paper or static else CELLS[cell].official_gate
-    if prev_conv is None:
-        prev_conv = not (paper or static)
-    if prev_from is None:
-        prev_from = "output" if paper and not static else "shortcut"
-    return Form(
-        cell,
-        one_of("gate", gate, GATES),
-        bool(prev_conv),
-        one_of("prev_from", prev_from, SOURCES),
-    )
-
-
-def channel_kernel_size(channels: int) -> int:
-    """ks(C): the odd size of the convolutions over the channel axis."""
-    size = int(abs((math.log2(channels) + 1) / 2))
-    return size if size % 2 else size + 1
-
-
-def depthwise_conv(channels: int, spec: str) -> nn.Conv2d:
-    """Depthwise 3x3 convolution; weights from N(0, 2 / 9), its fan being 9.
-
-    ``spec="official"`` takes their N(0, 2 / (9 C)), the rule for dense convolutions.
-    """
-    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-    fan = 9 * channels if spec == "official" else 9
-    nn.init.normal_(conv.weight, std=math.sqrt(2.0 / fan))
-    return conv
+from dla.nn.form import (
+    CONTEXTS,
+    STATIC,
+    channel_kernel_size,
+    check_kind,
+    depthwise_conv,
+    resolve_form,
+    shared_parts,
+)
+from dla.nn.recording import record, recordings
+from dla.nn.state import DLAState, check_memory, check_state
+from dla_kernels.ops.base_attention import reference as base_reference
+from dla_kernels.ops.common import compute_dtype, describe
+from dla_kernels.ops.light_attention import reference as light_reference
+from dla_kernels.ops.step_formulas import gates_of
 
 
 class DLALayer(nn.Module):
-    """Dynamic layer attention, "light" (DLA-L)::
+    """Dynamic layer attention. With y the mean of x over space and c' = cell(y, c):
 
-        y   = mean of x over space                       c' = cell(y, c)
+    ``variant="light"`` (DLA-L) attends to itself and, through a gated feature p that stands for
+    the output of the layer before, to earlier layers (Eq. 3-6)::
+
         p'  = p * gate(cell(mean of p, c')) [+ prev_conv(p)]
         a   = sigmoid(q . k / sqrt(D)) per head          q, k = q_conv(y), k_conv(y)
         out = x + drop_path(norm(a * v_conv(x) + lam * p'))
 
-    where p stands for what the layer before put out. A spec is a preset:
+    ``variant="base"`` (DLA-B) attends to every layer of the stage so far (Eq. 2)::
+
+        K_t = K_t * gate(cell(K_t, c'))                  t < T; of this layer, k_conv(y)
+        V_t = V_t * gate(cell(mean of V_t, c'))          t < T; of this layer, v_conv(x)
+        a   = softmax over t of q . K_t / sqrt(D) per head
+        out = x + drop_path(relu(norm(sum_t a_t * V_t)))
+
+    or, with ``gated="features"``, gates the features that K_t and V_t are made from instead.
+    A spec is a preset:
 
     ============= ===================================== ======================================
     argument      ``spec="paper"``                      ``spec="official"``
     ============= ===================================== ======================================
     ``cell``      "dsu"                                 "dsu_split"
-    ``gate``      "identity"                            "identity", or "sigmoid" under "dsu"
+    ``gate``      "identity"                            "identity", or "sigmoid" under cells
+                                                        whose output is not in (0, 1)
     ``prev_conv`` False                                 True
     ``prev_from`` "output": o of the layer before,      "shortcut": the block's input, passed
                   zero for the first                    as ``prev``
+    ``gated``     "features"                            "projections"
     weights of    N(0, 2 / 9)                           N(0, 2 / (9 C))
     v_, prev_conv
     ============= ===================================== ======================================
@@ -96,7 +66,8 @@ class DLALayer(nn.Module):
     All other parameters start alike: q_conv and k_conv as torch.nn.Conv1d does, lam from N(0, 1),
     the cell as torch.nn.Linear does.
 
-    ``cell="none"`` makes the static layer, MRLA-L: no gate, no state, p is the shortcut.
+    ``cell="none"`` makes the static layers MRLA-L (p is the shortcut) and MRLA-B: no gate, no
+    recurrent state.
 
     ``norm`` may be replaced by any module that maps [B, C, H, W] to the same (SyncBatchNorm,
     frozen statistics, ...): it then is called on its own, between fused kernels. A plain
@@ -104,9 +75,9 @@ class DLALayer(nn.Module):
 
     Args:
         channels: C of the features.
-        variant: "light".
+        variant: "light" or "base".
         spec: "paper" or "official", see above.
-        cell: "dsu", "dsu_split" or "none"; None: the spec's.
+        cell: a kind of `CELLS` or "none"; None: the spec's.
         reduction: the cell's hidden width is C // reduction.
         head_dim: channels of a head, lowered to C if larger.
         drop_path: probability of dropping a sample's attention branch while training.
@@ -114,7 +85,7 @@ class DLALayer(nn.Module):
         fused: run as one fused operation per direction; otherwise as plain PyTorch. Parameters,
             random numbers and (up to rounding) results are the same. May be changed at any time.
         gate: "identity" or "sigmoid", on the cell's output; None: the spec's.
-        prev_conv: whether the depthwise convolution of p is added; None: the spec's.
+        prev_conv: whether the depthwise convolution of p is added; None: the spec's. "light" only.
         context: "per_sample"; or "first_sample", a defect of the official code in which all gates
             of a batch read the context of its first sample: for checkpoints trained so.
         activation: of c inside "dsu": "sigmoid", "tanh", "relu" or "identity".
@@ -122,7 +93,8 @@ class DLALayer(nn.Module):
         eps, momentum: of the batch norm.
         shared: leave the cell and prev_conv to the owner of the layers (`DLAStage`), which passes
             them to every call.
-        prev_from: "output" or "shortcut", where p comes from; None: the spec's.
+        prev_from: "output" or "shortcut", where p comes from; None: the spec's. "light" only.
+        gated: "projections" or "features", see above; None: the spec's. "base" only.
 
     Raises:
         ValueError, TypeError: an argument out of its range or of the wrong type.
@@ -148,17 +120,17 @@ class DLALayer(nn.Module):
         momentum: float | None = 0.1,
         shared: bool = False,
         prev_from: str | None = None,
+        gated: str | None = None,
     ) -> None:
         super().__init__()
-        one_of("variant", variant, VARIANTS)
         self.channels = positive_int("channels", channels)
         self.head_dim = min(positive_int("head_dim", head_dim), channels)
         if channels % self.head_dim:
             raise ValueError(
                 f"head_dim: expected a divisor of channels={channels}, got {self.head_dim}"
             )
-        self.spec, self.fused, self.shared = spec, fused, shared
-        self.form = resolve_form(spec, cell, gate, prev_conv, prev_from)
+        self.variant, self.spec, self.fused, self.shared = variant, spec, fused, shared
+        self.form = resolve_form(variant, spec, cell, gate, prev_conv, prev_from, gated)
         self.context = one_of("context", context, CONTEXTS)
         self.activation = one_of("activation", activation, ACTIVATIONS)
         one_of("initial_state", initial_state, INITIAL_STATES)
@@ -171,13 +143,15 @@ class DLALayer(nn.Module):
         self.q_conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.k_conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.v_conv = depthwise_conv(channels, spec)
-        self.lam = nn.Parameter(torch.randn(channels))
+        self.lam = nn.Parameter(torch.randn(channels)) if variant == "light" else None
         self.norm = nn.BatchNorm2d(channels, eps, momentum) if norm else None
         self.drop_path = DropPath(drop_path)
 
     def extra_repr(self) -> str:
-        form = ", ".join(f"{name}={value!r}" for name, value in self.form._asdict().items())
-        text = f"{self.channels}, spec={self.spec!r}, {form}, head_dim={self.head_dim}"
+        choices = self.form._asdict().items()
+        form = ", ".join(f"{name}={value!r}" for name, value in choices if value is not None)
+        text = f"{self.channels}, {self.variant!r}, spec={self.spec!r}, {form}"
+        text += f", head_dim={self.head_dim}"
         return f"{text}, context={self.context!r}, fused={self.fused}"
 
     def forward(
@@ -195,11 +169,12 @@ class DLALayer(nn.Module):
         Args:
             x: [B, C, H, W], float32, float64, bfloat16 or float16, as the parameters are (under
                 autocast: any); output of the layer's block.
-            prev: p, like x. Default under ``prev_from="output"``: the output in ``state``.
+            prev: p, like x. Default under ``prev_from="output"``: the output in ``state``. None
+                under ``variant="base"``.
             state: what the layer before returned; None for the first layer of a stage.
             cell, prev_conv: the stage's, for a layer made with ``shared=True``.
-            keep_output: False if no later layer will read this one's output: it may then be
-                left out of the returned state, which spares writing it.
+            keep_output: False if no later layer will read what this one adds to the state: it may
+                then be left out of it, which spares writing it.
 
         Returns:
             out like x, and the state for the next layer of the stage.
@@ -207,81 +182,172 @@ class DLALayer(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        self._check_features(x)
+        check_features("x", x, self.channels, self.v_conv.weight)
         cell, prev_conv = self._parts(cell, prev_conv)
-        dtype = compute_dtype(x.dtype)
-        if state is not None:
-            state = check_state(state, cell.slots if cell else 0, x, dtype)
-            context = state.context
-        elif cell is not None:
-            context = cell.initial_state(x.shape[0], dtype, x.device)
-        else:
-            context = torch.empty((0, *x.shape[:2]), dtype=dtype, device=x.device)
+        state = self._start(x, cell) if state is None else self._check_state(x, state, cell)
+        weights = [cast(w, state.context.dtype) for w in cell.weights()] if cell else []
+        if self.variant == "base":
+            if prev is not None:
+                raise ValueError(
+                    "prev: expected None under variant='base', which attends to the layers in "
+                    f"state, got {describe(prev)}"
+                )
+            return self._base_step(x, state, weights, keep_output)
         prev = self._previous(x, prev, state)
-        out, o, context = self._step(x, prev, context, cell, prev_conv, keep_output)
-        return out, DLAState(context, o, (x.shape[2], x.shape[3]))
+        keep_output = keep_output and self.form.prev_from == "output"
+        return self._light_step(x, prev, state, weights, prev_conv, keep_output)
 
-    def _step(
+    def _light_step(
         self,
         x: Tensor,
         prev: Tensor | None,
-        context: Tensor,
-        cell: Cell | None,
+        state: DLAState,
+        cell_weights: list[Tensor],
         prev_conv: nn.Conv2d | None,
         keep_output: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The fused step, or the attention alone followed by norm, drop path and residual."""
-        keep_output = keep_output and self.form.prev_from == "output"
-        norm, drop_path = self.norm, self.drop_path
-        dtype = compute_dtype(x.dtype)
-        tensors = (
+    ) -> tuple[Tensor, DLAState]:
+        attend = (dla_kernels if self.fused else light_reference).light_attention
+        q_weight, k_weight, v_weight = self._filters(state.context.dtype)
+        has_conv = prev_conv is not None and prev is not None
+        attend = functools.partial(
+            attend,
             x,
             prev,
-            context,
-            _cast(cell.weights(), dtype) if cell is not None else [],
-            *_cast(
-                (
-                    self.q_conv.weight,
-                    self.k_conv.weight,
-                    self.v_conv.weight,
-                    None if prev_conv is None or prev is None else prev_conv.weight,
-                    self.lam,
-                ),
-                dtype,
-            ),
+            state.context,
+            cell_weights,
+            q_weight,
+            k_weight,
+            v_weight,
+            cast(prev_conv.weight, state.context.dtype) if has_conv else None,
+            cast(self.lam, state.context.dtype),
         )
-        flags: dict[str, Any] = {
+        if self._norm_and_drop_path_are_fused():
+            out, o, context, *_, pooled = self._finished_by_op(x, attend, return_o=keep_output)
+        else:
+            o, _, context, *_, pooled = self._attention_alone(attend, return_o=False)
+            out = self._finished_by_modules(x, o)
+        if recordings:
+            y, pooled_p = pooled.unbind()
+            scores = light_reference.scores_of(y, q_weight, k_weight, self.head_dim)
+            gates = None
+            if cell_weights and prev is not None:
+                flags = self.form.cell, self.activation, self.form.gate, self.context
+                gates = gates_of(pooled_p.unsqueeze(0), context, cell_weights, *flags)[0]
+            record(self, scores[:, :: self.head_dim], gates)
+        return out, DLAState(context, o if keep_output else None, state.size)
+
+    def _base_step(
+        self, x: Tensor, state: DLAState, cell_weights: list[Tensor], keep_output: bool
+    ) -> tuple[Tensor, DLAState]:
+        attend = (dla_kernels if self.fused else base_reference).base_attention
+        q_weight, k_weight, v_weight = self._filters(state.context.dtype)
+        attend = functools.partial(
+            attend,
+            x,
+            [match_autocast(value, x) for value in state.values],
+            state.context,
+            state.keys,
+            state.gates,
+            list(state.pooled),
+            cell_weights,
+            q_weight,
+            k_weight,
+            list(state.key_weights),
+            v_weight,
+            gated=self.form.gated,
+            return_v=keep_output,
+        )
+        if self._norm_and_drop_path_are_fused():
+            results = self._finished_by_op(x, attend, relu=True)
+            out = results[0]
+        else:
+            results = self._attention_alone(attend, relu=False)
+            out = self._finished_by_modules(x, results[0])
+        _, v, context, keys, gates, mean, scores, *_ = results
+        if recordings:
+            record(self, scores, gates if cell_weights else None)
+        if not keep_output:
+            return out, DLAState(context, None, state.size)
+        static, features = self.form.cell == STATIC, self.form.gated == "features"
+        return out, DLAState(
+            context,
+            None,
+            state.size,
+            values=(*state.values, v),
+            keys=keys,
+            gates=gates,
+            pooled=() if static else (*state.pooled, mean),
+            key_weights=(*state.key_weights, k_weight) if features else (),
+        )
+
+    def _filters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        convs = self.q_conv, self.k_conv, self.v_conv
+        q_weight, k_weight, v_weight = (cast(conv.weight, dtype) for conv in convs)
+        return q_weight, k_weight, v_weight
+
+    def _flags(self) -> dict[str, Any]:
+        """Of both ops."""
+        return {
             "cell": self.form.cell,
             "activation": self.activation,
             "gate": self.form.gate,
             "context": self.context,
             "head_dim": self.head_dim,
         }
-        attend = dla_kernels.light_attention if self.fused else reference.light_attention
-        # The fused step stands for norm and drop_path only where it misses nothing that they do.
-        fused_norm = norm is None or _is_plain(norm, nn.BatchNorm2d)
-        if self.fused and fused_norm and _is_plain(drop_path, DropPath):
-            mode, eps, norm_tensors = _batch_norm_arguments(norm, x, dtype)
-            scale = drop_path.scale(x)
-            out, o, context, mean, var, _ = attend(
-                *tensors,
-                *norm_tensors,
-                None if scale is None else scale.flatten(),
-                **flags,
-                norm=mode,
-                eps=eps,
-                residual=True,
-                return_o=keep_output,
-            )
-            if mode == "batch":
-                _track_statistics(norm, mean, var, x.numel() // self.channels)
-            return out, o if keep_output else None, context
-        nothing = (None,) * 5
-        o, _, context, *_ = attend(
-            *tensors, *nothing, **flags, norm="none", eps=0.0, residual=False, return_o=False
+
+    def _finished_by_op(
+        self, x: Tensor, attend: Callable[..., tuple[Tensor, ...]], **flags: bool
+    ) -> tuple[Tensor, ...]:
+        """Results of the op that does everything up to the residual."""
+        norm = batch_norm_arguments(self.norm, x, compute_dtype(x.dtype))
+        scale = self.drop_path.scale(x)
+        results = attend(
+            norm.weight,
+            norm.bias,
+            norm.mean,
+            norm.var,
+            None if scale is None else scale.flatten(),
+            **self._flags(),
+            norm=norm.mode,
+            eps=norm.eps,
+            residual=True,
+            **flags,
         )
-        branch = o if norm is None else norm(o)
-        return x + drop_path(branch), o if keep_output else None, context
+        if norm.mode == "batch":
+            *_, mean, var, _ = results
+            track_statistics(self.norm, mean, var, x.numel() // self.channels)
+        return results
+
+    def _attention_alone(
+        self, attend: Callable[..., tuple[Tensor, ...]], **flags: bool
+    ) -> tuple[Tensor, ...]:
+        """Results of the op that stops at o, its first."""
+        nothing = (None,) * 5
+        return attend(*nothing, **self._flags(), norm="none", eps=0.0, residual=False, **flags)
+
+    def _finished_by_modules(self, x: Tensor, o: Tensor) -> Tensor:
+        branch = o if self.norm is None else self.norm(o)
+        return x + self.drop_path(torch.relu(branch) if self.variant == "base" else branch)
+
+    def _norm_and_drop_path_are_fused(self) -> bool:
+        """Whether the op may stand for the modules: they do nothing that it would miss."""
+        norm = self.norm
+        known = norm is None or (type(norm) is nn.BatchNorm2d and is_unhooked(norm))
+        known = known and type(self.drop_path) is DropPath and is_unhooked(self.drop_path)
+        return self.fused and known
+
+    def _start(self, x: Tensor, cell: Cell | None) -> DLAState:
+        """The state before the first layer of a stage."""
+        dtype = compute_dtype(x.dtype)
+        none = torch.empty((0, *x.shape[:2]), dtype=dtype, device=x.device)
+        context = none if cell is None else cell.initial_state(x.shape[0], dtype, x.device)
+        memory = {"keys": none, "gates": none} if self.variant == "base" else {}
+        return DLAState(context, None, (x.shape[2], x.shape[3]), **memory)
+
+    def _check_state(self, x: Tensor, state: DLAState, cell: Cell | None) -> DLAState:
+        state = check_state(state, cell.slots if cell else 0, x, compute_dtype(x.dtype))
+        check_memory(state, self.variant, cell is None, self.form.gated)
+        return state
 
     def _parts(
         self, cell: Cell | None, prev_conv: nn.Conv2d | None
@@ -289,13 +355,8 @@ class DLALayer(nn.Module):
         """The cell and prev_conv of this call: the layer's own, or those of its owner."""
         cell = self.cell if cell is None else cell
         prev_conv = self.prev_conv if prev_conv is None else prev_conv
-        kind = STATIC if cell is None else cell.kind
-        if kind != self.form.cell:
-            raise ValueError(
-                f"cell: expected one of kind {self.form.cell!r}, got {kind!r}; a layer made with "
-                "shared=True takes it from its caller"
-            )
-        if (prev_conv is not None) != self.form.prev_conv:
+        check_kind(cell, self.form.cell)
+        if (prev_conv is not None) != bool(self.form.prev_conv):
             raise ValueError(
                 f"prev_conv: this layer was made with prev_conv={self.form.prev_conv}, "
                 f"got {type(prev_conv).__name__}; a layer made with shared=True takes it from its "
@@ -303,27 +364,7 @@ class DLALayer(nn.Module):
             )
         return cell, prev_conv
 
-    def _check_features(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        if x.dtype not in FEATURE_DTYPES:
-            raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {describe(x)}")
-        if x.dim() != 4 or x.shape[1] != self.channels or x.numel() == 0:
-            raise ValueError(
-                f"x: expected [B, {self.channels}, H, W] with B, H, W >= 1, got {describe(x)}"
-            )
-        lam = self.lam
-        if x.device != lam.device:
-            raise ValueError(
-                f"x: expected it on {lam.device} with the layer's parameters, got {describe(x)}"
-            )
-        if x.dtype != lam.dtype and not under_autocast(x):
-            raise TypeError(
-                f"x: expected {lam.dtype} as the layer's parameters are (or autocast), "
-                f"got {describe(x)}"
-            )
-
-    def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState | None) -> Tensor | None:
+    def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState) -> Tensor | None:
         """p of this step; None stands for zeros."""
         if prev is None:
             if self.form.prev_from == "shortcut":
@@ -331,13 +372,12 @@ class DLALayer(nn.Module):
                     "prev: expected the shortcut of the block (its input, downsampled in a "
                     f"stage's first block), {list(x.shape)}, got None; DLAStage passes it"
                 )
-            if state is None or state.output is None:
+            if state.output is None:
                 return None
             prev = state.output
         if not isinstance(prev, Tensor):
             raise TypeError(f"prev: expected a Tensor or None, got {type(prev).__name__}")
-        if prev.dtype != x.dtype and prev.is_floating_point() and under_autocast(x):
-            prev = prev.to(x.dtype)
+        prev = match_autocast(prev, x)
         if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
             raise ValueError(
                 f"prev: expected shape, dtype and device of x, {describe(x)}, got {describe(prev)}"
@@ -346,7 +386,7 @@ class DLALayer(nn.Module):
 
 
 class MRLALayer(DLALayer):
-    """MRLA-L, the static counterpart: no cell, no gate, p is the shortcut, passed as ``prev``.
+    """MRLA, the static counterpart: no cell, no gate. p of MRLA-L is the shortcut, ``prev``.
 
     Args as of `DLALayer`; ``spec`` only sets the initialisation.
     """
@@ -375,68 +415,3 @@ class MRLALayer(DLALayer):
             eps=eps,
             momentum=momentum,
         )
-
-
-def shared_parts(
-    channels: int,
-    form: Form,
-    spec: str,
-    reduction: int,
-    activation: str,
-    initial_state: str,
-) -> tuple[Cell | None, nn.Conv2d | None]:
-    """What the layers of a stage share: the cell and prev_conv, as far as ``form`` has them."""
-    cell = None
-    if form.cell != STATIC:
-        cell = CELLS[form.cell](channels, reduction, activation, initial_state)
-    return cell, depthwise_conv(channels, spec) if form.prev_conv else None
-
-
-def _batch_norm_arguments(
-    norm: nn.BatchNorm2d | None, x: Tensor, dtype: torch.dtype
-) -> tuple[str, float, Sequence[Tensor | None]]:
-    """Mode and eps of the fused step, and its norm_weight, norm_bias, mean_in and var_in."""
-    if norm is None:
-        return "none", 0.0, (None,) * 4
-    weights = norm.weight, norm.bias
-    mean, var = norm.running_mean, norm.running_var
-    if not norm.training and mean is not None and var is not None:
-        return "running", norm.eps, _cast((*weights, mean, var), dtype)
-    if x.numel() == x.shape[1]:
-        # The words of torch.nn.functional.batch_norm.
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.size()}"
-        )
-    return "batch", norm.eps, _cast((*weights, None, None), dtype)
-
-
-def _track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Updates running statistics as BatchNorm2d does: the variance unbiased, the mean of all
-    batches so far under ``momentum=None``."""
-    running_mean = norm.running_mean
-    if not (norm.training and norm.track_running_stats) or running_mean is None:
-        return
-    factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    batches = norm.num_batches_tracked
-    if batches is not None:
-        batches.add_(1)
-        if norm.momentum is None:
-            factor = batches.to(running_mean.dtype).reciprocal()
-    mean, unbiased = _cast((mean, var * (count / (count - 1))), running_mean.dtype)
-    running_mean.lerp_(mean, factor)
-    norm.running_var.lerp_(unbiased, factor)
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` does what ``kind`` does, and nothing else."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]

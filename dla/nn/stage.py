@@ -1,11 +1,14 @@
-"""A run of blocks with layer attention after each."""
+"""Runs of blocks with layer attention."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from dla.nn.layer import STATIC, DLALayer, shared_parts
+from dla.nn.cells import CELLS
+from dla.nn.channel import DIALayer
+from dla.nn.form import STATIC, shared_parts
+from dla.nn.layer import DLALayer
 
 
 class DLAStage(nn.Module):
@@ -20,7 +23,7 @@ class DLAStage(nn.Module):
         channels: C.
         variant, spec, cell, ...: of every layer, see `DLALayer`.
         drop_path: one rate, or one per block.
-        static: make the layers static (MRLA-L): ``cell="none"``.
+        static: make the layers static (MRLA): ``cell="none"``.
 
     Attributes:
         blocks, layers: lists of equal length.
@@ -92,6 +95,50 @@ class DLAStage(nn.Module):
                 prev_conv=self.prev_conv,
                 keep_output=index < last,
             )
+        return x
+
+
+class DIAStage(nn.Module):
+    """Blocks of one resolution, each ended by a `DIALayer`; the layers share one cell.
+
+    Args:
+        blocks: at least one; ``block.parts(x)`` gives a residual branch and its shortcut, both of
+            ``channels`` channels at one resolution.
+        channels: C.
+        cell, reduction, fused, activation, initial_state: see `DIALayer`.
+
+    Attributes:
+        blocks, layers: lists of equal length.
+        cell: shared by all layers.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        channels: int,
+        cell: str = "dia",
+        reduction: int = 4,
+        fused: bool = True,
+        activation: str = "sigmoid",
+        initial_state: str = "zeros",
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        if not self.blocks:
+            raise ValueError("blocks: expected at least one, got none")
+        self.layers = nn.ModuleList(
+            DIALayer(channels, cell, fused=fused, shared=True) for _ in blocks
+        )
+        self.cell = CELLS[cell](channels, reduction, activation, initial_state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do."""
+        state = None
+        for block, layer in zip(self.blocks, self.layers, strict=True):
+            x, state = layer(*block.parts(x), state, cell=self.cell)
         return x
 
 

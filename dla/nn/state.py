@@ -11,16 +11,26 @@ from dla_kernels.ops.common import describe
 class DLAState(NamedTuple):
     """Immutable; valid for one stage, batch, size and device.
 
+    All but features are of the compute dtype: float64 for float64 features, else float32.
+
     Attributes:
-        context: the cell's state [S, B, C] in the compute dtype; S = 0 for a static layer.
+        context: the cell's state [S, B, C]; S = 0 for a static layer.
         output: o of the layer that made this state [B, C, H, W], where the next layer reads it
-            (``prev_from="output"``), else None.
+            (``variant="light"``, ``prev_from="output"``), else None.
         size: (H, W) of the features.
+        values, keys, gates, pooled, key_weights: memory of the T layers so far, under
+            ``variant="base"``; the arguments of these names of ``dla_kernels.base_attention``.
+            ``keys`` is None where there is none.
     """
 
     context: Tensor
     output: Tensor | None
     size: tuple[int, int]
+    values: tuple[Tensor, ...] = ()
+    keys: Tensor | None = None
+    gates: Tensor | None = None
+    pooled: tuple[Tensor, ...] = ()
+    key_weights: tuple[Tensor, ...] = ()
 
 
 def check_state(state: object, slots: int, x: Tensor, dtype: torch.dtype) -> DLAState:
@@ -46,3 +56,21 @@ def check_state(state: object, slots: int, x: Tensor, dtype: torch.dtype) -> DLA
             f"got one of {state.size[0]}x{state.size[1]}: a new stage starts with state=None"
         )
     return state
+
+
+def check_memory(state: DLAState, variant: str, static: bool, gated: str | None) -> None:
+    """Raises unless ``state`` has the memory that layers of this form make, or none for "light"."""
+    if (state.keys is None) != (variant == "light"):
+        found = "no memory" if state.keys is None else f"the memory of {len(state.values)} layers"
+        raise ValueError(
+            f"state: expected one of a layer of variant={variant!r}, got one with {found}: it is "
+            "from another variant, or from a layer called with keep_output=False"
+        )
+    layers = len(state.values)
+    filters = layers if gated == "features" else 0
+    if (len(state.pooled), len(state.key_weights)) != (0 if static else layers, filters):
+        raise ValueError(
+            f"state: expected the memory of layers with gated={gated!r} and "
+            f"{'no' if static else 'a'} cell, got {len(state.pooled)} means and "
+            f"{len(state.key_weights)} filters of {layers} layers"
+        )

@@ -7,6 +7,7 @@ but with lists of tensors among the arguments it costs 0.4 ms a call, six times 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def _register_autograd(
         else:
             with backend.use_backend(ctx.backend):
                 nested = gradients(ctx, *grads)
-        return None, None, *_flatten(nested)
+        return None, None, *flatten(nested)
 
     function = type(
         f"{op}_function",
@@ -126,13 +127,13 @@ def _register_autograd(
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return below_autograd(keyset, args)
         # args as one tuple for the redispatch; flat, for autograd to see every tensor.
-        results = function.apply(keyset, args, *_flatten(args[:tensors]))
+        results = function.apply(keyset, args, *flatten(args[:tensors]))
         return list(results) if returns_list else results
 
     LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
 
 
-def _flatten(values: Sequence[Any]) -> list[Any]:
+def flatten(values: Sequence[Any]) -> list[Any]:
     """One list of the values and, in their places, of those in lists."""
     flat: list[Any] = []
     for value in values:
@@ -141,6 +142,17 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
         else:
             flat.append(value)
     return flat
+
+
+def sizes_of(values: Sequence[Any]) -> list[int | None]:
+    """What `unflatten` needs: the length of each value that is a list, None for others."""
+    return [len(value) if isinstance(value, list | tuple) else None for value in values]
+
+
+def unflatten(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """Inverse of `flatten` for values of these sizes."""
+    rest = iter(flat)
+    return [next(rest) if n is None else list(itertools.islice(rest, n)) for n in sizes]
 
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:

@@ -51,3 +51,18 @@ def a_list(name: str, value: object) -> None:
     """A list or tuple; torch itself would take one tensor for a list."""
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+
+
+def list_like(
+    name: str,
+    tensors: Sequence[Tensor],
+    count: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """So many tensors, each of exactly this shape, dtype and device."""
+    if len(tensors) != count:
+        raise ValueError(f"{name}: expected {count} tensors {list(shape)}, got {len(tensors)}")
+    for index, tensor in enumerate(tensors):
+        like(f"{name}[{index}]", tensor, shape, dtype, device)

@@ -16,31 +16,59 @@ from dla.models import CifarResNet, create_model, list_models, register_variant
 from dla.models.registry import VARIANTS
 from tolerances import MODELS, assert_close, assert_gradients_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OFFICIAL = {"spec": "official"}
-# Design section 7: parameters for (CIFAR-10, CIFAR-100).
+# Design section 7: parameters for (CIFAR-10, CIFAR-100), with the official form where there is one.
 PARAMETERS = {
     "resnet20_plain": (220_378, 243_508),
     "resnet56_plain": (591_322, 614_452),
     "resnet110_plain": (1_147_738, 1_170_868),
+    "resnet20_se": (241_882, 265_012),
+    "resnet56_se": (655_834, 678_964),
+    "resnet110_se": (1_276_762, 1_299_892),
+    "resnet20_eca": (220_404, 243_534),
+    "resnet56_eca": (591_400, 614_530),
+    "resnet110_eca": (1_147_894, 1_171_024),
     "resnet20_mrla_l": (231_182, 254_312),
     "resnet56_mrla_l": (623_734, 646_864),
     "resnet110_mrla_l": (1_212_562, 1_235_692),
+    "resnet20_mrla_b": (230_286, 253_416),
+    "resnet56_mrla_b": (621_046, 644_176),
+    "resnet110_mrla_b": (1_207_186, 1_230_316),
     "resnet20_dla_l": (410_158, 433_288),
     "resnet56_dla_l": (802_710, 825_840),
     "resnet110_dla_l": (1_391_538, 1_414_668),
+    "resnet20_dla_b": (405_230, 428_360),
+    "resnet56_dla_b": (795_990, 819_120),
+    "resnet110_dla_b": (1_382_130, 1_405_260),
 }
+# Tables 4 and 6 of the paper, CIFAR-100: cells other than a model's own.
+PARAMETERS_OF_CELLS = [
+    ("resnet110_dla_l", {"cell": "dsu", "spec": "official"}, 1_348_588),
+    ("resnet56_dia", {"cell": "dsu_split"}, 789_396),
+    ("resnet110_dia", {"cell": "dsu_split"}, 1_345_812),
+    ("resnet56_dia", {"cell": "dsu"}, 723_316),
+    ("resnet110_dia", {"cell": "dsu"}, 1_279_732),
+]
 PAPER_PARAMETERS = {
     "resnet20_dla_l": 340_046,
     "resnet56_dla_l": 732_598,
     "resnet110_dla_l": 1_321_426,
 }
 ATTENTION_MODELS = [
-    ("resnet20_mrla_l", {"spec": "paper"}),
-    ("resnet20_mrla_l", {"spec": "official"}),
-    ("resnet20_dla_l", {"spec": "paper"}),
-    ("resnet20_dla_l", {"spec": "official"}),
+    *(
+        (f"resnet20_{variant}", {"spec": spec})
+        for variant in ("mrla_l", "mrla_b", "dla_l", "dla_b")
+        for spec in ("paper", "official")
+    ),
+    ("resnet20_dia", {"cell": "dsu"}),
+    ("resnet20_dia", {"cell": "dsu_split"}),
 ]
-ALL_MODELS = [("resnet20_plain", {}), *ATTENTION_MODELS]
+ALL_MODELS = [
+    *((f"resnet20_{variant}", {}) for variant in ("plain", "se", "eca")),
+    *ATTENTION_MODELS,
+]
 
 
 def names_of(cases: list[tuple[str, dict]]) -> list[str]:
@@ -68,7 +96,8 @@ def batch(size: int = 16, count: int = 4, dtype: torch.dtype = torch.float32) ->
 def test_list_models() -> None:
     names = list_models()
     assert len(names) == len(set(names)) == 6 * len(VARIANTS)
-    assert names[:3] == ["resnet20_plain", "resnet20_mrla_l", "resnet20_dla_l"]
+    variants = ("plain", "se", "eca", "dia", "mrla_l", "mrla_b", "dla_l", "dla_b")
+    assert names[:8] == [f"resnet20_{variant}" for variant in variants]
     depths = (20, 29, 47, 56, 110, 164)
     assert list_models("*_dla_l") == [f"resnet{depth}_dla_l" for depth in depths]
     assert list_models("nothing*") == []
@@ -76,10 +105,15 @@ def test_list_models() -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name: str) -> None:
-    options = {} if name.endswith("plain") else OFFICIAL
+    options = {} if name.endswith(("plain", "se", "eca")) else OFFICIAL
     cifar10, cifar100 = PARAMETERS[name]
     assert parameters(create_model(name, **options)) == cifar10
     assert parameters(create_model(name, num_classes=100, **options)) == cifar100
+
+
+@pytest.mark.parametrize(("name", "options", "count"), PARAMETERS_OF_CELLS, ids=str)
+def test_parameter_counts_of_cells(name: str, options: dict, count: int) -> None:
+    assert parameters(create_model(name, num_classes=100, **options)) == count
 
 
 @pytest.mark.parametrize("name", PAPER_PARAMETERS)
@@ -87,8 +121,9 @@ def test_parameter_counts_of_the_paper_form(name: str) -> None:
     assert parameters(create_model(name)) == PAPER_PARAMETERS[name]
 
 
-def test_the_static_model_is_the_same_network_under_both_specs() -> None:
-    paper, official = (create_model("resnet20_mrla_l", spec=s) for s in ("paper", "official"))
+@pytest.mark.parametrize("name", ["resnet20_mrla_l", "resnet20_mrla_b"])
+def test_the_static_model_is_the_same_network_under_both_specs(name: str) -> None:
+    paper, official = (create_model(name, spec=s) for s in ("paper", "official"))
     assert paper.state_dict().keys() == official.state_dict().keys()
 
 
@@ -98,6 +133,11 @@ def test_the_static_model_is_the_same_network_under_both_specs() -> None:
         ("resnet20_plain", "spec"),
         ("resnet20_plain", "fused"),
         ("resnet20_plain", "drop_path"),
+        ("resnet20_se", "spec"),
+        ("resnet20_eca", "fused"),
+        ("resnet20_dia", "head_dim"),
+        ("resnet20_dia", "context"),
+        ("resnet20_mrla_b", "cell"),
         ("resnet20_mrla_l", "cell"),
         ("resnet20_mrla_l", "reduction"),
         ("resnet20_mrla_l", "context"),
@@ -123,6 +163,9 @@ def test_an_option_that_does_not_apply_is_a_type_error(name: str, option: str) -
         ("resnet20_plain", {"num_classes": 2.5}, "num_classes: .* got 2.5"),
         ("resnet20_dla_l", {"spec": "theirs"}, "spec"),
         ("resnet20_mrla_l", {"spec": "theirs"}, "spec"),
+        ("resnet20_dia", {"spec": "theirs", "cell": "dsu"}, "spec"),
+        ("resnet20_dia", {"cell": "none"}, "cell"),
+        ("resnet20_dla_b", {"activation": "gelu"}, "activation"),
         ("resnet20_dla_l", {"cell": "gru"}, "cell"),
         ("resnet20_dla_l", {"reduction": 1000}, "reduction"),
         ("resnet20_dla_l", {"head_dim": 24}, "head_dim"),
@@ -278,7 +321,8 @@ def test_fused_and_unfused_train_alike(name: str, options: dict) -> None:
     losses, states, drawn = {}, {}, {}
     for fused in (True, False):
         torch.manual_seed(3)
-        model = create_model(name, fused=fused, drop_path=0.2, **options).double().train()
+        drop_path = {} if name.endswith("dia") else {"drop_path": 0.2}
+        model = create_model(name, fused=fused, **drop_path, **options).double().train()
         losses[fused] = train(model, batch(8, 8, torch.float64), steps=20)
         states[fused] = model.state_dict()
         drawn[fused] = torch.rand(1)
@@ -307,14 +351,15 @@ def train(model: nn.Module, x: Tensor, steps: int) -> Tensor:
 @pytest.mark.parametrize("context", ["per_sample", "first_sample"])
 @pytest.mark.parametrize("cell", ["dsu", "dsu_split"])
 @pytest.mark.parametrize("spec", ["paper", "official"])
-def test_every_choice_of_dla_l_fused_and_unfused(
-    spec: str, cell: str, context: str, memory_format: torch.memory_format
+@pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
+def test_every_choice_of_dla_fused_and_unfused(
+    name: str, spec: str, cell: str, context: str, memory_format: torch.memory_format
 ) -> None:
     results = {}
     for fused in (True, False):
         torch.manual_seed(5)
         model = create_model(
-            "resnet20_dla_l",
+            name,
             spec=spec,
             cell=cell,
             context=context,
@@ -359,9 +404,10 @@ Compiled = Callable[[Tensor], Tensor]
 
 
 @pytest.mark.parametrize("spec", ["paper", "official"])
-def test_compiles_without_graph_breaks(spec: str) -> None:
+@pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
+def test_compiles_without_graph_breaks(name: str, spec: str) -> None:
     torch._dynamo.reset()
-    model = create_model("resnet20_dla_l", spec=spec)
+    model = create_model(name, spec=spec)
     compiled: Compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     outputs, gradients = [], []
     for network in (compiled, model):

@@ -27,16 +27,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "official_dsu": {"spec": "official", "cell": "dsu", "activation": "tanh"},
     "paper_conv": {"prev_conv": True, "gate": "sigmoid", "initial_state": "learned"},
     "random_start": {"spec": "official", "initial_state": "normal"},
+    "base_paper": {"variant": "base"},
+    "base_official": {"variant": "base", "spec": "official"},
+    "base_static": {"variant": "base", "static": True},
+    "base_first_sample": {"variant": "base", "spec": "official", "context": "first_sample"},
+    "base_paper_first_sample": {"variant": "base", "cell": "dsu_split", "context": "first_sample"},
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_form = pytest.mark.parametrize("form", FORMS)
 each_fused = pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
-
-
-@pytest.fixture
-def one_thread(threads: None) -> None:
-    """Tiny maps gain nothing from a second thread, and lose minutes where it has to wait."""
-    torch.set_num_threads(1)
 
 
 class Block(nn.Module):
@@ -132,7 +131,7 @@ NORMS: dict[str, Callable[[], nn.Module | None]] = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("form", ["paper", "official"])
+@pytest.mark.parametrize("form", ["paper", "official", "base_paper", "base_official"])
 def test_norms(form: str, norm: str) -> None:
     """Every mode of BatchNorm2d, and modules that are none; training, then evaluation."""
 
@@ -201,7 +200,7 @@ FOREIGN: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("norm", FOREIGN)
-@pytest.mark.parametrize("form", ["paper", "official"])
+@pytest.mark.parametrize("form", ["paper", "official", "base_paper", "base_official"])
 def test_other_norms_run_themselves(form: str, norm: str) -> None:
     calls = []
 
@@ -422,7 +421,12 @@ def test_activation_checkpointing(fused: bool, reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "fused"), [("paper", True), ("official", True), ("static", True), ("official", False)]
+    ("form", "fused"),
+    [
+        *((form, True) for form in FORMS if form.endswith(("paper", "official", "static"))),
+        ("official", False),
+        ("base_official", False),
+    ],
 )
 def test_compiles_in_one_graph(form: str, fused: bool) -> None:
     torch.compiler.reset()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import base_cases
 import dla_kernels
 from light_cases import CONSTANT, Case, cell_params
 from op_cases import compute_dtype, feature, random_small
@@ -70,6 +71,15 @@ def gate(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generat
     return Call(dla_kernels.gate, {"features": maps(), "gates": gates}, dict(enumerate(maps())), {})
 
 
+def residual_gate(
+    shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator
+) -> Call:
+    u, shortcut, grad = (feature(shape, dtype, layout, generator=generator) for _ in range(3))
+    h = random_small(*shape[:2], generator=generator, dtype=compute_dtype(dtype))
+    inputs = {"u": u, "h": h, "shortcut": shortcut}
+    return Call(dla_kernels.residual_gate, inputs, {0: grad}, {})
+
+
 def light_attention(**changes: Any) -> Make:
     def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
         channels = shape[1]
@@ -89,11 +99,31 @@ def light_attention(**changes: Any) -> Make:
     return make
 
 
+def base_attention(**changes: Any) -> Make:
+    def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
+        channels = shape[1]
+        case = base_cases.Case(
+            shape=shape, head_dim=channels // (3 if channels % 3 == 0 else 2),
+            hidden=max(1, channels // 4), dtype=dtype,
+            x_layout=layout, value_layout=layout, grad_layout=layout,
+        ).with_(**changes)  # fmt: skip
+        return Call(
+            dla_kernels.base_attention,
+            case.inputs(generator),
+            case.cotangents(generator),
+            case.flags(),
+            base_cases.CONSTANT,
+        )
+
+    return make
+
+
 # op -> variant -> how to make a call
 SAMPLES: dict[str, dict[str, Make]] = {
     "global_pool": {"": global_pool},
     "cell": {"dsu": cell("dsu", 1), "dsu_split": cell("dsu_split", 2)},
     "gate": {"": gate},
+    "residual_gate": {"": residual_gate},
     "light_attention": {
         "official": light_attention(drop="some"),
         "paper": light_attention(cell="dsu", has_prev=False, return_o=True),
@@ -101,6 +131,17 @@ SAMPLES: dict[str, dict[str, Make]] = {
         "evaluation": light_attention(norm="running", context="first_sample"),
         "static": light_attention(cell="none", has_prev=False),
         "own_norm": light_attention(cell="dsu", gate="sigmoid", norm="none", residual=False),
+    },
+    "base_attention": {
+        "official": base_attention(drop="some"),
+        "paper": base_attention(cell="dsu", gated="features"),
+        "first_layer": base_attention(layers=0),
+        "last_layer": base_attention(return_v=False, arrives=("out",)),
+        "evaluation": base_attention(norm="running", context="first_sample"),
+        "static": base_attention(cell="none"),
+        "own_norm": base_attention(
+            cell="dsu", gate="sigmoid", norm="none", relu=False, residual=False
+        ),
     },
 }
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
-from dla_kernels.ops.cell import ACTIVATIONS, SLOTS, check_params
 from dla_kernels.ops.common import compute_dtype, empty_features
-
-STATIC = "none"
-CELLS = (*SLOTS, STATIC)
-GATES = ("identity", "sigmoid")
-CONTEXTS = ("per_sample", "first_sample")
-NORMS = ("batch", "running", "none")
+from dla_kernels.ops.step_checks import (
+    check_cell,
+    check_convolutions,
+    check_flags,
+    check_map,
+    check_norm_and_drop,
+)
 
 
 def light_attention(
@@ -136,62 +136,22 @@ def _check(
     residual: bool,
     return_o: bool,
 ) -> None:
-    _check_flags(cell, activation, gate, context, norm, eps)
-    checks.features("x", x)
-    shape, device = x.shape, x.device
-    batch, channels = shape[0], shape[1]
-    if head_dim < 1 or channels % head_dim:
-        raise ValueError(f"head_dim: expected a divisor of {channels} channels, got {head_dim}")
-    if norm == "batch" and x.numel() == channels:
-        raise ValueError(
-            f"x: expected more than one value per channel for norm='batch', got {list(shape)}"
-        )
+    check_flags(cell, activation, gate, context, norm, eps)
+    check_map(x, head_dim, norm)
+    batch, channels = x.shape[:2]
     if p is not None:
-        checks.like("p", p, shape, x.dtype, device)
+        checks.like("p", p, x.shape, x.dtype, x.device)
     elif prev_weight is not None:
         raise ValueError("prev_weight: expected None where p is None, got a tensor")
-    rest = (compute_dtype(x.dtype), device)
-    checks.like("state", state, (SLOTS.get(cell, 0), batch, channels), *rest)
-    if cell != STATIC:
-        check_params("cell_params", cell_params, cell, channels, *rest)
-    elif cell_params:
-        raise ValueError(f"cell_params: expected 0 for cell='none', got {len(cell_params)}")
-    checks.a_tensor("q_weight", q_weight)
-    size = q_weight.shape[-1] if q_weight.dim() else 0
-    if size % 2 == 0:
-        raise ValueError(f"q_weight: expected [1, 1, k] with k odd, got {list(q_weight.shape)}")
-    checks.like("q_weight", q_weight, (1, 1, size), *rest)
-    checks.like("k_weight", k_weight, (1, 1, size), *rest)
-    depthwise, vector = (channels, 1, 3, 3), (channels,)
-    checks.like("v_weight", v_weight, depthwise, *rest)
+    rest = (compute_dtype(x.dtype), x.device)
+    check_cell(state, cell_params, cell, batch, channels, *rest)
+    check_convolutions(q_weight, k_weight, v_weight, channels, *rest)
     if prev_weight is not None:
-        checks.like("prev_weight", prev_weight, depthwise, *rest)
-    checks.like("lam", lam, vector, *rest)
-    if (norm_weight is None) != (norm_bias is None):
-        missing = "norm_weight" if norm_weight is None else "norm_bias"
-        raise ValueError(f"{missing}: expected norm_weight and norm_bias both or neither, got None")
-    if norm_weight is not None and norm_bias is not None:
-        checks.like("norm_weight", norm_weight, vector, *rest)
-        checks.like("norm_bias", norm_bias, vector, *rest)
-    if norm == "running":
-        for name, value in (("mean_in", mean_in), ("var_in", var_in)):
-            if value is None:
-                raise ValueError(f"{name}: expected [{channels}] for norm='running', got None")
-            checks.like(name, value, vector, *rest)
-    if drop_scale is not None:
-        checks.like("drop_scale", drop_scale, (batch,), *rest)
-
-
-def _check_flags(
-    cell: str, activation: str, gate: str, context: str, norm: str, eps: float
-) -> None:
-    checks.one_of("cell", cell, CELLS)
-    checks.one_of("activation", activation, ACTIVATIONS)
-    checks.one_of("gate", gate, GATES)
-    checks.one_of("context", context, CONTEXTS)
-    checks.one_of("norm", norm, NORMS)
-    if eps < 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+        checks.like("prev_weight", prev_weight, (channels, 1, 3, 3), *rest)
+    checks.like("lam", lam, (channels,), *rest)
+    check_norm_and_drop(
+        norm, norm_weight, norm_bias, mean_in, var_in, drop_scale, batch, channels, *rest
+    )
 
 
 def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, conv1d, conv2d
 
-from dla_kernels.ops.cell.reference import cell as cell_step
 from dla_kernels.ops.common import compute_dtype, without_autocast
 from dla_kernels.ops.differentiate import dense_as, differentiate
 from dla_kernels.ops.global_pool.reference import global_pool
+from dla_kernels.ops.step_formulas import (
+    add_branch,
+    depthwise,
+    filter_channels,
+    forward_path,
+    gates_of,
+    normalise,
+    scale,
+)
 
 FLAGS = (
     "cell",
@@ -61,101 +68,39 @@ def light_attention(
     dtype = compute_dtype(feature_dtype)
     with without_autocast(x):
         y = global_pool(x)
-        new_state = _forward_path(y, state, cell_params, cell, activation)
-        attention = _scores(y, q_weight, k_weight, head_dim)
+        new_state = forward_path(y, state, cell_params, cell, activation)
+        attention = scores_of(y, q_weight, k_weight, head_dim)
         x = x.to(dtype)
         if p is None:
             # p = 0. Every parameter stays part of the graph (DistributedDataParallel needs it):
             # the gradient of lam is zero.
             pooled = torch.stack([y, torch.zeros_like(y)])
-            o = _scale(attention + 0.0 * lam, _depthwise(x, v_weight))
+            o = scale(attention + 0.0 * lam, depthwise(x, v_weight))
         else:
             pooled_p = torch.zeros_like(y) if cell == "none" else global_pool(p)
             pooled = torch.stack([y, pooled_p])
             p = p.to(dtype)
             history = p
             if cell != "none":
-                history = _scale(
-                    _gate(pooled_p, new_state, cell_params, cell, activation, gate, context), p
-                )
+                context_and_cell = new_state, cell_params, cell, activation, gate, context
+                history = scale(gates_of(pooled_p.unsqueeze(0), *context_and_cell)[0], p)
             if prev_weight is not None:
-                history = history + _depthwise(p, prev_weight)
-            o = _scale(attention, _depthwise(x, v_weight)) + lam[:, None, None] * history
+                history = history + depthwise(p, prev_weight)
+            o = scale(attention, depthwise(x, v_weight)) + lam[:, None, None] * history
 
-        out, mean, var = _normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
-        if drop_scale is not None:
-            out = out * drop_scale.detach()[:, None, None, None]
-        if residual:
-            out = x + out
+        out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
+        out = add_branch(x, out, drop_scale, residual)
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
         return out.to(feature_dtype), kept, new_state, mean, var, pooled.detach()
 
 
-def _forward_path(
-    y: Tensor, state: Tensor, params: Sequence[Tensor], cell: str, activation: str
-) -> Tensor:
-    """c^l = Dyn(y, c^{l-1}) (Eq. 4-5); the static layer has an empty state [0, B, C]."""
-    if cell == "none":
-        return torch.empty_like(state)
-    return cell_step(y, state, params, cell, activation)
-
-
-def _gate(
-    pooled_p: Tensor,
-    state: Tensor,
-    params: Sequence[Tensor],
-    cell: str,
-    activation: str,
-    gate: str,
-    context: str,
-) -> Tensor:
-    """d = gate(Dyn(GAP(p), state^l)) (Eq. 6); the state this step makes is thrown away."""
-    if context == "first_sample":
-        # The defect of the official code (design 2.5): sample 0 lends its context to all.
-        state = state[:, :1].expand_as(state)
-    output = cell_step(pooled_p, state, params, cell, activation)[0]
-    return torch.sigmoid(output) if gate == "sigmoid" else output
-
-
-def _scores(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
+def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
     """Attention of each head to its own layer, repeated over the channels of the head: [B, C]."""
     batch, channels = y.shape
-    padding = q_weight.shape[-1] // 2
     heads = (batch, channels // head_dim, head_dim)
-    q = conv1d(y.unsqueeze(1), q_weight, padding=padding).view(heads)
-    k = conv1d(y.unsqueeze(1), k_weight, padding=padding).view(heads)
+    q, k = (filter_channels(y, weight).view(heads) for weight in (q_weight, k_weight))
     scores = (q * k).sum(dim=2, keepdim=True) / math.sqrt(head_dim)
     return torch.sigmoid(scores).expand(heads).reshape(batch, channels)
-
-
-def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    return conv2d(x, weight, padding=1, groups=x.shape[1])
-
-
-def _scale(factor: Tensor, x: Tensor) -> Tensor:
-    """[B, C] times [B, C, H, W]."""
-    return factor[:, :, None, None] * x
-
-
-def _normalise(
-    o: Tensor,
-    norm: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean_in: Tensor | None,
-    var_in: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch normalisation; mean and (biased) variance are those of the batch or empty."""
-    mean, var = o.new_empty(0), o.new_empty(0)
-    if norm == "none":
-        return o, mean, var
-    if norm == "running":
-        constants = mean_in.detach(), var_in.detach()
-        return batch_norm(o, *constants, weight, bias, training=False, eps=eps), mean, var
-    out = batch_norm(o, None, None, weight, bias, training=True, eps=eps)
-    var, mean = torch.var_mean(o.detach(), dim=(0, 2, 3), correction=0)
-    return out, mean, var
 
 
 def unsupported(x: Tensor) -> str | None:

@@ -1,0 +1,84 @@
+"""Formulas in plain PyTorch that the references of the layer steps share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import batch_norm, conv1d, conv2d
+
+from dla_kernels.ops.cell.reference import cell as cell_step
+
+
+def forward_path(
+    y: Tensor, state: Tensor, params: Sequence[Tensor], cell: str, activation: str
+) -> Tensor:
+    """c^l = Dyn(y, c^{l-1}) (Eq. 4-5); the static layer has an empty state [0, B, C]."""
+    if cell == "none":
+        return torch.empty_like(state)
+    return cell_step(y, state, params, cell, activation)
+
+
+def gates_of(
+    features: Tensor,
+    state: Tensor,
+    params: Sequence[Tensor],
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+) -> Tensor:
+    """d = gate(Dyn(u, state^l)) (Eq. 6) of many pooled features u [M, B, C] under one context.
+
+    The states that these steps make are thrown away.
+    """
+    if context == "first_sample":
+        # The defect of the official code (design 2.5): sample 0 lends its context to all.
+        state = state[:, :1].expand_as(state)
+    contexts = state.unsqueeze(1).expand(-1, len(features), -1, -1)
+    output = cell_step(features.flatten(0, 1), contexts.flatten(1, 2), params, cell, activation)[0]
+    output = output.view_as(features)
+    return torch.sigmoid(output) if gate == "sigmoid" else output
+
+
+def filter_channels(y: Tensor, weight: Tensor) -> Tensor:
+    """One filter [1, 1, k] along the channels of y [..., C]: queries and keys."""
+    rows = y.reshape(-1, 1, y.shape[-1])
+    return conv1d(rows, weight, padding=weight.shape[-1] // 2).view(y.shape)
+
+
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, C, H, W] with a 3x3 filter per channel [C, 1, 3, 3], zeros beyond the borders."""
+    return conv2d(x, weight, padding=1, groups=x.shape[1])
+
+
+def scale(factor: Tensor, x: Tensor) -> Tensor:
+    """[B, C] times [B, C, H, W]."""
+    return factor[:, :, None, None] * x
+
+
+def normalise(
+    o: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation; mean and (biased) variance are those of the batch or empty."""
+    mean, var = o.new_empty(0), o.new_empty(0)
+    if norm == "none":
+        return o, mean, var
+    if norm == "running":
+        constants = mean_in.detach(), var_in.detach()
+        return batch_norm(o, *constants, weight, bias, training=False, eps=eps), mean, var
+    out = batch_norm(o, None, None, weight, bias, training=True, eps=eps)
+    var, mean = torch.var_mean(o.detach(), dim=(0, 2, 3), correction=0)
+    return out, mean, var
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_scale: Tensor | None, residual: bool) -> Tensor:
+    """[x +] drop_scale * branch, with a constant factor per sample [B]."""
+    if drop_scale is not None:
+        branch = branch * drop_scale.detach()[:, None, None, None]
+    return x + branch if residual else branch
