@@ -198,12 +198,12 @@ PYBIND11_MODULE(_dla_native, m) {
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
            height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, eps, threads, mean_in, var_in, out,
-           o, state_out, mean, var, pooled);
+           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, mean_in, var_in, out,
+           o, joined, state_out, mean, var, pooled);
   DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
            height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, eps, threads, grad_out, grad_o,
+           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, grad_out, grad_o,
            grad_state, mean, var, pooled, dx, dp, dstate, dq_weight, dk_weight, dv_weight,
            dprev_weight, dlam, dnorm_weight, dnorm_bias, dcell_params);
 }

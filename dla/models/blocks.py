@@ -34,7 +34,8 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C_in, H, W] -> (branch, shortcut), both [B, C_out, H', W']."""
+        """[B, C_in, H, W] -> (branch, shortcut), both [B, C_out, H', W'], for those who join them
+        themselves: the output is relu(branch + shortcut)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.branch(x), shortcut
 

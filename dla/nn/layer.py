@@ -163,6 +163,7 @@ class DLALayer(nn.Module):
         cell: Cell | None = None,
         prev_conv: nn.Conv2d | None = None,
         keep_output: bool = True,
+        join: bool = False,
     ) -> tuple[Tensor, DLAState]:
         """One layer step.
 
@@ -175,6 +176,8 @@ class DLALayer(nn.Module):
             cell, prev_conv: the stage's, for a layer made with ``shared=True``.
             keep_output: False if no later layer will read what this one adds to the state: it may
                 then be left out of it, which spares writing it.
+            join: x is the residual branch of the layer's block and ``prev`` its shortcut, not yet
+                joined: relu(x + prev) takes x's place, in the same pass. "light" only.
 
         Returns:
             out like x, and the state for the next layer of the stage.
@@ -187,15 +190,19 @@ class DLALayer(nn.Module):
         state = self._start(x, cell) if state is None else self._check_state(x, state, cell)
         weights = [cast(w, state.context.dtype) for w in cell.weights()] if cell else []
         if self.variant == "base":
-            if prev is not None:
+            if prev is not None or join:
                 raise ValueError(
                     "prev: expected None under variant='base', which attends to the layers in "
                     f"state, got {describe(prev)}"
                 )
             return self._base_step(x, state, weights, keep_output)
         prev = self._previous(x, prev, state)
+        if join and prev is None:
+            raise ValueError("prev: expected the shortcut that x is joined with, got None")
+        if join and not self._norm_and_drop_path_are_fused():
+            x, join = torch.relu(x + prev), False
         keep_output = keep_output and self.form.prev_from == "output"
-        return self._light_step(x, prev, state, weights, prev_conv, keep_output)
+        return self._light_step(x, prev, state, weights, prev_conv, keep_output, join)
 
     def _light_step(
         self,
@@ -205,6 +212,7 @@ class DLALayer(nn.Module):
         cell_weights: list[Tensor],
         prev_conv: nn.Conv2d | None,
         keep_output: bool,
+        join: bool,
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else light_reference).light_attention
         q_weight, k_weight, v_weight = self._filters(state.context.dtype)
@@ -220,11 +228,12 @@ class DLALayer(nn.Module):
             v_weight,
             cast(prev_conv.weight, state.context.dtype) if has_conv else None,
             cast(self.lam, state.context.dtype),
+            join=join,
         )
         if self._norm_and_drop_path_are_fused():
-            out, o, context, *_, pooled = self._finished_by_op(x, attend, return_o=keep_output)
+            out, o, _, context, *_, pooled = self._finished_by_op(x, attend, return_o=keep_output)
         else:
-            o, _, context, *_, pooled = self._attention_alone(attend, return_o=False)
+            o, _, _, context, *_, pooled = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
         if recordings:
             y, pooled_p = pooled.unbind()

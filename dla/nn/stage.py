@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dla.nn.batch_norm import is_unhooked
 from dla.nn.cells import CELLS
 from dla.nn.channel import DIALayer
 from dla.nn.form import STATIC, shared_parts
@@ -16,7 +17,9 @@ class DLAStage(nn.Module):
 
     A block maps x to its output, or to (output, shortcut). The shortcut, which layers with
     ``prev_from="shortcut"`` attend to, has the shape of the output; it is the block's input unless
-    the block returns it. The recurrent state starts anew in every call.
+    the block returns it. A block with a method ``parts(x) -> (branch, shortcut)``, whose output is
+    relu(branch + shortcut), may leave that sum to such a layer, which then reads and writes its map
+    less often. The recurrent state starts anew in every call.
 
     Args:
         blocks: at least one; all put out ``channels`` channels at one resolution.
@@ -85,15 +88,21 @@ class DLAStage(nn.Module):
         state = None
         last = len(self.layers) - 1
         for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
-            result = block(x)
-            out, shortcut = result if isinstance(result, tuple) else (result, x)
+            reads_shortcut = layer.form.prev_from == "shortcut"
+            join = reads_shortcut and hasattr(block, "parts") and is_unhooked(block)
+            if join:
+                out, shortcut = block.parts(x)
+            else:
+                result = block(x)
+                out, shortcut = result if isinstance(result, tuple) else (result, x)
             x, state = layer(
                 out,
-                shortcut if layer.form.prev_from == "shortcut" else None,
+                shortcut if reads_shortcut else None,
                 state,
                 cell=self.cell,
                 prev_conv=self.prev_conv,
                 keep_output=index < last,
+                join=join,
             )
         return x
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from op_cases import compute_dtype, feature, label, random_small
 
-OUTPUTS = ("out", "o", "state", "mean", "var", "pooled")
+OUTPUTS = ("out", "o", "joined", "state", "mean", "var", "pooled")
 CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
 
 
@@ -33,6 +33,7 @@ class Case:
     norm: str = "batch"
     affine: bool = True
     residual: bool = True
+    join: bool = False
     return_o: bool = False
     has_p: bool = True
     has_prev: bool = True
@@ -61,14 +62,17 @@ class Case:
         batch, channels, height, width = self.shape
         statistics_exist = self.norm != "batch" or batch * height * width > 1
         return (
-            channels % self.head_dim == 0 and statistics_exist and (self.has_p or not self.has_prev)
+            channels % self.head_dim == 0
+            and statistics_exist
+            and (self.has_p or not (self.has_prev or self.join))
         )
 
     def flags(self) -> dict[str, Any]:
         return {
             "cell": self.cell, "activation": self.activation, "gate": self.gate,
             "context": self.context, "head_dim": self.head_dim, "norm": self.norm,
-            "eps": self.eps, "residual": self.residual, "return_o": self.return_o,
+            "eps": self.eps, "residual": self.residual, "join": self.join,
+            "return_o": self.return_o,
         }  # fmt: skip
 
     def inputs(self, generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
@@ -87,7 +91,11 @@ class Case:
             return scale
 
         def map_(layout: str) -> Tensor:
-            return feature(self.shape, self.dtype, layout, generator=generator, device=device)
+            values = feature(self.shape, self.dtype, layout, generator=generator, device=device)
+            if self.join and self.dtype.itemsize == 2:
+                # x + p is then exact: its rounding, right as it is, would hide other errors.
+                values.mul_(16).round_().clamp_(-32, 32).div_(16)
+            return values
 
         normed, running = self.norm != "none" and self.affine, self.norm == "running"
         slots = {"none": 0, "dsu": 1, "dsu_split": 2}[self.cell]

@@ -86,10 +86,11 @@ def attention(y: Array, q_weight: Array, k_weight: Array, head_dim: int) -> Arra
 def light_attention(
     x, p, state, cell_params, q_weight, k_weight, v_weight, prev_weight, lam,
     norm_weight, norm_bias, mean_in, var_in, drop_scale,
-    *, cell, activation, gate, context, head_dim, norm, eps, residual, return_o,
+    *, cell, activation, gate, context, head_dim, norm, eps, residual, join, return_o,
 ):  # fmt: skip
     """All arguments and results as for the op, as NumPy arrays."""
     batch, channels = x.shape[:2]
+    x = np.maximum(x + p, 0) if join else x
     y = x.mean(axis=(2, 3))
     gated = p is not None and cell != "none"
     pooled_p = p.mean(axis=(2, 3)) if gated else np.zeros_like(y)
@@ -127,4 +128,5 @@ def light_attention(
         n = drop_scale[:, None, None, None] * n
     out = x + n if residual else n
     pooled = np.stack([y, pooled_p])
-    return out, o if return_o else nothing, new_state, mean, var, pooled
+    o, joined = o if return_o else nothing, x if join else nothing
+    return out, o, joined, new_state, mean, var, pooled

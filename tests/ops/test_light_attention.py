@@ -81,6 +81,7 @@ AXES: dict[str, Any] = {
     "norm": NORMS,
     "affine": [True, False],
     "residual": [True, False],
+    "join": [False, True],
     "return_o": [True, False],
     "has_p": [True, False],
     "has_prev": [True, False],
@@ -118,7 +119,7 @@ def check(backend: str, case: Case) -> None:
     )
     named = dict(zip(OUTPUTS, outputs, strict=True))
     for name, output in named.items():
-        is_feature = name in ("out", "o")
+        is_feature = name in ("out", "o", "joined")
         assert output.dtype == (case.dtype if is_feature else compute_dtype(case.dtype)), name
     assert_dense(named["out"], case.x_layout, "out")
     if case.return_o:
@@ -136,6 +137,7 @@ def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
 # What the layers really ask for, over all shapes, dtypes and (mixed) layouts.
 PRESETS = {
     "official": Case(),
+    "official_joined": Case(join=True),
     "official_dsu": Case(cell="dsu", gate="sigmoid"),
     "official_defect": Case(context="first_sample", drop="some"),
     "paper": Case(cell="dsu", has_prev=False, return_o=True, drop="some"),
@@ -144,6 +146,7 @@ PRESETS = {
     "foreign_norm": Case(norm="none", residual=False),
     "frozen": Case(norm="running"),
     "inference": Case(norm="running", wants=()),
+    "inference_joined": Case(norm="running", wants=(), join=True),
     "paper_inference": Case(cell="dsu", has_prev=False, return_o=True, norm="running", wants=()),
     "paper_first_inference": Case(
         cell="dsu", has_p=False, has_prev=False, return_o=True, norm="running", wants=()
@@ -270,11 +273,11 @@ def test_mean_a_thousand_times_the_deviation(
     inputs["p"] += 1e3  # o = a DW(x) + d lam p, with a deviation of about d lam
     inputs["lam"] = torch.ones(6) + inputs["lam"].abs()
     exact = in_float64(list(inputs.values()))
-    want_out, want_o, _, want_mean, want_var, _ = reference("light_attention")(
+    want_out, want_o, _, _, want_mean, want_var, _ = reference("light_attention")(
         *exact, **case.flags()
     )
     with use_backend(backend):
-        out, o, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
+        out, o, _, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
     ratio = want_o.mean((2, 3)).abs() / want_o.std((2, 3))
     assert ratio.median() > 100, "the case is not what it is for"
     assert_close(o, want_o, name="o", dtype=case.dtype)
@@ -302,7 +305,7 @@ def test_constant_map(backend: str, layout: str, generator: torch.Generator) -> 
     inputs["v_weight"].zero_()
     inputs["p"].fill_(1e3)
     with use_backend(backend):
-        out, _, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
+        out, _, _, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
     assert (var >= 0).all() and (var <= 1e-6).all()
     assert out.isfinite().all()
     assert_close(mean, 1e3 * inputs["lam"], name="mean")
@@ -409,7 +412,7 @@ def stage(
         shortcut, x = x, tanh(x + layer["p"])
         p = shortcut if spec == "official" else o
         given = layer | {"x": x, "p": p, "state": state}
-        x, o, state = function(*given.values(), **flags)[:3]
+        x, o, _, state = function(*given.values(), **flags)[:4]
     return x, state
 
 

@@ -25,6 +25,7 @@ AXES = {
     "norm": ["batch", "running", "none"],
     "affine": [True, False],
     "residual": [True, False],
+    "join": [True, False],
     "return_o": [True, False],
     "has_p": [True, False],
     "has_prev": [True, False],

@@ -81,9 +81,10 @@ struct Step {
   Mixture<A> mixture(const A* a, const A* d) const {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
-  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o) const {
+  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o, void* joined) const {
     run_pass<MomentsPass>(args.threads, grid, feature(args.x), feature(args.p), feature(grad_out),
-                          feature(grad_o), small(args.v_weight), small(args.prev_weight), table);
+                          feature(grad_o), feature(joined), small(args.v_weight),
+                          small(args.prev_weight), table);
   }
   PlaneStatistics statistics(PlaneTable<A> table, const A* a, const A* d, int64_t b,
                              int64_t c) const {
@@ -137,8 +138,14 @@ struct ForwardStep : Step<A> {
 
   explicit ForwardStep(const LightAttentionForward& args) : Step<A>(args), args(args) {}
 
+  // What attention sees.
+  const void* x() const { return args.joined != nullptr ? args.joined : args.x; }
+
   void pool(A* y, A* pooled_p) const {
-    GlobalPoolForward pooling{args.x,        y,          shape.batch, shape.channels, shape.pixels(),
+    if (args.joined != nullptr)
+      run_pass<JoinPass>(args.threads, this->grid, this->feature(args.x), this->feature(args.p),
+                         this->feature(args.joined));
+    GlobalPoolForward pooling{x(),        y,          shape.batch, shape.channels, shape.pixels(),
                               args.dtype, shape.channels_last, args.threads};
     global_pool_forward(pooling);
     if (!this->gated()) return;
@@ -206,7 +213,7 @@ struct ForwardStep : Step<A> {
     }
     const PlaneTable<A> table(buffers.take(table_size), shape);
     if (batch_norm) {
-      this->moments(table, nullptr, nullptr);
+      this->moments(table, nullptr, nullptr, args.joined);
       pool_from_sums(table, y, pooled_p);
     } else {
       pool(y, pooled_p);
@@ -214,7 +221,7 @@ struct ForwardStep : Step<A> {
     this->attend(y, pooled_p, small(args.state_out), a, d);
     if (batch_norm) batch_statistics(table, a, d, small(args.mean), small(args.var));
     output_coefficients(scale, shift);
-    run_pass<StencilPass>(args.threads, this->grid, this->feature(args.x), this->feature(args.p),
+    run_pass<StencilPass>(args.threads, this->grid, this->feature(x()), this->feature(args.p),
                           this->feature(args.out), this->feature(args.o), this->mixture(a, d), scale,
                           shift, args.residual);
   }
@@ -372,7 +379,7 @@ struct BackwardStep : Step<A> {
     const A *y = small(args.pooled), *pooled_p = y + planes;
     if (!this->gated()) d = nullptr;
 
-    this->moments(table, args.grad_out, args.grad_o);
+    this->moments(table, args.grad_out, args.grad_o, nullptr);
     this->attend(y, pooled_p, state, a, d);
     channel_gradients(table, a, d, to, da, dd);
     std::fill_n(dy, 2 * planes, A(0));
@@ -393,7 +400,7 @@ struct BackwardStep : Step<A> {
         this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),
         this->feature(args.dp), this->mixture(a, d), out_scale,
         through_norm ? to.o_scale : nullptr, through_norm ? to.offset : nullptr, dy, dpooled_p,
-        args.residual, partial);
+        args.residual, args.join, partial);
     weight_gradients(partial, units.batch_units);
   }
 };

@@ -28,6 +28,7 @@ struct LightAttentionInputs {
   int cell, activation;  // CellKind and Activation of ops/cell
   LightNorm norm;
   bool channels_last, sigmoid_gate, first_sample, residual;
+  bool join;  // forward: x becomes ReLU(x + p) first; backward: x is that
   double eps;
   int threads;
 };
@@ -35,6 +36,7 @@ struct LightAttentionInputs {
 struct LightAttentionForward : LightAttentionInputs {
   const void *mean_in, *var_in;  // [C], norm running
   void *out, *o;                 // [B, C, H, W]; o may be null
+  void* joined;                  // like out; null: no join
   void* state_out;               // [S, B, C]; null when static
   void *mean, *var;              // [C], norm batch
   void* pooled;                  // [2, B, C]

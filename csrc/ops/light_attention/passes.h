@@ -65,6 +65,46 @@ inline void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec
   for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
 }
 
+// ---- joined ------------------------------------------------------------------------------------
+
+// Rows [first, last) of x = ReLU(branch + shortcut), rounded as features are.
+template <class A, bool kPixelLanes>
+void join_rows(const Place<A, kPixelLanes>& place, int64_t first, int64_t last, Feature branch,
+               Feature shortcut, OutFeature x) {
+  with_storage<A>(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    place.for_runs(first, last, [&](int64_t at, int64_t count) {
+      const T* one = static_cast<const T*>(branch.data) + at;
+      const T* other = static_cast<const T*>(shortcut.data) + at;
+      T* to = static_cast<T*>(x.data) + at;
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        const int n = static_cast<int>(std::min<int64_t>(kLanes<A>, count - i));
+        const Vec<A> sum = load_n(one + i, n) + load_n(other + i, n);
+        store_n(to + i, sum < A(0) ? Vec<A>{} : sum, n);  // NaN stays
+      }
+    });
+  });
+}
+
+// Where nothing else is to be done with x on the way.
+template <class A, bool kPixelLanes>
+struct JoinPass {
+  const Grid<A>& grid;
+  Feature branch, shortcut;
+  OutFeature x;
+
+  void run(int threads) const {
+    const Units<A> units(grid);
+    parallel_for(threads, units.count(), [&](int64_t unit) {
+      for_strips<kPixelLanes>(units, grid, unit,
+                              [&](const Place<A, kPixelLanes>& place, int64_t) {
+                                join_rows(place, place.strip.first, place.strip.last, branch,
+                                          shortcut, x);
+                              });
+    });
+  }
+};
+
 // ---- moments -----------------------------------------------------------------------------------
 
 template <class A, bool kPixelLanes>
@@ -75,6 +115,7 @@ struct MomentsPass {
   using Out = typename Place::Out;
   const Grid<A>& grid;
   Feature x, p, grad_out, grad_o;
+  OutFeature joined;  // not null: x is a branch yet to be joined with p, to here
   const A *v_weight, *prev_weight;
   PlaneTable<A> table;
 
@@ -203,7 +244,8 @@ struct MomentsPass {
 
   void run(int threads) const {
     const Units<A> units(grid);
-    const Feature features[kInputs] = {x, p, grad_out, grad_o};
+    const Feature features[kInputs] = {joined ? Feature{joined.data, joined.dtype} : x, p, grad_out,
+                                       grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
       thread_local Arena arena;
       const int64_t elements = grid.strip_elements(1);
@@ -215,6 +257,10 @@ struct MomentsPass {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.group, plane);
+        // One row ahead, which the stencil reads; its first row the strip before has joined.
+        if (joined)
+          join_rows(place, strip.first == 0 ? 0 : strip.first + 1,
+                    std::min(grid.shape.height, strip.last + 1), x, p, joined);
         In in[kInputs] = {};
         for (int f = 0; f < kInputs; ++f)
           if (features[f]) in[f] = place.open(features[f], f < kOut_, memory[f]);
@@ -349,7 +395,7 @@ struct GradientsPass {
   const A* out_scale;             // [B, C]
   const A *o_scale, *offset;      // [C]
   const A *x_offset, *p_offset;   // [B, C]: what pooling adds to every pixel of dx and dp
-  bool residual;
+  bool residual, join;            // join: x was ReLU(branch + p), dx is the branch's gradient
   A* partial;  // [batch_units, 18, C]: sum_b a R_{g,x} and sum_b R_{g,p}
 
   enum { kX_, kP_, kOut_, kO_, kInputs };
@@ -423,10 +469,11 @@ struct GradientsPass {
     std::copy(acc, acc + 9, sums);
   }
 
-  // Gradient of a feature over rows [row, row + R); grad_out is added where `passed` is not null.
+  // Gradient of a feature over rows [row, row + R): what `passed` holds is added if it is not null;
+  // then it is zero where a not null `rectified` is not positive.
   template <int R>
   void spread(int64_t row, const In& g_in, const V (&flipped)[9], V offset,
-              const In* passed, const Plane& c, const Out& to) const {
+              const In* passed, const In* rectified, const Plane& c, const Out& to) const {
     for (int64_t k = 0; k < grid.vectors; ++k) {
       const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
       const Mask<A> own = masks.centre();
@@ -434,6 +481,12 @@ struct GradientsPass {
       fill_block(acc, offset);
       stencil_block<R, A>(g_in, g_in.at(row, k), masks, flipped, acc);
       if (passed != nullptr) add<R>(*passed, passed->at(row, k), own, splat(A(1)), acc);
+      if (rectified != nullptr) {
+        const A* x_at = rectified->at(row, k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          acc[r] = load_masked<A>(x_at + r * rectified->row_stride, own) <= A(0) ? V{} : acc[r];
+      }
       A* at = to.at(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) store_masked<A>(at + r * to.row_stride, acc[r], own);
@@ -441,11 +494,11 @@ struct GradientsPass {
   }
 
   void spread_rows(const Strip& strip, const In& g, const V (&filter)[9], V offset,
-                   const In* passed, const Plane& c, const Out& to) const {
+                   const In* passed, const In* rectified, const Plane& c, const Out& to) const {
     V flipped[9];
     std::reverse_copy(filter, filter + 9, flipped);
     for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
-      spread<R>(row, g, flipped, offset, passed, c, to);
+      spread<R>(row, g, flipped, offset, passed, rectified, c, to);
     });
   }
 
@@ -491,11 +544,13 @@ struct GradientsPass {
       weight_sums[tap] += c.a * x_sums[tap];
       weight_sums[9 + tap] += p_sums[tap];
     }
-    spread_rows(strip, g, c.x_filter, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr, c,
-                place.open(dx, memory.dx));
+    const Out x_to = place.open(dx, memory.dx);
+    const In dx_in = x_to;
+    spread_rows(strip, g, c.x_filter, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr,
+                join ? &in[kX_] : nullptr, c, x_to);
     place.close(dx, memory.dx);
     if (!dp) return;
-    spread_rows(strip, g, c.p_filter, c.p_offset, nullptr, c,
+    spread_rows(strip, g, c.p_filter, c.p_offset, join ? &dx_in : nullptr, nullptr, c,
                 place.open(dp, memory.dp));
     place.close(dp, memory.dp);
   }

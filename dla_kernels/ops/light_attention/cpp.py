@@ -37,8 +37,9 @@ def forward(
     norm: str,
     eps: float,
     residual: bool,
+    join: bool,
     return_o: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of ``dla_kernels::light_attention``."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
@@ -58,6 +59,7 @@ def forward(
     params = [w.contiguous() for w in cell_params]
     out = torch.empty_like(x, memory_format=layout)
     o = torch.empty_like(out) if return_o else x.new_empty(0)
+    joined = torch.empty_like(out) if join else x.new_empty(0)
     new_state = torch.empty_like(small["state"])
     batch, channels = x.shape[:2]
     statistics = channels if norm == "batch" else 0
@@ -67,20 +69,21 @@ def forward(
     module.light_attention_forward(
         module.LightAttentionForward(
             **_sizes(x, layout, q_weight, params),
-            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual, join),
             **addresses(small),
             x=x.data_ptr(),
             p=address(p),
             cell_params=[w.data_ptr() for w in params],
             out=out.data_ptr(),
             o=o.data_ptr() if return_o else None,
+            joined=joined.data_ptr() if join else None,
             state_out=new_state.data_ptr(),
             mean=mean.data_ptr(),
             var=var.data_ptr(),
             pooled=pooled.data_ptr(),
         )
     )
-    return out, o, new_state, mean, var, pooled
+    return out, o, joined, new_state, mean, var, pooled
 
 
 def backward(
@@ -110,6 +113,7 @@ def backward(
     norm: str,
     eps: float,
     residual: bool,
+    join: bool,
     needs_p: bool,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
@@ -139,7 +143,7 @@ def backward(
     module.light_attention_backward(
         module.LightAttentionBackward(
             **_sizes(x, layout, q_weight, params),
-            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual, join),
             **addresses(weights),
             **addresses(small),
             **addresses(dweights),
@@ -185,6 +189,7 @@ def _flags(
     norm: str,
     eps: float,
     residual: bool,
+    join: bool,
 ) -> dict[str, object]:
     """Its other fields: the options of the op."""
     return {
@@ -196,4 +201,5 @@ def _flags(
         "norm": NORMS[norm],
         "eps": eps,
         "residual": residual,
+        "join": join,
     }

@@ -36,5 +36,6 @@ def example(device: torch.device) -> dict[str, Any]:
         "norm": "batch",
         "eps": 1e-5,
         "residual": True,
+        "join": True,
         "return_o": True,
     }
