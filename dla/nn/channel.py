@@ -10,6 +10,7 @@ from dla.nn.checks import check_features, hidden_width, match_autocast, one_of, 
 from dla.nn.form import channel_kernel_size, check_kind
 from dla.nn.state import DLAState, check_state
 from dla_kernels.ops.cell import reference as cell_reference
+from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import compute_dtype
 from dla_kernels.ops.global_pool import reference as pool_reference
 from dla_kernels.ops.residual_gate import reference as gate_reference
@@ -130,11 +131,13 @@ class DIALayer(nn.Module):
             context = cell.initial_state(u.shape[0], dtype, u.device)
         else:
             context = check_state(state, cell.slots, u, dtype).context
+        shortcut = match_autocast(shortcut, u)
+        like("shortcut", shortcut, u.shape, u.dtype, u.device)
         pool = (dla_kernels if self.fused else pool_reference).global_pool
         step = (dla_kernels if self.fused else cell_reference).cell
         finish = (dla_kernels if self.fused else gate_reference).residual_gate
         weights = [cast(weight, dtype) for weight in cell.weights()]
         context = step(pool(u), context, weights, cell.kind, cell.activation)
         h = torch.sigmoid(context[0]) if cell.kind == "dsu" else context[0]
-        out = finish(u, h, match_autocast(shortcut, u))
+        out = finish(u, h, shortcut)
         return out, DLAState(context, None, (u.shape[2], u.shape[3]))

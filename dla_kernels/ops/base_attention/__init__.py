@@ -242,10 +242,11 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
     x, values, *parameters, mean, var, drop_scale = args[:_TENSORS]
     *ctx.flags, _ = args[_TENSORS:]
+    *_, norm, _, _, _ = ctx.flags
     _, v, *_, scores, batch_mean, batch_var, pooled_x = results
     empty = [t for t in results if t.numel() == 0]
     ctx.mark_non_differentiable(scores, batch_mean, batch_var, pooled_x, *empty)
-    if mean is None:
+    if norm != "running":
         mean, var = batch_mean, batch_var
     kept = [x, values, v, *parameters, drop_scale, mean, var, scores, pooled_x]
     ctx.save_for_backward(*flatten(kept))

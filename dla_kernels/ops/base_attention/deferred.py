@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_kernels.ops.step_formulas import scale
+
 
 class WeightedSum(Tensor):
     """sum_j w_j * g_j of weights [B, C] and maps [B, C, H, W], formed when someone looks.
@@ -32,7 +34,7 @@ class WeightedSum(Tensor):
 
     def formed(self) -> Tensor:
         """The sum as a plain tensor, rounded once."""
-        products = (w[:, :, None, None] * g.to(w.dtype) for w, g in self.terms)
+        products = (scale(w, g.to(w.dtype)) for w, g in self.terms)
         return functools.reduce(torch.add, products).to(self.dtype)
 
     @classmethod
@@ -49,6 +51,7 @@ class WeightedSum(Tensor):
 
 
 def value_gradient(w: Tensor, g: Tensor, deferred: bool) -> Tensor:
-    """w * g of a value [B, C, H, W]: as a sum of one term if wanted, unless g is being traced."""
-    term = WeightedSum([(w, g)])
-    return term if deferred and type(g) is Tensor else term.formed()
+    """w * g of a value: deferred on request, unless g is being traced (Inductor fuses sums)."""
+    if deferred and type(g) is Tensor:
+        return WeightedSum([(w, g)])
+    return scale(w, g.to(w.dtype)).to(g.dtype)
