@@ -66,15 +66,18 @@ def normalise(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch normalisation; mean and (biased) variance are those of the batch or empty."""
-    mean, var = o.new_empty(0), o.new_empty(0)
     if norm == "none":
-        return o, mean, var
+        return o, o.new_empty(0), o.new_empty(0)
     if norm == "running":
         constants = mean_in.detach(), var_in.detach()
-        return batch_norm(o, *constants, weight, bias, training=False, eps=eps), mean, var
-    out = batch_norm(o, None, None, weight, bias, training=True, eps=eps)
-    var, mean = torch.var_mean(o.detach(), dim=(0, 2, 3), correction=0)
-    return out, mean, var
+        out = batch_norm(o, *constants, weight, bias, training=False, eps=eps)
+        return out, o.new_empty(0), o.new_empty(0)
+    channels = o.shape[1]
+    count = o.numel() // channels
+    # Momentum 1: the running statistics are those of this batch. torch.var_mean would be slower.
+    mean, unbiased = o.new_zeros(channels), o.new_zeros(channels)
+    out = batch_norm(o, mean, unbiased, weight, bias, training=True, momentum=1.0, eps=eps)
+    return out, mean, unbiased * ((count - 1) / count)
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_scale: Tensor | None, residual: bool) -> Tensor:
