@@ -17,4 +17,23 @@ void parallel_for(int threads, std::int64_t count, Body&& body) {
   for (std::int64_t i = 0; i < count; ++i) body(i);
 }
 
+// One of several loops that share a region.
+template <class Body>
+struct Loop {
+  std::int64_t count;
+  Body body;
+};
+
+// Calls the bodies of all loops as parallel_for does, one loop after the other.
+template <class... Bodies>
+void parallel_loops(int threads, const Loop<Bodies>&... loops) {
+  parallel_for(threads, (loops.count + ...), [&](std::int64_t i) {
+    const auto call = [&](const auto& loop) {
+      if (i >= 0 && i < loop.count) loop.body(i);
+      i -= loop.count;
+    };
+    (call(loops), ...);
+  });
+}
+
 }  // namespace dla::DLA_ISA

@@ -42,4 +42,19 @@ class Scratch {
   std::size_t size_ = 0;
 };
 
+// Arrays side by side in a block.
+template <class A>
+class Arrays {
+ public:
+  Arrays(Scratch& scratch, std::int64_t elements) : next_(scratch.reserve<A>(elements)) {}
+  A* take(std::int64_t count) {
+    A* out = next_;
+    next_ += count;
+    return out;
+  }
+
+ private:
+  A* next_;
+};
+
 }  // namespace dla::DLA_ISA

@@ -26,7 +26,6 @@ from dla.nn.state import DLAState, check_memory, check_state
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
-from dla_kernels.ops.step_formulas import gates_of
 
 
 class DLALayer(nn.Module):
@@ -231,18 +230,14 @@ class DLALayer(nn.Module):
             join=join,
         )
         if self._norm_and_drop_path_are_fused():
-            out, o, _, context, *_, pooled = self._finished_by_op(x, attend, return_o=keep_output)
+            out, o, _, context, *_, summary = self._finished_by_op(x, attend, return_o=keep_output)
         else:
-            o, _, _, context, *_, pooled = self._attention_alone(attend, return_o=False)
+            o, _, _, context, *_, summary = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
         if recordings:
-            y, pooled_p = pooled.unbind()
-            scores = light_reference.scores_of(y, q_weight, k_weight, self.head_dim)
-            gates = None
-            if cell_weights and prev is not None:
-                flags = self.form.cell, self.activation, self.form.gate, self.context
-                gates = gates_of(pooled_p.unsqueeze(0), context, cell_weights, *flags)[0]
-            record(self, scores[:, :: self.head_dim], gates)
+            *_, scores, gates = summary
+            gated = cell_weights and prev is not None
+            record(self, scores[:, :: self.head_dim], gates if gated else None)
         return out, DLAState(context, o if keep_output else None, state.size)
 
     def _base_step(

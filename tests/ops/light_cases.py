@@ -10,7 +10,7 @@ from torch import Tensor
 
 from op_cases import compute_dtype, feature, label, random_small
 
-OUTPUTS = ("out", "o", "joined", "state", "mean", "var", "pooled")
+OUTPUTS = ("out", "o", "joined", "state", "mean", "var", "summary")
 CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
 
 

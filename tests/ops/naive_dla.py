@@ -89,7 +89,7 @@ def light_attention(
     *, cell, activation, gate, context, head_dim, norm, eps, residual, join, return_o,
 ):  # fmt: skip
     """All arguments and results as for the op, as NumPy arrays."""
-    batch, channels = x.shape[:2]
+    batch = x.shape[0]
     x = np.maximum(x + p, 0) if join else x
     y = x.mean(axis=(2, 3))
     gated = p is not None and cell != "none"
@@ -97,18 +97,17 @@ def light_attention(
     step = globals()["cell"]
     new_state = state if cell == "none" else step(cell, y, state, cell_params, activation)
     keys = depthwise(x, v_weight)
-    o = np.zeros_like(x)
+    o, a, gates = np.zeros_like(x), np.zeros_like(y), np.ones_like(y)
     for b in range(batch):
-        a = attention(y[b], q_weight, k_weight, head_dim)
-        o[b] = a[:, None, None] * keys[b]
+        a[b] = attention(y[b], q_weight, k_weight, head_dim)
+        o[b] = a[b][:, None, None] * keys[b]
         if p is None:
             continue
-        d = np.ones(channels)
         if gated:
             own = new_state[:, 0 if context == "first_sample" else b]
             d = cell_row(cell, pooled_p[b], own, cell_params, activation)[0]
-            d = sigmoid(d) if gate == "sigmoid" else d
-        history = p[b] * d[:, None, None]
+            gates[b] = sigmoid(d) if gate == "sigmoid" else d
+        history = p[b] * gates[b][:, None, None]
         if prev_weight is not None:
             history = history + depthwise(p[b : b + 1], prev_weight)[0]
         o[b] += lam[:, None, None] * history
@@ -127,6 +126,6 @@ def light_attention(
     if drop_scale is not None:
         n = drop_scale[:, None, None, None] * n
     out = x + n if residual else n
-    pooled = np.stack([y, pooled_p])
+    summary = np.stack([y, pooled_p, a, gates])
     o, joined = o if return_o else nothing, x if join else nothing
-    return out, o, joined, new_state, mean, var, pooled
+    return out, o, joined, new_state, mean, var, summary

@@ -1,10 +1,59 @@
-#include <algorithm>
 #include <stdexcept>
 
-#include "common/parallel.h"
-#include "ops/cell/cell.h"
+#include "ops/cell/gradients.h"
 
 namespace dla::DLA_ISA {
+
+int cell_slots(CellKind kind) {
+  return with_tail(kind, [](auto tail) { return decltype(tail)::layout.slots; });
+}
+
+template <class A>
+void cell_forward(const CellWeights<A>& cell, const CellInputs<A>& in, A* out, bool output_only,
+                  int threads) {
+  using namespace cell_detail;
+  with_tail(cell.kind, [&](auto tail) {
+    using Tail = decltype(tail);
+    thread_local Workspace workspace;
+    const Evaluation<A> evaluation(cell, Tail::layout, in, workspace);
+    const auto block = [&](Size group, Size c, Size n) {
+      thread_local Scratch scratch;
+      const TailBlock<Tail, A> block(scratch, evaluation.groups.width);
+      forward_block(evaluation, group, c, n, block);
+      for (int slot = 0; slot < (output_only ? 1 : Tail::layout.slots); ++slot) {
+        const Size row = slot * in.batch + evaluation.groups.first_row(group);
+        unpack<false, A>(block.state + slot * block.stride, n, evaluation.groups.width,
+                         {out + row * cell.channels + c, cell.channels,
+                          evaluation.groups.rows_in(group)});
+      }
+    };
+    evaluation.run(threads, Stage{cell.channels, kChannels, block});
+  });
+}
+
+template <class A>
+void cell_backward(const CellWeights<A>& cell, const CellInputs<A>& in, const A* grad_out,
+                   bool output_only, A* grad_y, A* grad_state,
+                   A* const grad_params[kMaxCellParams], int threads) {
+  using namespace cell_detail;
+  with_tail(cell.kind, [&](auto tail) {
+    using Tail = decltype(tail);
+    thread_local Workspace workspace;
+    Evaluation<A> evaluation(cell, Tail::layout, in, workspace);
+    evaluation.keep_rows(workspace);
+    const CellGradients<A> to{grad_y, grad_state, grad_params};
+    Gradients<A>(evaluation, grad_out, output_only, to, workspace).template run<Tail>(threads);
+  });
+}
+
+#define DLA_INSTANTIATE(A)                                                                        \
+  template void cell_forward<A>(const CellWeights<A>&, const CellInputs<A>&, A*, bool, int);      \
+  template void cell_backward<A>(const CellWeights<A>&, const CellInputs<A>&, const A*, bool, A*, \
+                                 A*, A* const[kMaxCellParams], int);
+DLA_INSTANTIATE(float)
+DLA_INSTANTIATE(double)
+#undef DLA_INSTANTIATE
+
 namespace {
 
 // Weights of the argument struct, for A = float or double.
@@ -28,17 +77,15 @@ void with_compute_type(DType dtype, Body&& body) {
   }
 }
 
+template <class A, class Args>
+CellInputs<A> inputs_of(const Args& args) {
+  return {static_cast<const A*>(args.y), static_cast<const A*>(args.state), args.batch};
+}
+
 template <class A>
 void forward(const CellForward& args) {
-  const CellWeights<A> cell = weights_of<A>(args);
-  const Size rows = kLanes<A>;
-  parallel_for(args.threads, (args.batch + rows - 1) / rows, [&](Size tile) {
-    thread_local Scratch scratch;
-    const Size r = tile * rows;
-    cell_forward_rows(cell, static_cast<const A*>(args.y), static_cast<const A*>(args.state), false,
-                      args.batch, r, std::min(r + rows, args.batch), static_cast<A*>(args.out),
-                      false, scratch);
-  });
+  cell_forward(weights_of<A>(args), inputs_of<A>(args), static_cast<A*>(args.out), false,
+               args.threads);
 }
 
 template <class A>
@@ -47,8 +94,7 @@ void backward(const CellBackward& args) {
   A* grad_params[kMaxCellParams] = {};
   for (std::size_t i = 0; i < args.grad_params.size() && i < kMaxCellParams; ++i)
     grad_params[i] = static_cast<A*>(args.grad_params[i]);
-  cell_backward(cell, static_cast<const A*>(args.y), static_cast<const A*>(args.state), false,
-                args.batch, static_cast<const A*>(args.grad_out), false,
+  cell_backward(cell, inputs_of<A>(args), static_cast<const A*>(args.grad_out), false,
                 static_cast<A*>(args.grad_y), static_cast<A*>(args.grad_state), grad_params,
                 args.threads);
 }

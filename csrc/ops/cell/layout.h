@@ -1,5 +1,5 @@
 // What distinguishes one kind of cell from another: where its parameters act (CellLayout) and the
-// pointwise function behind the products (a tail). Everything else is one scaffold, cell.h.
+// pointwise function behind the products (a tail). Everything else is one scaffold, evaluation.h and gradients.h.
 #pragma once
 
 #include <stdexcept>
@@ -10,15 +10,13 @@
 
 namespace dla::DLA_ISA {
 
-constexpr int kInput = -1;  // a Source that is y
+// A vector that a layer reads: y, a slot of the state, or the memory after the cell's activation.
+enum Source : int { kInput, kSlot0, kSlot1, kNormalised, kSources };
 
-// One of the vectors, side by side, that a hidden layer reads.
-struct Source {
-  int slot;        // of the state, or kInput
-  bool activated;  // normalised by the cell's activation first
-};
+constexpr Source slot_source(int slot) { return static_cast<Source>(kSlot0 + slot); }
 
-// gates += W2 ReLU(W1 [sources] + b1) + b2; numbers are positions in the parameter list.
+// gates += W2 hidden + b2 with hidden = ReLU(W1 [sources] + b1), the sources side by side; numbers
+// are positions in the parameter list.
 struct Branch {
   int sources;
   Source source[2];
@@ -26,9 +24,16 @@ struct Branch {
 };
 
 struct CellLayout {
-  int slots, gates, params;
+  int slots, memory, gates, params;  // memory: the slot that the tail updates
   int branches;
   Branch branch[2];
+
+  bool reads(Source source) const {
+    for (int b = 0; b < branches; ++b)
+      for (int i = 0; i < branch[b].sources; ++i)
+        if (branch[b].source[i] == source) return true;
+    return false;
+  }
 };
 
 // A tail: gates -> new state, pointwise. The gates go through their activations; update() makes the
@@ -58,15 +63,12 @@ struct GatedMemory {
 };
 
 struct DsuTail : GatedMemory {
-  static constexpr int slots = 1, memory = 0;
-  static constexpr CellLayout layout{
-      slots, gates, 3, 1, {{2, {{memory, true}, {kInput, false}}, 0, -1, 1, 2}}};
+  static constexpr CellLayout layout{1, 0, gates, 3, 1, {{2, {kNormalised, kInput}, 0, -1, 1, 2}}};
 };
 
 struct DsuSplitTail : GatedMemory {
-  static constexpr int slots = 2, memory = 1;
   static constexpr CellLayout layout{
-      slots, gates, 8, 2, {{1, {{kInput, false}}, 0, 1, 2, 3}, {1, {{0, false}}, 4, 5, 6, 7}}};
+      2, 1, gates, 8, 2, {{1, {kInput}, 0, 1, 2, 3}, {1, {kSlot0}, 4, 5, 6, 7}}};
   static constexpr Activation squash = Activation::sigmoid;
 
   template <class A>
@@ -92,7 +94,7 @@ auto with_tail(CellKind kind, Body&& body) {
 
 // u <- act(u), `count` elements, a multiple of the vector length.
 template <class A>
-void activate(Activation kind, A* u, std::int64_t count) {
+[[gnu::noinline]] void activate(Activation kind, A* u, std::int64_t count) {
   const auto apply = [&](auto&& function) {
     for (std::int64_t i = 0; i < count; i += kLanes<A>) store(u + i, function(load(u + i)));
   };
@@ -118,7 +120,7 @@ inline Vec<A> activation_gradient(Activation kind, Vec<A> a, Vec<A> grad) {
 
 // The same for `count` elements in place, a multiple of the vector length.
 template <class A>
-void activate_backward(Activation kind, const A* a, A* grad, std::int64_t count) {
+[[gnu::noinline]] void activate_backward(Activation kind, const A* a, A* grad, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kLanes<A>)
     store(grad + i, activation_gradient<A>(kind, load(a + i), load(grad + i)));
 }

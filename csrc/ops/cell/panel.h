@@ -1,20 +1,46 @@
-// Working panels: a few rows of the batch laid out for the products of a cell. A panel of n values
-// per row has Form::size(n) elements; pointwise functions run over it as over a flat array.
+// How the numbers of a batch are laid out for the products of a cell. A panel holds n values of a
+// group of rows of the batch as [n][width]: every lane is a row. Weights are then broadcast just as
+// they lie in memory, forward or transposed, nothing is summed across lanes, and no number of
+// channels leaves a remainder. Lanes without a row hold zeros, or what is computed from zeros.
 #pragma once
 
 #include <algorithm>
 
 #include "common/gemm.h"
 
-namespace dla::DLA_ISA {
+namespace dla::DLA_ISA::cell_detail {
 
-// n rounded up to whole vectors.
+constexpr Size ceil_div(Size a, Size b) { return (a + b - 1) / b; }
+
+// The groups that a batch is divided into: two vectors, so that the products use every broadcast
+// twice.
 template <class A>
-constexpr Size whole_vectors(Size n) {
-  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
+struct Groups {
+  static constexpr Size lanes = kLanes<A>;
+  Size rows, width, count;
 
-// `count` rows of a row-major matrix; stride 0 repeats one row.
+  explicit Groups(Size rows)
+      : rows(rows),
+        width(rows <= lanes ? lanes : 2 * lanes),
+        count(ceil_div(rows, width)) {}
+
+  Size first_row(Size group) const { return group * width; }
+  Size rows_in(Size group) const { return std::min(width, rows - first_row(group)); }
+  // Whole vectors that hold rows.
+  Size columns(Size group) const { return ceil_div(rows_in(group), lanes) * lanes; }
+};
+
+// Panels of all groups, for n values per row.
+template <class A>
+struct Panels {
+  A* data;
+  Size n, width;
+
+  // From value i on.
+  A* of(Size group, Size i = 0) const { return data + (group * n + i) * width; }
+};
+
+// `count` rows of a row-major matrix; stride 0 repeats one row, data null stands for none.
 template <class A>
 struct Rows {
   A* data;
@@ -23,90 +49,64 @@ struct Rows {
   Rows from(Size column) const { return {data + column, stride, count}; }
 };
 
-// Panel [n][width]: every lane is a row of the batch. Weights are broadcast just as they lie in
-// memory, forward or transposed, nothing is summed across lanes and no width leaves a remainder.
-// Unused lanes are zero.
-template <class A, int tiles>
-struct Lanes {
-  static constexpr Size width = tiles * kLanes<A>;
-  static constexpr Size size(Size n) { return n * width; }
+// body(first row, first column, height <= lanes, columns <= lanes) over the squares that a panel is
+// transposed in.
+template <class A, class Body>
+inline void for_squares(Size width, Size count, Size n, const Body& body) {
+  constexpr Size lanes = kLanes<A>;
+  for (Size row = 0; row < width; row += lanes)
+    for (Size column = 0; column < n; column += lanes)
+      body(row, column, static_cast<int>(std::clamp(count - row, Size{0}, lanes)),
+           static_cast<int>(std::min(lanes, n - column)));
+}
 
-  static void pack(Rows<const A> rows, Size n, A* panel) {
-    for_squares(rows.count, n, [&](Size row, Size column, int height, int columns) {
-      Vec<A> square[kLanes<A>];
-      for (int i = 0; i < kLanes<A>; ++i)
-        square[i] = i < height ? load_n(rows.data + (row + i) * rows.stride + column, columns)
-                               : Vec<A>{};
-      transpose<A>(square);
-      for (int i = 0; i < columns; ++i) store(panel + (column + i) * width + row, square[i]);
-    });
-  }
-
-  // The other way: rows = panel, or rows += panel.
-  template <bool add>
-  static void unpack(const A* panel, Size n, Rows<A> rows) {
-    for_squares(rows.count, n, [&](Size row, Size column, int height, int columns) {
-      Vec<A> square[kLanes<A>];
-      for (int i = 0; i < kLanes<A>; ++i)
-        square[i] = i < columns ? load(panel + (column + i) * width + row) : Vec<A>{};
-      transpose<A>(square);
-      for (int i = 0; i < height; ++i) {
-        A* to = rows.data + (row + i) * rows.stride + column;
-        store_n(to, add ? load_n(to, columns) + square[i] : square[i], columns);
-      }
-    });
-  }
-
-  // panel[i] = value(i) in every row.
-  template <class Value>
-  static void fill(Size n, Value&& value, A* panel) {
-    for (Size i = 0; i < n; ++i) std::fill_n(panel + i * width, width, value(i));
-  }
-
-  // out += w in, w [n, depth] with rows w_stride apart.
-  static void multiply(Size n, Size depth, const A* w, Size w_stride, const A* in, A* out) {
-    multiply_add<A>(n, width, depth, {w, w_stride, 1}, in, width, out, width);
-  }
-
- private:
-  // body(first row, first column, height <= lanes, columns <= lanes) over all tiles.
-  template <class Body>
-  static void for_squares(Size count, Size n, Body&& body) {
-    constexpr Size lanes = kLanes<A>;
-    for (Size row = 0; row < width; row += lanes)
-      for (Size column = 0; column < n; column += lanes)
-        body(row, column, static_cast<int>(std::clamp(count - row, Size{0}, lanes)),
-             static_cast<int>(std::min(lanes, n - column)));
-  }
-};
-
-// Panel [n] of a single row, padded with zeros to whole vectors: for batches too small to fill
-// lanes.
 template <class A>
-struct Single {
-  static constexpr Size width = 1;
-  static constexpr Size size(Size n) { return whole_vectors<A>(n); }
+[[gnu::noinline]] void pack(Rows<const A> rows, Size n, Size width, A* panel) {
+  for_squares<A>(width, rows.count, n, [&](Size row, Size column, int height, int columns) {
+    Vec<A> square[kLanes<A>];
+    const A* from = rows.data + row * rows.stride + column;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i)
+      square[i] = i < height ? load_n(from + i * rows.stride, columns) : Vec<A>{};
+    transpose<A>(square);
+    A* to = panel + column * width + row;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i)
+      if (i < columns) store(to + i * width, square[i]);
+  });
+}
 
-  static void pack(Rows<const A> rows, Size n, A* panel) {
-    std::copy_n(rows.data, n, panel);
-    std::fill(panel + n, panel + size(n), A(0));
+// The other way: rows = panel, or rows += panel.
+template <bool add, class A>
+[[gnu::noinline]] void unpack(const A* panel, Size n, Size width, Rows<A> rows) {
+  for_squares<A>(width, rows.count, n, [&](Size row, Size column, int height, int columns) {
+    Vec<A> square[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i)
+      square[i] = i < columns ? load(panel + (column + i) * width + row) : Vec<A>{};
+    transpose<A>(square);
+    for (int i = 0; i < height; ++i) {
+      A* to = rows.data + (row + i) * rows.stride + column;
+      store_n(to, add ? load_n(to, columns) + square[i] : square[i], columns);
+    }
+  });
+}
+
+// out[i] += the sum of value i over all rows.
+template <class A>
+[[gnu::noinline]] void add_row_sums(const A* panel, Size n, Size width, A* out) {
+  constexpr Size lanes = kLanes<A>;
+  for (Size first = 0; first < n; first += lanes) {
+    const int count = static_cast<int>(std::min(lanes, n - first));
+    Vec<A> sums[lanes];
+    for (int i = 0; i < count; ++i) {
+      const A* row = panel + (first + i) * width;
+      sums[i] = load(row);
+      for (Size lane = lanes; lane < width; lane += lanes) sums[i] += load(row + lane);
+    }
+    A totals[lanes];
+    lane_sums<A>(sums, count, totals);
+    store_n(out + first, load_n(out + first, count) + load(totals), count);
   }
+}
 
-  template <bool add>
-  static void unpack(const A* panel, Size n, Rows<A> rows) {
-    static_assert(!add, "single rows go forward only");
-    std::copy_n(panel, n, rows.data);
-  }
-
-  template <class Value>
-  static void fill(Size n, Value&& value, A* panel) {
-    for (Size i = 0; i < n; ++i) panel[i] = value(i);
-    std::fill(panel + n, panel + size(n), A(0));
-  }
-
-  static void multiply(Size n, Size depth, const A* w, Size w_stride, const A* in, A* out) {
-    multiply_add_vector<A>(n, depth, w, w_stride, in, out);
-  }
-};
-
-}  // namespace dla::DLA_ISA
+}  // namespace dla::DLA_ISA::cell_detail

@@ -37,14 +37,15 @@ struct LightAttentionForward : LightAttentionInputs {
   const void *mean_in, *var_in;  // [C], norm running
   void *out, *o;                 // [B, C, H, W]; o may be null
   void* joined;                  // like out; null: no join
-  void* state_out;               // [S, B, C]; null when static
+  void* new_state;               // [S, B, C]; null when static
   void *mean, *var;              // [C], norm batch
-  void* pooled;                  // [2, B, C]
+  void* summary;                 // [4, B, C]: means of x and p, a, d
 };
 
 struct LightAttentionBackward : LightAttentionInputs {
   const void *grad_out, *grad_o, *grad_state;  // each may be null
-  const void *mean, *var, *pooled;             // as the forward step used them (mean and var: of the norm)
+  const void *mean, *var;                      // that the forward step normalised with
+  const void *new_state, *summary;             // as the forward step made them
   void *dx, *dp;                               // dp null: not wanted
   void* dstate;                                // [S, B, C]; null when static
   void *dq_weight, *dk_weight, *dv_weight, *dprev_weight, *dlam, *dnorm_weight, *dnorm_bias;

@@ -1,101 +1,127 @@
-// The part of light_attention that works on [B, C] numbers only: attention scores, statistics of o
-// from the plane sums, and their gradients. Statistics are combined in double.
+// Attention scores of one sample from its pooled values y [C], and their gradients.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
-#include "ops/light_attention/passes.h"
+#include "common/scratch.h"
+#include "common/simd.h"
 
 namespace dla::DLA_ISA {
+
+// A line of channels with zeros before and after it, so that filters along it need no care.
+template <class A>
+class PaddedLine {
+ public:
+  static constexpr int64_t lanes = kLanes<A>;
+
+  static int64_t elements(int64_t channels, int64_t taps) {
+    return (channels + taps + lanes) / lanes * lanes + lanes;
+  }
+  PaddedLine(A* memory, int64_t channels, int64_t taps)
+      : memory_(memory), channels_(channels), pad_(taps / 2) {
+    std::fill_n(memory, elements(channels, taps), A(0));
+  }
+
+  A* begin() const { return memory_ + pad_; }
+
+  // body(c, count) for all vectors of channels [c, c + count).
+  template <class Body>
+  void for_vectors(const Body& body) const {
+    for (int64_t c = 0; c < channels_; c += lanes)
+      body(c, static_cast<int>(std::min(lanes, channels_ - c)));
+  }
+
+ private:
+  A* memory_;
+  int64_t channels_, pad_;
+};
 
 template <class A>
 struct ScoreWeights {
   const A *q, *k;
   int64_t kernel_size, channels, head_dim;
 
-  double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
+  using Line = PaddedLine<A>;
 
-  // out[c] = sum_t weight[t] y[c + t - pad], zero outside.
-  void convolve(const A* weight, const A* y, A* out) const {
-    std::fill_n(out, channels, A(0));
-    for (int64_t t = 0; t < kernel_size; ++t) {
-      const int64_t shift = t - kernel_size / 2;
-      const int64_t first = std::max<int64_t>(0, -shift);
-      const int64_t last = std::min(channels, channels - shift);
-      for (int64_t c = first; c < last; ++c) out[c] += weight[t] * y[c + shift];
-    }
+  A scale() const { return A(1) / std::sqrt(static_cast<A>(head_dim)); }
+  int64_t line_elements() const { return Line::elements(channels, kernel_size); }
+  Line line(A* memory) const { return {memory, channels, kernel_size}; }
+
+  Line copy(const A* y, A* memory) const {
+    const Line to = line(memory);
+    std::copy_n(y, channels, to.begin());
+    return to;
   }
 
-  // Gradients of convolve: dy += and dweight[t] +=.
-  void convolve_backward(const A* weight, const A* y, const A* grad, A* dy, double* dweight) const {
-    for (int64_t t = 0; t < kernel_size; ++t) {
-      const int64_t shift = t - kernel_size / 2;
-      const int64_t first = std::max<int64_t>(0, -shift);
-      const int64_t last = std::min(channels, channels - shift);
-      double sum = 0;
-      for (int64_t c = first; c < last; ++c) {
-        dy[c + shift] += weight[t] * grad[c];
-        sum += static_cast<double>(grad[c]) * y[c + shift];
-      }
-      dweight[t] += sum;
-    }
+  // Value c of the filter `weight` along the line; `step` -1 is its transpose.
+  Vec<A> filtered(const A* weight, const Line& line, int64_t c, int64_t step = 1) const {
+    Vec<A> out{};
+    const A* at = line.begin() + c - step * (kernel_size / 2);
+    for (int64_t t = 0; t < kernel_size; ++t, at += step) out += weight[t] * load(at);
+    return out;
   }
 
-  // a[c] = sigmoid(q . k / sqrt(head_dim)) of c's head, for one sample; q and k are [C] buffers.
-  void forward(const A* y, A* query, A* key, A* a) const {
-    convolve(q, y, query);
-    convolve(k, y, key);
+  Line filter(const A* weight, const Line& from, A* memory) const {
+    const Line to = line(memory);
+    to.for_vectors([&](int64_t c, int n) { store_n(to.begin() + c, filtered(weight, from, c), n); });
+    return to;
+  }
+
+  // Calls body(c, count) for the vectors of a head.
+  template <class Body>
+  void for_head(int64_t head, const Body& body) const {
+    for (int64_t c = head; c < head + head_dim; c += kLanes<A>)
+      body(c, static_cast<int>(std::min<int64_t>(kLanes<A>, head + head_dim - c)));
+  }
+
+  // a[c] = sigmoid(q . k / sqrt(head_dim)) of c's head.
+  void forward(const A* y, A* a, Scratch& scratch) const {
+    A* memory = scratch.reserve<A>(3 * line_elements());
+    const Line line = copy(y, memory);
+    const Line query = filter(q, line, memory + line_elements());
+    const Line key = filter(k, line, memory + 2 * line_elements());
     for (int64_t head = 0; head < channels; head += head_dim) {
-      double dot = 0;
-      for (int64_t c = head; c < head + head_dim; ++c)
-        dot += static_cast<double>(query[c]) * key[c];
-      const A score = static_cast<A>(1.0 / (1.0 + std::exp(-dot * scale())));
+      Vec<A> products{};
+      for_head(head, [&](int64_t c, int n) {
+        products += load_n(query.begin() + c, n) * load_n(key.begin() + c, n);
+      });
+      const A score = A(1) / (A(1) + std::exp(-sum<A>(products) * scale()));
       std::fill_n(a + head, head_dim, score);
     }
   }
 
-  // From da [C] of one sample: dy += and the filters' gradients +=.
-  void backward(const A* y, const A* a, const A* da, A* query, A* key, A* grad_query, A* grad_key,
-                A* dy, double* dq, double* dk) const {
-    convolve(q, y, query);
-    convolve(k, y, key);
+  // From da: dy, and the filters' gradients [taps].
+  void backward(const A* y, const A* a, const A* da, A* dy, A* dq, A* dk, Scratch& scratch) const {
+    const int64_t size = line_elements();
+    A* memory = scratch.reserve<A>(5 * size);
+    const Line line = copy(y, memory);
+    const Line query = filter(q, line, memory + size), key = filter(k, line, memory + 2 * size);
+    const Line grad_query = this->line(memory + 3 * size), grad_key = this->line(memory + 4 * size);
     for (int64_t head = 0; head < channels; head += head_dim) {
-      double grad = 0;
-      for (int64_t c = head; c < head + head_dim; ++c) grad += da[c];
-      const double score = a[head];
-      const A dscore = static_cast<A>(grad * score * (1 - score) * scale());
-      for (int64_t c = head; c < head + head_dim; ++c) {
-        grad_query[c] = dscore * key[c];
-        grad_key[c] = dscore * query[c];
-      }
+      Vec<A> grads{};
+      for_head(head, [&](int64_t c, int n) { grads += load_n(da + c, n); });
+      const A dscore = sum<A>(grads) * a[head] * (A(1) - a[head]) * scale();
+      for_head(head, [&](int64_t c, int n) {
+        store_n(grad_query.begin() + c, dscore * load_n(key.begin() + c, n), n);
+        store_n(grad_key.begin() + c, dscore * load_n(query.begin() + c, n), n);
+      });
     }
-    convolve_backward(q, y, grad_query, dy, dq);
-    convolve_backward(k, y, grad_key, dy, dk);
+    line.for_vectors([&](int64_t c, int n) {
+      store_n(dy + c, filtered(q, grad_query, c, -1) + filtered(k, grad_key, c, -1), n);
+    });
+    filter_gradient(line, grad_query, dq);
+    filter_gradient(line, grad_key, dk);
   }
-};
 
-// o of one plane as a combination: o = a u + lam_d p + lam e, with the plane's shifted sums.
-struct PlaneStatistics {
-  double n, a, lam_d, lam;
-  double u, p, e, uu, pp, ee, up, ue, pe, shift_u, shift_p, shift_e;
-
-  template <class A>
-  PlaneStatistics(const PlaneTable<A>& t, int64_t b, int64_t c, double pixels, A a, A d, A lam)
-      : n(pixels), a(a), lam_d(static_cast<double>(lam) * d), lam(lam),
-        u(t.at(kU, b, c)), p(t.at(kP, b, c)), e(t.at(kE, b, c)),
-        uu(t.at(kUU, b, c)), pp(t.at(kPP, b, c)), ee(t.at(kEE, b, c)),
-        up(t.at(kUP, b, c)), ue(t.at(kUE, b, c)), pe(t.at(kPE, b, c)),
-        shift_u(t.at(kShiftU, b, c)), shift_p(t.at(kShiftP, b, c)), shift_e(t.at(kShiftE, b, c)) {}
-
-  double mix(double of_u, double of_p, double of_e) const {
-    return a * of_u + lam_d * of_p + lam * of_e;
-  }
-  double shift() const { return mix(shift_u, shift_p, shift_e); }
-  // Sum of o - shift, and of its square about its own mean.
-  double sum() const { return mix(u, p, e); }
-  double centred_square() const {
-    const double square = a * mix(uu, up, ue) + lam_d * mix(up, pp, pe) + lam * mix(ue, pe, ee);
-    return std::max(0.0, square - sum() * sum() / n);
+  void filter_gradient(const Line& line, const Line& grad, A* dweight) const {
+    for (int64_t t = 0; t < kernel_size; ++t) {
+      Vec<A> products{};
+      line.for_vectors([&](int64_t c, int n) {
+        products += load_n(grad.begin() + c, n) * load(line.begin() + c + t - kernel_size / 2);
+      });
+      dweight[t] = sum<A>(products);
+    }
   }
 };
 

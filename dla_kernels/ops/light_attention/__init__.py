@@ -81,9 +81,9 @@ def light_attention(
 
     Returns:
         out like x; o like x, or empty; joined, the x formed by ``join``, or empty; state'
-        [S, B, C]; mean and (biased) variance [C] for ``norm="batch"``, else empty; pooled
-        [2, B, C], the means of x and (zeros where no gate reads it) of p. joined, mean, var and
-        pooled are not differentiable.
+        [S, B, C]; mean and (biased) variance [C] for ``norm="batch"``, else empty; summary
+        [4, B, C]: the means of x and of p (zeros where no gate reads it), a, and d (ones where
+        there is no gate). joined, mean, var and summary are not differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
@@ -174,7 +174,7 @@ def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tenso
         state.new_empty(state.shape),
         state.new_empty(statistics),
         state.new_empty(statistics),
-        state.new_empty(2, batch, channels),
+        state.new_empty(4, batch, channels),
     )
 
 
@@ -202,15 +202,16 @@ def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
     x, p, state, cell_params, *weights, mean_in, var_in, drop_scale = args[:_TENSORS]
     *ctx.flags, return_o = args[_TENSORS:]
     *_, norm, _, _, join = ctx.flags
-    _, o, joined, new_state, mean, var, pooled = results
-    constant = [joined, mean, var, pooled]
+    _, o, joined, new_state, mean, var, summary = results
+    constant = [joined, mean, var, summary]
     constant += [] if return_o else [o]
     constant += [] if cell_params else [new_state]
     ctx.mark_non_differentiable(*constant)
     if norm == "running":
         mean, var = mean_in, var_in
     x = joined if join else x
-    ctx.save_for_backward(x, p, state, *cell_params, *weights, drop_scale, mean, var, pooled)
+    found = drop_scale, mean, var, new_state, summary
+    ctx.save_for_backward(x, p, state, *cell_params, *weights, *found)
 
 
 def _gradients(
@@ -222,7 +223,7 @@ def _gradients(
     *_: None,
 ) -> list[Any]:
     x, p, state, *rest = ctx.saved_tensors
-    cell_params, weights, drop_scale, *found = rest[:-11], rest[-11:-4], *rest[-4:]
+    cell_params, weights, found = rest[:-12], rest[-12:-5], rest[-5:]
     needs_p = p is not None and ctx.needs_input_grad[_NEEDS_P]
     dx, dp, dstate, *dweights = _BACKWARD(
         grad_out,
@@ -233,7 +234,6 @@ def _gradients(
         state,
         cell_params,
         *weights,
-        drop_scale,
         *found,
         *ctx.flags,
         needs_p,
@@ -261,9 +261,11 @@ _FLAGS = (
 _OPERATOR, _BACKWARD = define(
     "light_attention",
     f"({_INPUTS} Tensor? mean_in, Tensor? var_in, Tensor? drop_scale, {_FLAGS} bool return_o) -> "
-    "(Tensor out, Tensor o, Tensor joined, Tensor new_state, Tensor mean, Tensor var, Tensor pooled)",
+    "(Tensor out, Tensor o, Tensor joined, Tensor new_state, Tensor mean, Tensor var, "
+    "Tensor summary)",
     f"(Tensor? grad_out, Tensor? grad_o, Tensor? grad_state, {_INPUTS} Tensor? drop_scale, "
-    f"Tensor mean, Tensor var, Tensor pooled, {_FLAGS} bool needs_p) -> Tensor[]",
+    f"Tensor mean, Tensor var, Tensor new_state, Tensor summary, {_FLAGS} bool needs_p) -> "
+    "Tensor[]",
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,

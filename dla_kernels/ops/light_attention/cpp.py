@@ -64,7 +64,7 @@ def forward(
     batch, channels = x.shape[:2]
     statistics = channels if norm == "batch" else 0
     mean, var = state.new_empty(statistics), state.new_empty(statistics)
-    pooled = state.new_empty(2, batch, channels)
+    summary = state.new_empty(4, batch, channels)
     module = native.load()
     module.light_attention_forward(
         module.LightAttentionForward(
@@ -77,13 +77,13 @@ def forward(
             out=out.data_ptr(),
             o=o.data_ptr() if return_o else None,
             joined=joined.data_ptr() if join else None,
-            state_out=new_state.data_ptr(),
+            new_state=new_state.data_ptr(),
             mean=mean.data_ptr(),
             var=var.data_ptr(),
-            pooled=pooled.data_ptr(),
+            summary=summary.data_ptr(),
         )
     )
-    return out, o, joined, new_state, mean, var, pooled
+    return out, o, joined, new_state, mean, var, summary
 
 
 def backward(
@@ -104,7 +104,8 @@ def backward(
     drop_scale: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    pooled: Tensor,
+    new_state: Tensor,
+    summary: Tensor,
     cell: str,
     activation: str,
     gate: str,
@@ -129,7 +130,13 @@ def backward(
         norm_bias=norm_bias,
     )
     small = contiguous(
-        state=state, drop_scale=drop_scale, mean=mean, var=var, pooled=pooled, grad_state=grad_state
+        state=state,
+        drop_scale=drop_scale,
+        mean=mean,
+        var=var,
+        new_state=new_state,
+        summary=summary,
+        grad_state=grad_state,
     )
     params = [w.contiguous() for w in cell_params]
     dx = torch.empty_like(x, memory_format=layout)

@@ -64,7 +64,7 @@ def light_attention(
     """Arguments, shapes and results are those of ``dla_kernels.light_attention``.
 
     Features are raised to the compute dtype, everything is computed there, and only ``out`` and
-    ``o`` are rounded back. ``joined``, ``mean``, ``var`` and ``pooled`` come detached.
+    ``o`` are rounded back. ``joined``, ``mean``, ``var`` and ``summary`` come detached.
     """
     feature_dtype = x.dtype
     dtype = compute_dtype(feature_dtype)
@@ -76,27 +76,27 @@ def light_attention(
         new_state = forward_path(y, state, cell_params, cell, activation)
         attention = scores_of(y, q_weight, k_weight, head_dim)
         x = x.to(dtype)
+        pooled_p, gates = torch.zeros_like(y), torch.ones_like(y)
         if p is None:
             # p = 0. Every parameter stays part of the graph (DistributedDataParallel needs it):
             # the gradient of lam is zero.
-            pooled = torch.stack([y, torch.zeros_like(y)])
             o = scale(attention + 0.0 * lam, depthwise(x, v_weight))
         else:
-            pooled_p = torch.zeros_like(y) if cell == "none" else global_pool(p)
-            pooled = torch.stack([y, pooled_p])
-            p = p.to(dtype)
-            history = p
             if cell != "none":
+                pooled_p = global_pool(p)
                 context_and_cell = new_state, cell_params, cell, activation, gate, context
-                history = scale(gates_of(pooled_p.unsqueeze(0), *context_and_cell)[0], p)
+                gates = gates_of(pooled_p.unsqueeze(0), *context_and_cell)[0]
+            p = p.to(dtype)
+            history = scale(gates, p)
             if prev_weight is not None:
                 history = history + depthwise(p, prev_weight)
             o = scale(attention, depthwise(x, v_weight)) + lam[:, None, None] * history
+        summary = torch.stack([y, pooled_p, attention, gates]).detach()
 
         out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
         out = add_branch(x, out, drop_scale, residual)
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
-        return out.to(feature_dtype), kept, joined, new_state, mean, var, pooled.detach()
+        return out.to(feature_dtype), kept, joined, new_state, mean, var, summary
 
 
 def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
@@ -142,7 +142,8 @@ def backward(
     drop_scale: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    pooled: Tensor,
+    new_state: Tensor,
+    summary: Tensor,
     *flags: Any,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
