@@ -81,13 +81,13 @@ AXES: dict[str, Any] = {
     "norm": NORMS,
     "affine": [True, False],
     "residual": [True, False],
-    "join": [False, True],
     "return_o": [True, False],
     "has_p": [True, False],
     "has_prev": [True, False],
     "drop": DROPS,
     "arrives": ARRIVES,
     "wants": WANTS,
+    "join": [False, True],
 }
 
 

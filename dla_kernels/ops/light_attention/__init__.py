@@ -261,7 +261,8 @@ _FLAGS = (
 _OPERATOR, _BACKWARD = define(
     "light_attention",
     f"({_INPUTS} Tensor? mean_in, Tensor? var_in, Tensor? drop_scale, {_FLAGS} bool return_o) -> "
-    "(Tensor out, Tensor o, Tensor joined, Tensor new_state, Tensor mean, Tensor var, Tensor pooled)",
+    "(Tensor out, Tensor o, Tensor joined, Tensor new_state, Tensor mean, Tensor var, "
+    "Tensor pooled)",
     f"(Tensor? grad_out, Tensor? grad_o, Tensor? grad_state, {_INPUTS} Tensor? drop_scale, "
     f"Tensor mean, Tensor var, Tensor pooled, {_FLAGS} bool needs_p) -> Tensor[]",
     check=_check,
