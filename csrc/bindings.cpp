@@ -20,6 +20,7 @@
 #include "ops/gate/op.h"
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/op.h"
+#include "ops/residual_gate/op.h"
 
 namespace py = pybind11;
 
@@ -194,6 +195,11 @@ PYBIND11_MODULE(_dla_native, m) {
            threads);
   DLA_BIND(m, gate_backward, GateBackward, grad, x, gates, dx, dgates, batch, channels, area,
            channels_last, dtype, threads);
+
+  DLA_BIND(m, residual_gate_forward, ResidualGateForward, u, h, shortcut, out, batch, channels, area,
+           channels_last, dtype, threads);
+  DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
+           batch, channels, area, channels_last, dtype, threads);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
