@@ -50,7 +50,9 @@ void forward(const ResidualGateForward& args) {
     });
   } else {
     parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
-      for_vectors<A>(args.area, [&](Size i, int n) { join(plane * args.area + i, n, splat(h[plane])); });
+      for_vectors<A>(args.area, [&](Size i, int n) {
+        join(plane * args.area + i, n, splat(h[plane]));
+      });
     });
   }
 }
@@ -117,7 +119,8 @@ void rows_backward(const ResidualGateBackward& args, const Gradients<T>& gradien
       add_rows(gradients, static_cast<const A*>(args.h) + first,
                (b * args.area + pixel) * args.channels + channel,
                std::min(kBlockPixels, args.area - pixel), args.channels, width, totals);
-    for (Size c = 0; c < width; ++c) static_cast<A*>(args.dh)[first + c] = static_cast<A>(totals[c]);
+    for (Size c = 0; c < width; ++c)
+      static_cast<A*>(args.dh)[first + c] = static_cast<A>(totals[c]);
   });
 }
 
