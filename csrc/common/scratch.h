@@ -42,4 +42,23 @@ class Scratch {
   std::size_t size_ = 0;
 };
 
+// The call's [B, C]-sized working memory, kept by the calling thread.
+template <class A>
+class Buffers {
+ public:
+  explicit Buffers(std::int64_t elements) { block_ = scratch().template reserve<A>(elements); }
+  A* take(std::int64_t count) {
+    A* out = block_;
+    block_ += count;
+    return out;
+  }
+
+ private:
+  static Scratch& scratch() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+  A* block_;
+};
+
 }  // namespace dla::DLA_ISA

@@ -236,6 +236,16 @@ inline void store_n(T* p, Vec<Compute<T>> v, int n) {
 #endif
 }
 
+// Calls body(offset, lanes) for `count` elements, a vector at a time. Passing the full length as a
+// constant lets loads and stores of whole vectors compile to one instruction.
+template <class A, class Body>
+inline void for_vectors(std::int64_t count, Body&& body) {
+  constexpr std::int64_t lanes = kLanes<A>;
+  std::int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, kLanes<A>);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
 // ---- masks: which lanes of a vector are meant ---------------------------------------------------
 
 template <class A>

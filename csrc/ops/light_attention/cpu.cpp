@@ -10,25 +10,6 @@ namespace {
 
 constexpr int64_t kChannelBlock = 32;  // channels of one task of the per-channel loops
 
-// The call's [B, C]-sized working memory, kept by the calling thread.
-template <class A>
-class Buffers {
- public:
-  explicit Buffers(int64_t elements) { block_ = scratch().template reserve<A>(elements); }
-  A* take(int64_t count) {
-    A* out = block_;
-    block_ += count;
-    return out;
-  }
-
- private:
-  static Scratch& scratch() {
-    thread_local Scratch scratch;
-    return scratch;
-  }
-  A* block_;
-};
-
 template <class A>
 struct Step {
   const LightAttentionInputs& args;
@@ -68,10 +49,10 @@ struct Step {
     return args.norm_bias == nullptr ? 0.0 : static_cast<double>(small(args.norm_bias)[c]);
   }
   double mean(const void* means, int64_t c) const {
-    return args.norm == LightNorm::none ? 0.0 : static_cast<double>(small(means)[c]);
+    return args.norm == Norm::none ? 0.0 : static_cast<double>(small(means)[c]);
   }
   double rstd(const void* vars, int64_t c) const {
-    if (args.norm == LightNorm::none) return 1.0;
+    if (args.norm == Norm::none) return 1.0;
     return 1.0 / std::sqrt(static_cast<double>(small(vars)[c]) + args.eps);
   }
   ScoreWeights<A> scores() const {
@@ -186,7 +167,7 @@ struct ForwardStep : Step<A> {
 
   // out = [x] + scale o + shift.
   void output_coefficients(A* scale, A* shift) const {
-    const bool running = args.norm == LightNorm::running;
+    const bool running = args.norm == Norm::running;
     const void *means = running ? args.mean_in : args.mean, *vars = running ? args.var_in : args.var;
     this->for_channels([&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
@@ -201,7 +182,7 @@ struct ForwardStep : Step<A> {
   }
 
   void run() const {
-    const bool batch_norm = args.norm == LightNorm::batch;
+    const bool batch_norm = args.norm == Norm::batch;
     const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape) : 0;
     Buffers<A> buffers(4 * planes + table_size);
     A *a = buffers.take(planes), *d = buffers.take(planes);
@@ -270,7 +251,7 @@ struct BackwardStep : Step<A> {
       dbias += this->drop_scale(b) * sum;
     }
     dweight *= rstd;
-    const bool batch_norm = args.norm == LightNorm::batch;
+    const bool batch_norm = args.norm == Norm::batch;
     const double count = pixels * static_cast<double>(shape.batch);
     const double o_scale = batch_norm ? -weight * rstd * dweight / count : 0.0;
     const double rest = batch_norm ? -weight * dbias / count : 0.0;
@@ -394,7 +375,7 @@ struct BackwardStep : Step<A> {
     const A scale = A(1) / static_cast<A>(shape.pixels());
     for (int64_t i = 0; i < 2 * planes; ++i) dy[i] *= scale;
 
-    const bool through_norm = args.norm == LightNorm::batch;
+    const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
         args.threads, this->grid, this->feature(args.x), this->feature(args.p),
         this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "common/channel_filter.h"
 #include "ops/light_attention/passes.h"
 
 namespace dla::DLA_ISA {
@@ -13,38 +14,13 @@ struct ScoreWeights {
   const A *q, *k;
   int64_t kernel_size, channels, head_dim;
 
+  ChannelFilter<A> filter(const A* weight) const { return {weight, kernel_size, channels}; }
   double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
-
-  // out[c] = sum_t weight[t] y[c + t - pad], zero outside.
-  void convolve(const A* weight, const A* y, A* out) const {
-    std::fill_n(out, channels, A(0));
-    for (int64_t t = 0; t < kernel_size; ++t) {
-      const int64_t shift = t - kernel_size / 2;
-      const int64_t first = std::max<int64_t>(0, -shift);
-      const int64_t last = std::min(channels, channels - shift);
-      for (int64_t c = first; c < last; ++c) out[c] += weight[t] * y[c + shift];
-    }
-  }
-
-  // Gradients of convolve: dy += and dweight[t] +=.
-  void convolve_backward(const A* weight, const A* y, const A* grad, A* dy, double* dweight) const {
-    for (int64_t t = 0; t < kernel_size; ++t) {
-      const int64_t shift = t - kernel_size / 2;
-      const int64_t first = std::max<int64_t>(0, -shift);
-      const int64_t last = std::min(channels, channels - shift);
-      double sum = 0;
-      for (int64_t c = first; c < last; ++c) {
-        dy[c + shift] += weight[t] * grad[c];
-        sum += static_cast<double>(grad[c]) * y[c + shift];
-      }
-      dweight[t] += sum;
-    }
-  }
 
   // a[c] = sigmoid(q . k / sqrt(head_dim)) of c's head, for one sample; q and k are [C] buffers.
   void forward(const A* y, A* query, A* key, A* a) const {
-    convolve(q, y, query);
-    convolve(k, y, key);
+    filter(q).apply(y, query);
+    filter(k).apply(y, key);
     for (int64_t head = 0; head < channels; head += head_dim) {
       double dot = 0;
       for (int64_t c = head; c < head + head_dim; ++c)
@@ -57,8 +33,8 @@ struct ScoreWeights {
   // From da [C] of one sample: dy += and the filters' gradients +=.
   void backward(const A* y, const A* a, const A* da, A* query, A* key, A* grad_query, A* grad_key,
                 A* dy, double* dq, double* dk) const {
-    convolve(q, y, query);
-    convolve(k, y, key);
+    filter(q).apply(y, query);
+    filter(k).apply(y, key);
     for (int64_t head = 0; head < channels; head += head_dim) {
       double grad = 0;
       for (int64_t c = head; c < head + head_dim; ++c) grad += da[c];
@@ -69,8 +45,8 @@ struct ScoreWeights {
         grad_key[c] = dscore * query[c];
       }
     }
-    convolve_backward(q, y, grad_query, dy, dq);
-    convolve_backward(k, y, grad_key, dy, dk);
+    filter(q).backward(y, grad_query, dy, dq);
+    filter(k).backward(y, grad_key, dy, dk);
   }
 };
 
