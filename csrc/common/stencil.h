@@ -83,12 +83,21 @@ inline __attribute__((always_inline)) void prefetch_block(const Window<const A, 
     __builtin_prefetch(next + r * in.row_stride * static_cast<std::ptrdiff_t>(sizeof(A)));
 }
 
+// Blocks of 8 rows take a compiler minutes once every load of theirs is checked by a sanitizer; lower
+// ones have all the same cases.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kTallBlocks = false;
+#else
+constexpr bool kTallBlocks = true;
+#endif
+
 // Calls block.template operator()<R>(row) so that blocks of R rows cover [first, last).
 template <class A, class Block>
 inline void for_blocks(const Grid<A>& grid, int64_t first, int64_t last, const Block& block) {
   int64_t row = first;
   if (grid.safe_rows) {
-    for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
+    if constexpr (kTallBlocks)
+      for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
     for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
   }
   for (; row < last; ++row) block.template operator()<1>(row);
