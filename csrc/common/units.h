@@ -31,7 +31,7 @@ constexpr int kMostTogether = 4;  // bound of Grid::together
 
 // Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
 // kMostTogether tells the groups apart whose strips are interleaved.
-template <bool kPixelLanes, class A, class Body>
+template <bool kFixedStrides, class A, class Body>
 inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
   const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
   const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
@@ -43,7 +43,7 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
       for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
         const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
         for (int64_t slot = 0; slot < count; ++slot)
-          body(Place<A, kPixelLanes>{grid, b, start + slot, strip}, slot);
+          body(Place<A, kFixedStrides>{grid, b, start + slot, strip}, slot);
       }
     }
   }
@@ -51,20 +51,19 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
 
 // 3x3 filters [C, 3, 3] of a group's channels: one vector per tap.
 template <class A>
-inline void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec<A> (&filter)[9]) {
+[[gnu::noinline]] void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec<A> (&filter)[9]) {
   const A* from = weight + group * grid.planes * 9;
   if (grid.channel_lanes)
     return Copy<A, A>::load_planes(from, 9, grid.lanes(group), 9, reinterpret_cast<A*>(filter));
   for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
 }
 
-// Runs a pass with the lanes that the grid says.
+// Runs a pass over the grid.
 template <template <class, bool> class Pass, class A, class... Fields>
 void run_pass(int threads, const Grid<A>& grid, const Fields&... fields) {
-  if (grid.channel_lanes)
-    Pass<A, false>{grid, fields...}.run(threads);
-  else
-    Pass<A, true>{grid, fields...}.run(threads);
+  if constexpr (kTuned<A>)
+    if (!grid.channel_lanes) return Pass<A, true>{grid, fields...}.run(threads);
+  Pass<A, false>{grid, fields...}.run(threads);
 }
 
 }  // namespace dla::DLA_ISA

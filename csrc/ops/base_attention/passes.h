@@ -47,12 +47,12 @@ struct StripSums {
 };
 
 // Calls visit(place, arena) for all strips of all planes, shared out among the threads.
-template <bool kPixelLanes, class A, class Visit>
+template <bool kFixedStrides, class A, class Visit>
 void for_places(int threads, const Grid<A>& grid, const Visit& visit) {
   const Units<A> units(grid);
   parallel_for(threads, units.count(), [&](int64_t unit) {
     thread_local Arena arena;
-    for_strips<kPixelLanes>(units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t) {
+    for_strips<kFixedStrides>(units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t) {
       visit(place, arena);
     });
   });
@@ -72,10 +72,10 @@ struct Terms {
 };
 
 // Its terms at a place.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct PlacedTerms {
   using V = Vec<A>;
-  using In = Window<const A, kPixelLanes>;
+  using In = Window<const A, kFixedStrides>;
   int64_t count;
   V* weights;
   In* maps;
@@ -86,7 +86,7 @@ struct PlacedTerms {
            Arena::bytes_of<In>(terms.count());
   }
 
-  PlacedTerms(const Terms<A>& terms, const Place<A, kPixelLanes>& place, int64_t halo, Arena& arena)
+  PlacedTerms(const Terms<A>& terms, const Place<A, kFixedStrides>& place, int64_t halo, Arena& arena)
       : count(terms.count()), weights(arena.take<V>(count)), maps(arena.take<In>(count)) {
     const Grid<A>& grid = place.grid;
     const int64_t row = place.b * grid.shape.channels, elements = grid.strip_elements(halo);
@@ -112,16 +112,16 @@ struct PlacedTerms {
 };
 
 // A map that a filter is applied to, at a place.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct PlacedFilter {
   Vec<A> filter[9];
-  Window<const A, kPixelLanes> map;
+  Window<const A, kFixedStrides> map;
 
   static std::size_t bytes(const Grid<A>& grid) {
     return Arena::bytes_of<A>(grid.strip_elements(1));
   }
 
-  PlacedFilter(const A* weight, Feature x, const Place<A, kPixelLanes>& place, Arena& arena) {
+  PlacedFilter(const A* weight, Feature x, const Place<A, kFixedStrides>& place, Arena& arena) {
     load_filter(weight, place.grid, place.group, filter);
     map = place.open(x, 1, arena.take<A>(place.grid.strip_elements(1)));
   }
@@ -136,10 +136,10 @@ struct PlacedFilter {
 
 // ---- value -------------------------------------------------------------------------------------
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct ValuePass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   const Grid<A>& grid;
   Feature x;
   OutFeature v;  // may be null
@@ -150,8 +150,8 @@ struct ValuePass {
   void visit(const Place& place, Arena& arena) const {
     const Mask<A> channels = grid.channel_mask(place.group);
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedFilter<A, kPixelLanes>::bytes(grid) + Arena::bytes_of<A>(elements));
-    const PlacedFilter<A, kPixelLanes> own(v_weight, x, place, arena);
+    arena.reserve(PlacedFilter<A, kFixedStrides>::bytes(grid) + Arena::bytes_of<A>(elements));
+    const PlacedFilter<A, kFixedStrides> own(v_weight, x, place, arena);
     A* memory = arena.take<A>(elements);
     const typename Place::Out to =
         v ? place.open(v, memory) : place.on_memory(memory, place.strip.first);
@@ -165,7 +165,7 @@ struct ValuePass {
   }
 
   template <int R>
-  void block(int64_t row, Mask<A> channels, const PlacedFilter<A, kPixelLanes>& own,
+  void block(int64_t row, Mask<A> channels, const PlacedFilter<A, kFixedStrides>& own,
              const typename Place::Out& to, V& x_sum, V& v_sum) const {
     V of_x = {}, of_v = {};  // of this block: short chains of additions keep float sums accurate
     for (int64_t k = 0; k < grid.vectors; ++k) {
@@ -187,7 +187,7 @@ struct ValuePass {
   }
 
   void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
+    for_places<kFixedStrides>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
@@ -204,20 +204,20 @@ struct ValueMix {
 };
 
 // o at a place.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct PlacedMix {
   using V = Vec<A>;
-  PlacedFilter<A, kPixelLanes> own;
+  PlacedFilter<A, kFixedStrides> own;
   V own_weight;
-  PlacedTerms<A, kPixelLanes> earlier;
+  PlacedTerms<A, kFixedStrides> earlier;
   Mask<A> channels;
 
   static std::size_t bytes(const ValueMix<A>& mixture, const Grid<A>& grid) {
-    return PlacedFilter<A, kPixelLanes>::bytes(grid) +
-           PlacedTerms<A, kPixelLanes>::bytes(mixture.earlier, grid, 0);
+    return PlacedFilter<A, kFixedStrides>::bytes(grid) +
+           PlacedTerms<A, kFixedStrides>::bytes(mixture.earlier, grid, 0);
   }
 
-  PlacedMix(const ValueMix<A>& mixture, const Place<A, kPixelLanes>& place, Arena& arena)
+  PlacedMix(const ValueMix<A>& mixture, const Place<A, kFixedStrides>& place, Arena& arena)
       : own(mixture.v_weight, mixture.x, place, arena),
         own_weight(channel_vector(mixture.own_weight + place.b * place.grid.shape.channels,
                                   place.grid, place.group)),
@@ -235,18 +235,18 @@ struct PlacedMix {
 
 // Per strip: sums of o and of its square, both shifted by the value of o at one pixel. Raw float
 // sums of squares lose the variance when the mean is large.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct MixMomentsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
   StripSums<A> sums;
   enum { kShift, kO, kSquare, kSums };
 
   void visit(const Place& place, Arena& arena) const {
-    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid));
-    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
+    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid));
+    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
     const V shift = first_pixel(mix, place.strip.first);
     V alone = {}, squared = {};
     for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
@@ -263,14 +263,14 @@ struct MixMomentsPass {
   }
 
   // o at the strip's first pixel, in all lanes that share a plane.
-  V first_pixel(const PlacedMix<A, kPixelLanes>& mix, int64_t row) const {
+  V first_pixel(const PlacedMix<A, kFixedStrides>& mix, int64_t row) const {
     V o[1];
     mix.template apply<1>(row, 0, grid.masks(row, 1, 0, mix.channels), o);
     return grid.channel_lanes ? o[0] : splat<A>(o[0][0]);
   }
 
   template <int R>
-  void block(int64_t row, const PlacedMix<A, kPixelLanes>& mix, V shift, V& alone,
+  void block(int64_t row, const PlacedMix<A, kFixedStrides>& mix, V shift, V& alone,
              V& squared) const {
     V of_o = {}, of_square = {};
     for (int64_t k = 0; k < grid.vectors; ++k) {
@@ -289,7 +289,7 @@ struct MixMomentsPass {
   }
 
   void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
+    for_places<kFixedStrides>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
@@ -329,10 +329,10 @@ struct PlacedBranch {
   }
 };
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct OutputPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
   NormBranch<A> branch;
@@ -341,9 +341,9 @@ struct OutputPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid) +
+    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid) +
                   Arena::bytes_of<A>(elements));
-    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
+    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
     const PlacedBranch<A> end(branch, place);
     A* memory = arena.take<A>(elements);
     const typename Place::Out to = place.open(out, memory);
@@ -353,7 +353,7 @@ struct OutputPass {
   }
 
   template <int R>
-  void block(int64_t row, const PlacedMix<A, kPixelLanes>& mix, const PlacedBranch<A>& end,
+  void block(int64_t row, const PlacedMix<A, kFixedStrides>& mix, const PlacedBranch<A>& end,
              const typename Place::Out& to) const {
     const auto& x = mix.own.map;
     for (int64_t k = 0; k < grid.vectors; ++k) {
@@ -373,16 +373,16 @@ struct OutputPass {
   }
 
   void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
+    for_places<kFixedStrides>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 
 // Per strip: sums of G' and of G' (o - mean).
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct NormGradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
   NormBranch<A> branch;
@@ -393,9 +393,9 @@ struct NormGradientsPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid) +
+    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid) +
                   Arena::bytes_of<A>(elements));
-    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
+    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
     const PlacedBranch<A> end(branch, place);
     const typename Place::In grad = place.open(grad_out, 0, arena.take<A>(elements));
     const V centre = channel_vector(mean, grid, place.group);
@@ -408,7 +408,7 @@ struct NormGradientsPass {
   }
 
   template <int R>
-  void block(int64_t row, const PlacedMix<A, kPixelLanes>& mix, const PlacedBranch<A>& end,
+  void block(int64_t row, const PlacedMix<A, kFixedStrides>& mix, const PlacedBranch<A>& end,
              const typename Place::In& grad, V centre, V& alone, V& with_o) const {
     V of_g = {}, of_product = {};
     for (int64_t k = 0; k < grid.vectors; ++k) {
@@ -429,16 +429,16 @@ struct NormGradientsPass {
   }
 
   void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
+    for_places<kFixedStrides>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 
 // g = scale G' + o_scale (o - mean) + offset; per strip, the sums of g v_t, the own value's last.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct MixGradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
@@ -450,9 +450,9 @@ struct MixGradientsPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid) +
+    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid) +
                   2 * Arena::bytes_of<A>(elements));
-    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
+    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
     const In grad = place.open(grad_out, 0, arena.take<A>(elements));
     A* memory = arena.take<A>(elements);
     const typename Place::Out to = place.open(g, memory);
@@ -465,7 +465,7 @@ struct MixGradientsPass {
     place.close(g, memory);
   }
 
-  void form(const Place& place, const PlacedMix<A, kPixelLanes>& mix, const In& grad,
+  void form(const Place& place, const PlacedMix<A, kFixedStrides>& mix, const In& grad,
             const typename Place::Out& to, V& own_sum) const {
     const PlacedBranch<A> end(branch, place);
     const V centre = channel_vector(mean, grid, place.group);
@@ -514,7 +514,7 @@ struct MixGradientsPass {
   }
 
   void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
+    for_places<kFixedStrides>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
@@ -523,10 +523,10 @@ struct MixGradientsPass {
 
 // dv = the terms + the share of dpooled_v, dx = [grad_out +] DW^T(dv) + that of dpooled_x; per
 // strip, the nine correlations of dv with x.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct ValueGradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -540,7 +540,7 @@ struct ValueGradientsPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(1);
-    arena.reserve(PlacedTerms<A, kPixelLanes>::bytes(terms, grid, 1) +
+    arena.reserve(PlacedTerms<A, kFixedStrides>::bytes(terms, grid, 1) +
                   4 * Arena::bytes_of<A>(elements));
     const Mask<A> channels = grid.channel_mask(place.group);
     const In dv = form(place, channels, arena);
@@ -558,7 +558,7 @@ struct ValueGradientsPass {
 
   // dv of the strip and of a row on either side, in memory.
   In form(const Place& place, Mask<A> channels, Arena& arena) const {
-    const PlacedTerms<A, kPixelLanes> placed(terms, place, 1, arena);
+    const PlacedTerms<A, kFixedStrides> placed(terms, place, 1, arena);
     const V offset = dpooled_v == nullptr ? V{} : pooling_share(dpooled_v, place);
     const Strip around{std::max<int64_t>(0, place.strip.first - 1),
                        std::min(grid.shape.height, place.strip.last + 1)};
@@ -620,7 +620,7 @@ struct ValueGradientsPass {
   }
 
   void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
+    for_places<kFixedStrides>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };

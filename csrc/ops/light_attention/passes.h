@@ -16,8 +16,8 @@ namespace dla::DLA_ISA {
 // ---- joined ------------------------------------------------------------------------------------
 
 // Rows [first, last) of x = ReLU(branch + shortcut), rounded as features are.
-template <class A, bool kPixelLanes>
-void join_rows(const Place<A, kPixelLanes>& place, int64_t first, int64_t last, Feature branch,
+template <class A, bool kFixedStrides>
+void join_rows(const Place<A, kFixedStrides>& place, int64_t first, int64_t last, Feature branch,
                Feature shortcut, OutFeature x) {
   with_storage<A>(x.dtype, [&](auto element) {
     using T = decltype(element);
@@ -35,7 +35,7 @@ void join_rows(const Place<A, kPixelLanes>& place, int64_t first, int64_t last, 
 }
 
 // Where nothing else is to be done with x on the way.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct JoinPass {
   const Grid<A>& grid;
   Feature branch, shortcut;
@@ -44,8 +44,8 @@ struct JoinPass {
   void run(int threads) const {
     const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
-      for_strips<kPixelLanes>(units, grid, unit,
-                              [&](const Place<A, kPixelLanes>& place, int64_t) {
+      for_strips<kFixedStrides>(units, grid, unit,
+                              [&](const Place<A, kFixedStrides>& place, int64_t) {
                                 join_rows(place, place.strip.first, place.strip.last, branch,
                                           shortcut, x);
                               });
@@ -55,10 +55,10 @@ struct JoinPass {
 
 // ---- moments -----------------------------------------------------------------------------------
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct MomentsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -82,17 +82,17 @@ struct MomentsPass {
     fill_block(plane.shift, V{});
   }
 
-  // Value of the shift: one inside the first block, away from the map's edges.
+  // Value of the shift: one inside the first block, half way along the row.
   template <int R>
   V inner(const V (&v)[R]) const {
     if (grid.channel_lanes) return v[R / 2];
-    return splat<A>(v[R / 2][std::min<int64_t>(grid.shape.width, kLanes<A>) / 2]);
+    return splat<A>(v[R / 2][grid.shape.width / 2 % kLanes<A>]);
   }
 
   // Channel lanes see every pixel of a row: long sums are formed block by block.
   template <int R>
   void add_block(int64_t row, const In (&in)[kInputs], Plane& plane) const {
-    if (kPixelLanes) return block<R>(row, in, plane, plane.sums);
+    if (!grid.channel_lanes) return block<R>(row, in, plane, plane.sums);
     V sums[kSums];
     fill_block(sums, V{});
     block<R>(row, in, plane, sums);
@@ -101,7 +101,7 @@ struct MomentsPass {
 
   template <int R>
   void block(int64_t row, const In (&in)[kInputs], Plane& plane, V (&sums)[kSums]) const {
-    const int64_t middle = grid.vectors / 2;
+    const int64_t middle = grid.shape.width / 2 / (grid.channel_lanes ? 1 : kLanes<A>);
     for (int64_t i = 0; i < grid.vectors; ++i) {
       // From the middle on, where the shifts are taken.
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
@@ -201,7 +201,7 @@ struct MomentsPass {
       A* memory[kInputs];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.group, plane);
@@ -247,10 +247,10 @@ struct Mixture {
   }
 };
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct StencilPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -309,7 +309,7 @@ struct StencilPass {
       A* memory[4];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
         const In x_in = place.open(x, 1, memory[0]);
@@ -328,10 +328,10 @@ struct StencilPass {
 
 // ---- gradients ---------------------------------------------------------------------------------
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct GradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -510,7 +510,7 @@ struct GradientsPass {
       const Memory memory = reserve(arena, units.groups_per_unit);
       const int64_t first_group = units.first_group(unit);
       Plane planes[kMostTogether];
-      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         if (place.strip.first == 0) begin(place.b, place.group, planes[slot]);
         visit(place, planes[slot], memory, memory.weight_sums + 18 * (place.group - first_group));
       });
