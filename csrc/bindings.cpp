@@ -16,10 +16,12 @@
 
 #include "common/args.h"
 #include "common/isa.h"
+#include "ops/base_attention/op.h"
 #include "ops/cell/op.h"
 #include "ops/gate/op.h"
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/op.h"
+#include "ops/residual_gate/op.h"
 
 namespace py = pybind11;
 
@@ -194,6 +196,26 @@ PYBIND11_MODULE(_dla_native, m) {
            threads);
   DLA_BIND(m, gate_backward, GateBackward, grad, x, gates, dx, dgates, batch, channels, area,
            channels_last, dtype, threads);
+
+  DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
+           cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, channels_last, sigmoid_gate, first_sample, relu, residual,
+           gated_features, eps, threads, mean_in, var_in, out, v, state_out, keys_out, gates_out,
+           pooled_v, scores, mean, var, pooled_x);
+  DLA_BIND(m, base_attention_backward, BaseAttentionBackward, x, values, state, keys, gates,
+           pooled, cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, channels_last, sigmoid_gate, first_sample, relu, residual,
+           gated_features, eps, threads, grad_out, grad_v, grad_state, grad_keys, grad_gates,
+           grad_pooled_v, grad_pooled_x, later_grads, later_weights, mean, var, scores, pooled_x,
+           dx, g, weights, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight, dk_weight,
+           dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
+
+  DLA_BIND(m, residual_gate_forward, ResidualGateForward, u, h, shortcut, out, batch, channels, area,
+           channels_last, dtype, threads);
+  DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
+           batch, channels, area, channels_last, dtype, threads);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,

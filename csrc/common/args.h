@@ -10,4 +10,7 @@ namespace dla {
 // compute type: double for f64, float for the others.
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
+// Statistics that a layer step normalises with.
+enum class Norm : int { none = 0, batch = 1, running = 2 };
+
 }  // namespace dla

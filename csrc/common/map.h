@@ -153,21 +153,21 @@ struct Grid {
   }
 };
 
-// Rows of a group of planes as vectors find them. With pixel lanes the strides along a row are known
-// to the compiler, which spares a good part of the instructions.
-template <class A, bool kPixelLanes>
+// Rows of a group of planes as vectors find them. Pixel lanes may have the strides along a row known to
+// the compiler (kFixedStrides), which spares a good part of the instructions.
+template <class A, bool kFixedStrides>
 struct Window {
   A* origin;  // of row 0
-  int64_t row_stride, stride_of_pixels;
+  int64_t row_stride, stride_of_pixels, stride_of_vectors;
   std::ptrdiff_t ahead;  // bytes from what is read now to what should be fetched meanwhile
 
   explicit operator bool() const { return origin != nullptr; }
-  int64_t pixel_stride() const { return kPixelLanes ? 1 : stride_of_pixels; }
+  int64_t pixel_stride() const { return kFixedStrides ? 1 : stride_of_pixels; }
   A* at(int64_t row, int64_t vector) const {
-    return origin + row * row_stride + vector * (kPixelLanes ? kLanes<A> : stride_of_pixels);
+    return origin + row * row_stride + vector * (kFixedStrides ? kLanes<A> : stride_of_vectors);
   }
-  operator Window<const A, kPixelLanes>() const {
-    return {origin, row_stride, stride_of_pixels, ahead};
+  operator Window<const A, kFixedStrides>() const {
+    return {origin, row_stride, stride_of_pixels, stride_of_vectors, ahead};
   }
 };
 
@@ -268,17 +268,17 @@ struct Copy {
 };
 
 // A strip of a group of planes.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct Place {
-  using In = Window<const A, kPixelLanes>;
-  using Out = Window<A, kPixelLanes>;
+  using In = Window<const A, kFixedStrides>;
+  using Out = Window<A, kFixedStrides>;
 
   const Grid<A>& grid;
   int64_t b, group;
   Strip strip;
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
-  In open(Feature feature, int64_t halo, A* memory) const {
+  [[gnu::noinline]] In open(Feature feature, int64_t halo, A* memory) const {
     if (in_place(feature.dtype)) return on_feature(static_cast<const A*>(feature.data));
     const MapShape& s = grid.shape;
     const Strip rows{std::max<int64_t>(0, strip.first - halo),
@@ -292,7 +292,7 @@ struct Place {
                      reinterpret_cast<const char*>(memory);
       if (s.channels_last)
         Copy<T, A>::load_runs(from, pixels, lanes(), s.channels, memory);
-      else if (!kPixelLanes)
+      else if (grid.channel_lanes)
         Copy<T, A>::load_planes(from, pixels, lanes(), s.pixels(), memory);
       else
         Copy<T, A>::load_flat(from, pixels, memory);
@@ -305,7 +305,7 @@ struct Place {
     if (in_place(feature.dtype)) return on_feature(static_cast<A*>(feature.data));
     return on_memory(memory, strip.first);
   }
-  void close(OutFeature feature, const A* memory) const {
+  [[gnu::noinline]] void close(OutFeature feature, const A* memory) const {
     if (in_place(feature.dtype)) return;
     const MapShape& s = grid.shape;
     const int64_t pixels = (strip.last - strip.first) * s.width;
@@ -314,7 +314,7 @@ struct Place {
       T* to = static_cast<T*>(feature.data) + offset(strip.first);
       if (s.channels_last)
         Copy<T, A>::store_runs(memory, pixels, lanes(), s.channels, to);
-      else if (!kPixelLanes)
+      else if (grid.channel_lanes)
         Copy<T, A>::store_planes(memory, pixels, lanes(), s.pixels(), to);
       else
         Copy<T, A>::store_flat(memory, pixels, to);
@@ -336,13 +336,13 @@ struct Place {
 
   // Working memory that holds rows from `first_row` on.
   Out on_memory(A* memory, int64_t first_row) const {
-    return {memory - first_row * grid.row_stride(), grid.row_stride(), grid.planes, 0};
+    return {memory - first_row * grid.row_stride(), grid.row_stride(), grid.planes, kLanes<A>, 0};
   }
 
  private:
   bool in_place(DType dtype) const {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
-    return !converted && (grid.shape.channels_last || kPixelLanes);
+    return !converted && (grid.shape.channels_last || !grid.channel_lanes);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {
@@ -350,11 +350,11 @@ struct Place {
   }
   // Fetched meanwhile: the block of rows below, or the next group's lines beside these.
   template <class E>
-  Window<E, kPixelLanes> on_feature(E* data) const {
+  Window<E, kFixedStrides> on_feature(E* data) const {
     const MapShape& s = grid.shape;
     const int64_t ahead = s.channels_last ? kLanes<A> : 8 * s.width;
     return {data + offset(0), s.row_elements(), s.channels_last ? s.channels : 1,
-            ahead * static_cast<std::ptrdiff_t>(sizeof(A))};
+            s.channels_last ? s.channels : kLanes<A>, ahead * static_cast<std::ptrdiff_t>(sizeof(A))};
   }
 };
 

@@ -42,19 +42,23 @@ class Scratch {
   std::size_t size_ = 0;
 };
 
-// Arrays side by side in a block.
+// The call's [B, C]-sized working memory, kept by the calling thread.
 template <class A>
-class Arrays {
+class Buffers {
  public:
-  Arrays(Scratch& scratch, std::int64_t elements) : next_(scratch.reserve<A>(elements)) {}
+  explicit Buffers(std::int64_t elements) { block_ = scratch().template reserve<A>(elements); }
   A* take(std::int64_t count) {
-    A* out = next_;
-    next_ += count;
+    A* out = block_;
+    block_ += count;
     return out;
   }
 
  private:
-  A* next_;
+  static Scratch& scratch() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+  A* block_;
 };
 
 }  // namespace dla::DLA_ISA

@@ -52,6 +52,21 @@ struct VectorOf {
 template <class A>
 using Vec = typename VectorOf<A, kLanes<A>>::type;
 
+// How many rows of a map a kernel takes at a time at most (1, 4 or 8), and whether several versions of
+// it are worth the time to compile them. Not for double, nor for an x86 processor without AVX2; and
+// with a sanitizer large versions take minutes.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kMostFloatRows = 4;
+#elif defined(DLA_X86_ISAS)
+constexpr int kMostFloatRows = kVectorBytes > 16 ? 8 : 1;
+#else
+constexpr int kMostFloatRows = 8;
+#endif
+template <class A>
+constexpr int kMostRows = std::is_same_v<A, float> ? kMostFloatRows : 1;
+template <class A>
+constexpr bool kTuned = kMostRows<A> == 8;
+
 template <class A>
 inline Vec<A> splat(A value) {
   return value - Vec<A>{};
@@ -234,6 +249,16 @@ inline void store_n(T* p, Vec<Compute<T>> v, int n) {
   store(lanes, v);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 #endif
+}
+
+// Calls body(offset, lanes) for `count` elements, a vector at a time. Passing the full length as a
+// constant lets loads and stores of whole vectors compile to one instruction.
+template <class A, class Body>
+inline void for_vectors(std::int64_t count, Body&& body) {
+  constexpr std::int64_t lanes = kLanes<A>;
+  std::int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, kLanes<A>);
+  if (i < count) body(i, static_cast<int>(count - i));
 }
 
 // ---- masks: which lanes of a vector are meant ---------------------------------------------------

@@ -20,8 +20,8 @@ inline __attribute__((always_inline)) V in_register(V v) {
 // Calls add(r, i, j, a function (a, c) -> c + a v) for the taps (i, j) of all rows r of a block; v is
 // the vector at the tap, zero outside the map. Rows with a row of the block on either side are read
 // whole, beyond their ends (Grid::safe_rows), and masked in the sum, which costs nothing.
-template <int R, class A, bool kPixelLanes, class Add>
-inline __attribute__((always_inline)) void for_taps(const Window<const A, kPixelLanes>& in, const A* at,
+template <int R, class A, bool kFixedStrides, class Add>
+inline __attribute__((always_inline)) void for_taps(const Window<const A, kFixedStrides>& in, const A* at,
                                                     const TapMasks<A>& masks, const Add& add) {
   const A* left = at - in.row_stride - in.pixel_stride();
 #pragma GCC unroll 10
@@ -43,8 +43,8 @@ inline __attribute__((always_inline)) void for_taps(const Window<const A, kPixel
 }
 
 // acc[r] += sum_ij weight[3i + j] * (vector at tap (i, j) of row r).
-template <int R, class A, bool kPixelLanes>
-inline __attribute__((always_inline)) void stencil_block(const Window<const A, kPixelLanes>& in, const A* at,
+template <int R, class A, bool kFixedStrides>
+inline __attribute__((always_inline)) void stencil_block(const Window<const A, kFixedStrides>& in, const A* at,
                                                          const TapMasks<A>& masks,
                                                          const Vec<A>* weight, Vec<A> (&acc)[R]) {
   Vec<A> w[9];
@@ -57,8 +57,8 @@ inline __attribute__((always_inline)) void stencil_block(const Window<const A, k
 }
 
 // acc[3i + j] += sum_r g[r] * (vector at tap (i, j) of row r).
-template <int R, class A, bool kPixelLanes>
-inline __attribute__((always_inline)) void correlate_block(const Window<const A, kPixelLanes>& in, const A* at,
+template <int R, class A, bool kFixedStrides>
+inline __attribute__((always_inline)) void correlate_block(const Window<const A, kFixedStrides>& in, const A* at,
                                                            const TapMasks<A>& masks,
                                                            const Vec<A> (&g)[R], Vec<A>* acc) {
   for_taps<R, A>(in, at, masks,
@@ -75,8 +75,8 @@ inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
 }
 
 // Fetches what follows the R rows at `at`.
-template <int R, class A, bool kPixelLanes>
-inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kPixelLanes>& in, const A* at) {
+template <int R, class A, bool kFixedStrides>
+inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kFixedStrides>& in, const A* at) {
   const char* next = reinterpret_cast<const char*>(at) + in.ahead;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -88,8 +88,10 @@ template <class A, class Block>
 inline void for_blocks(const Grid<A>& grid, int64_t first, int64_t last, const Block& block) {
   int64_t row = first;
   if (grid.safe_rows) {
-    for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
-    for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
+    if constexpr (kMostRows<A> >= 8)
+      for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
+    if constexpr (kMostRows<A> >= 4)
+      for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
   }
   for (; row < last; ++row) block.template operator()<1>(row);
 }

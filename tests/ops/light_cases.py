@@ -94,7 +94,8 @@ class Case:
             values = feature(self.shape, self.dtype, layout, generator=generator, device=device)
             if self.join and self.dtype.itemsize == 2:
                 # x + p is then exact: its rounding, right as it is, would hide other errors.
-                values.mul_(16).round_().clamp_(-32, 32).div_(16)
+                whole = torch.empty(0, dtype=self.dtype).set_(values.untyped_storage())
+                whole.mul_(16).round_().clamp_(-32, 32).div_(16)
             return values
 
         normed, running = self.norm != "none" and self.affine, self.norm == "running"

@@ -81,13 +81,13 @@ AXES: dict[str, Any] = {
     "norm": NORMS,
     "affine": [True, False],
     "residual": [True, False],
-    "join": [False, True],
     "return_o": [True, False],
     "has_p": [True, False],
     "has_prev": [True, False],
     "drop": DROPS,
     "arrives": ARRIVES,
     "wants": WANTS,
+    "join": [False, True],
 }
 
 
@@ -341,7 +341,7 @@ def test_samples_do_not_mix(backend: str, generator: torch.Generator) -> None:
             one["state"] = inputs["state"][:, b : b + 1]
             alone = dla_kernels.light_attention(*one.values(), **case.flags())
             assert_close(alone[0][0], together[0][b], name=f"out of sample {b}")
-            assert_close(alone[2][:, 0], together[2][:, b], name=f"state of sample {b}")
+            assert_close(alone[3][:, 0], together[3][:, b], name=f"state of sample {b}")
 
 
 @each_backend("light_attention")

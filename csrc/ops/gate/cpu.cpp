@@ -36,16 +36,6 @@ struct Feature {
         rows(shapes.channels_last[i] != 0 || area == 1) {}
 };
 
-// Calls body(offset, lanes) for `count` elements, a vector at a time. Passing the full length as a
-// constant lets loads and stores of whole vectors compile to one instruction.
-template <class A, class Body>
-void for_vectors(Size count, Body&& body) {
-  constexpr Size lanes = kLanes<A>;
-  Size i = 0;
-  for (; i + lanes <= count; i += lanes) body(i, kLanes<A>);
-  if (i < count) body(i, static_cast<int>(count - i));
-}
-
 // Iterations among the threads of the enclosing parallel region.
 template <class Body>
 void share(Size count, Body&& body) {

@@ -11,12 +11,6 @@
 namespace dla::DLA_ISA {
 namespace {
 
-// The call's [B, C]-sized working memory, kept by the calling thread.
-inline Scratch& call_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-
 // What the step computes per plane, arrays [B, C]: the means of x and p, attention and gate.
 template <class A>
 struct Summary {
@@ -63,10 +57,10 @@ struct Step {
     return args.norm_bias == nullptr ? Doubles{} : c.load(small(args.norm_bias));
   }
   Doubles mean(const void* means, const ChannelLanes& c) const {
-    return args.norm == LightNorm::none ? Doubles{} : c.load(small(means));
+    return args.norm == Norm::none ? Doubles{} : c.load(small(means));
   }
   Doubles rstd(const void* vars, const ChannelLanes& c) const {
-    if (args.norm == LightNorm::none) return splat(1.0);
+    if (args.norm == Norm::none) return splat(1.0);
     return 1.0 / square_root(c.load(small(vars)) + args.eps);
   }
   ScoreWeights<A> scores() const {
@@ -186,7 +180,7 @@ struct ForwardStep : Step<A> {
 
   // out = [x] + scale o + shift.
   void output_coefficients(const ChannelLanes& c, A* scale, A* shift) const {
-    const bool running = args.norm == LightNorm::running;
+    const bool running = args.norm == Norm::running;
     const void *means = running ? args.mean_in : args.mean, *vars = running ? args.var_in : args.var;
     const Doubles weight = this->norm_weight(c) * this->rstd(vars, c);
     const Doubles bias = this->norm_bias(c) - weight * this->mean(means, c);
@@ -197,11 +191,11 @@ struct ForwardStep : Step<A> {
   }
 
   void run() const {
-    const bool batch_norm = args.norm == LightNorm::batch;
+    const bool batch_norm = args.norm == Norm::batch;
     const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape) : 0;
-    Arrays<A> arrays(call_scratch(), table_size + 2 * planes);
-    const PlaneTable<A> table(arrays.take(table_size), shape);
-    A *scale = arrays.take(planes), *shift = arrays.take(planes);
+    Buffers<A> buffers(table_size + 2 * planes);
+    const PlaneTable<A> table(buffers.take(table_size), shape);
+    A *scale = buffers.take(planes), *shift = buffers.take(planes);
     const Summary<A> summary(small(args.summary), planes);
     if (batch_norm) this->moments(table, nullptr, nullptr, args.joined);
     pool_and_score(batch_norm ? &table : nullptr, summary);
@@ -249,7 +243,7 @@ struct BackwardStep : Step<A> {
       dbias += this->drop_scale(b) * s.at(kG);
     }
     dweight *= rstd;
-    const bool batch_norm = args.norm == LightNorm::batch;
+    const bool batch_norm = args.norm == Norm::batch;
     const double count = pixels * static_cast<double>(shape.batch);
     const Doubles o_scale = batch_norm ? -weight * rstd * dweight / count : Doubles{};
     const Doubles rest = batch_norm ? -weight * dbias / count : Doubles{};
@@ -335,18 +329,18 @@ struct BackwardStep : Step<A> {
     const int64_t partial_size = units.batch_units * 18 * channels;
     const int64_t table_size = PlaneTable<A>::elements(shape);
     const int64_t filter_sums = 2 * args.kernel_size * shape.batch;
-    Arrays<A> arrays(call_scratch(), table_size + (5 + slots) * planes + partial_size +
-                                         2 * channels + filter_sums);
-    const PlaneTable<A> table(arrays.take(table_size), shape);
-    A *da = arrays.take(planes), *dd = arrays.take(planes), *out_scale = arrays.take(planes);
-    A *dy = arrays.take(planes), *dpooled_p = arrays.take(planes);
-    A *grad_state = arrays.take(slots * planes), *partial = arrays.take(partial_size);
-    const Coefficients to{out_scale, arrays.take(channels), arrays.take(channels)};
+    Buffers<A> buffers(table_size + (5 + slots) * planes + partial_size + 2 * channels +
+                       filter_sums);
+    const PlaneTable<A> table(buffers.take(table_size), shape);
+    A *da = buffers.take(planes), *dd = buffers.take(planes), *out_scale = buffers.take(planes);
+    A *dy = buffers.take(planes), *dpooled_p = buffers.take(planes);
+    A *grad_state = buffers.take(slots * planes), *partial = buffers.take(partial_size);
+    const Coefficients to{out_scale, buffers.take(channels), buffers.take(channels)};
 
     this->moments(table, args.grad_out, args.grad_o, nullptr);
     this->for_channels(
         [&](const ChannelLanes& c) { channel_gradients(table, c, to, da, dd); });
-    score_gradients(da, dy, arrays.take(filter_sums));
+    score_gradients(da, dy, buffers.take(filter_sums));
     std::fill_n(dpooled_p, planes, A(0));
     if (this->dynamic()) {
       if (args.grad_state != nullptr)
@@ -359,7 +353,7 @@ struct BackwardStep : Step<A> {
     this->transform(dy, per_pixel);
     this->transform(dpooled_p, per_pixel);
 
-    const bool through_norm = args.norm == LightNorm::batch;
+    const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
         args.threads, this->grid, this->feature(args.x), this->feature(args.p),
         this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),

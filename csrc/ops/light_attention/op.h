@@ -10,8 +10,6 @@
 
 namespace dla {
 
-enum class LightNorm : int { none = 0, batch = 1, running = 2 };
-
 // What forward and backward share. Features (x, p, out, o and their gradients) are dense, of type
 // `dtype`, in one memory format; everything else is dense and of the compute type. Optional
 // tensors are null.
@@ -26,7 +24,7 @@ struct LightAttentionInputs {
   std::int64_t batch, channels, height, width, head_dim, kernel_size, hidden;
   DType dtype;
   int cell, activation;  // CellKind and Activation of ops/cell
-  LightNorm norm;
+  Norm norm;
   bool channels_last, sigmoid_gate, first_sample, residual;
   bool join;  // forward: x becomes ReLU(x + p) first; backward: x is that
   double eps;

@@ -7,69 +7,17 @@
 // o is never stored unless asked for; every pass recomputes it from x and p.
 #pragma once
 
-#include "common/parallel.h"
 #include "common/stencil.h"
+#include "common/units.h"
 #include "ops/light_attention/plane_table.h"
 
 namespace dla::DLA_ISA {
 
-// Work is cut into units of some planes by some samples, whatever the number of threads: a unit's
-// result depends on nothing else, so results are the same for any number of threads.
-template <class A>
-struct Units {
-  int64_t groups_per_unit, samples_per_unit, group_units, batch_units;
-
-  explicit Units(const Grid<A>& grid) {
-    const int64_t group_bytes =
-        grid.shape.pixels() * grid.planes * static_cast<int64_t>(sizeof(A));
-    const int64_t wanted = std::max(16 * 1024 / group_bytes, grid.together);
-    groups_per_unit = std::min(wanted, grid.groups);
-    group_units = ceil_div(grid.groups, groups_per_unit);
-    // Enough units to share out; few, since each leaves its own partial weight gradients.
-    const int64_t batch = grid.shape.batch;
-    samples_per_unit = ceil_div(batch, std::min(batch, ceil_div(32, group_units)));
-    batch_units = ceil_div(batch, samples_per_unit);
-  }
-  int64_t count() const { return group_units * batch_units; }
-  int64_t first_group(int64_t unit) const { return unit % group_units * groups_per_unit; }
-};
-
-constexpr int kMostTogether = 4;  // bound of Grid::together
-
-// Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
-// kMostTogether tells the groups apart whose strips are interleaved.
-template <bool kPixelLanes, class A, class Body>
-inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
-  const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
-  const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
-  const int64_t first_group = units.first_group(unit);
-  const int64_t last_group = std::min(grid.groups, first_group + units.groups_per_unit);
-  for (int64_t b = first_sample; b < last_sample; ++b) {
-    for (int64_t start = first_group; start < last_group; start += grid.together) {
-      const int64_t count = std::min(grid.together, last_group - start);
-      for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
-        const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
-        for (int64_t slot = 0; slot < count; ++slot)
-          body(Place<A, kPixelLanes>{grid, b, start + slot, strip}, slot);
-      }
-    }
-  }
-}
-
-// 3x3 filters [C, 3, 3] of a group's channels: one vector per tap.
-template <class A>
-inline void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec<A> (&filter)[9]) {
-  const A* from = weight + group * grid.planes * 9;
-  if (grid.channel_lanes)
-    return Copy<A, A>::load_planes(from, 9, grid.lanes(group), 9, reinterpret_cast<A*>(filter));
-  for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
-}
-
 // ---- joined ------------------------------------------------------------------------------------
 
 // Rows [first, last) of x = ReLU(branch + shortcut), rounded as features are.
-template <class A, bool kPixelLanes>
-void join_rows(const Place<A, kPixelLanes>& place, int64_t first, int64_t last, Feature branch,
+template <class A, bool kFixedStrides>
+void join_rows(const Place<A, kFixedStrides>& place, int64_t first, int64_t last, Feature branch,
                Feature shortcut, OutFeature x) {
   with_storage<A>(x.dtype, [&](auto element) {
     using T = decltype(element);
@@ -87,7 +35,7 @@ void join_rows(const Place<A, kPixelLanes>& place, int64_t first, int64_t last, 
 }
 
 // Where nothing else is to be done with x on the way.
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct JoinPass {
   const Grid<A>& grid;
   Feature branch, shortcut;
@@ -96,8 +44,8 @@ struct JoinPass {
   void run(int threads) const {
     const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
-      for_strips<kPixelLanes>(units, grid, unit,
-                              [&](const Place<A, kPixelLanes>& place, int64_t) {
+      for_strips<kFixedStrides>(units, grid, unit,
+                              [&](const Place<A, kFixedStrides>& place, int64_t) {
                                 join_rows(place, place.strip.first, place.strip.last, branch,
                                           shortcut, x);
                               });
@@ -107,10 +55,10 @@ struct JoinPass {
 
 // ---- moments -----------------------------------------------------------------------------------
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct MomentsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -134,17 +82,17 @@ struct MomentsPass {
     fill_block(plane.shift, V{});
   }
 
-  // Value of the shift: one inside the first block, away from the map's edges.
+  // Value of the shift: one inside the first block, half way along the row.
   template <int R>
   V inner(const V (&v)[R]) const {
     if (grid.channel_lanes) return v[R / 2];
-    return splat<A>(v[R / 2][std::min<int64_t>(grid.shape.width, kLanes<A>) / 2]);
+    return splat<A>(v[R / 2][grid.shape.width / 2 % kLanes<A>]);
   }
 
   // Channel lanes see every pixel of a row: long sums are formed block by block.
   template <int R>
   void add_block(int64_t row, const In (&in)[kInputs], Plane& plane) const {
-    if (kPixelLanes) return block<R>(row, in, plane, plane.sums);
+    if (!grid.channel_lanes) return block<R>(row, in, plane, plane.sums);
     V sums[kSums];
     fill_block(sums, V{});
     block<R>(row, in, plane, sums);
@@ -153,7 +101,7 @@ struct MomentsPass {
 
   template <int R>
   void block(int64_t row, const In (&in)[kInputs], Plane& plane, V (&sums)[kSums]) const {
-    const int64_t middle = grid.vectors / 2;
+    const int64_t middle = grid.shape.width / 2 / (grid.channel_lanes ? 1 : kLanes<A>);
     for (int64_t i = 0; i < grid.vectors; ++i) {
       // From the middle on, where the shifts are taken.
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
@@ -253,7 +201,7 @@ struct MomentsPass {
       A* memory[kInputs];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.group, plane);
@@ -299,10 +247,10 @@ struct Mixture {
   }
 };
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct StencilPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -361,7 +309,7 @@ struct StencilPass {
       A* memory[4];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
         const In x_in = place.open(x, 1, memory[0]);
@@ -380,10 +328,10 @@ struct StencilPass {
 
 // ---- gradients ---------------------------------------------------------------------------------
 
-template <class A, bool kPixelLanes>
+template <class A, bool kFixedStrides>
 struct GradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -562,7 +510,7 @@ struct GradientsPass {
       const Memory memory = reserve(arena, units.groups_per_unit);
       const int64_t first_group = units.first_group(unit);
       Plane planes[kMostTogether];
-      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         if (place.strip.first == 0) begin(place.b, place.group, planes[slot]);
         visit(place, planes[slot], memory, memory.weight_sums + 18 * (place.group - first_group));
       });
@@ -575,14 +523,5 @@ struct GradientsPass {
     });
   }
 };
-
-// Runs a pass with the lanes that the grid says.
-template <template <class, bool> class Pass, class A, class... Fields>
-void run_pass(int threads, const Grid<A>& grid, const Fields&... fields) {
-  if (grid.channel_lanes)
-    Pass<A, false>{grid, fields...}.run(threads);
-  else
-    Pass<A, true>{grid, fields...}.run(threads);
-}
 
 }  // namespace dla::DLA_ISA

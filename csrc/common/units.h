@@ -1,0 +1,69 @@
+// How passes over whole feature maps are cut into work for the threads.
+#pragma once
+
+#include "common/map.h"
+#include "common/parallel.h"
+
+namespace dla::DLA_ISA {
+
+// Work is cut into units of some planes by some samples, whatever the number of threads: a unit's
+// result depends on nothing else, so results are the same for any number of threads.
+template <class A>
+struct Units {
+  int64_t groups_per_unit, samples_per_unit, group_units, batch_units;
+
+  explicit Units(const Grid<A>& grid) {
+    const int64_t group_bytes =
+        grid.shape.pixels() * grid.planes * static_cast<int64_t>(sizeof(A));
+    const int64_t wanted = std::max(16 * 1024 / group_bytes, grid.together);
+    groups_per_unit = std::min(wanted, grid.groups);
+    group_units = ceil_div(grid.groups, groups_per_unit);
+    // Enough units to share out; few, since each leaves its own partial weight gradients.
+    const int64_t batch = grid.shape.batch;
+    samples_per_unit = ceil_div(batch, std::min(batch, ceil_div(32, group_units)));
+    batch_units = ceil_div(batch, samples_per_unit);
+  }
+  int64_t count() const { return group_units * batch_units; }
+  int64_t first_group(int64_t unit) const { return unit % group_units * groups_per_unit; }
+};
+
+constexpr int kMostTogether = 4;  // bound of Grid::together
+
+// Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
+// kMostTogether tells the groups apart whose strips are interleaved.
+template <bool kFixedStrides, class A, class Body>
+inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
+  const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
+  const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
+  const int64_t first_group = units.first_group(unit);
+  const int64_t last_group = std::min(grid.groups, first_group + units.groups_per_unit);
+  for (int64_t b = first_sample; b < last_sample; ++b) {
+    for (int64_t start = first_group; start < last_group; start += grid.together) {
+      const int64_t count = std::min(grid.together, last_group - start);
+      for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
+        const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
+        for (int64_t slot = 0; slot < count; ++slot)
+          body(Place<A, kFixedStrides>{grid, b, start + slot, strip}, slot);
+      }
+    }
+  }
+}
+
+// 3x3 filters [C, 3, 3] of a group's channels: one vector per tap.
+template <class A>
+[[gnu::noinline]] void load_filter(const A* weight, const Grid<A>& grid, int64_t group, Vec<A> (&filter)[9]) {
+  const A* from = weight + group * grid.planes * 9;
+  if (grid.channel_lanes)
+    return Copy<A, A>::load_planes(from, 9, grid.lanes(group), 9, reinterpret_cast<A*>(filter));
+  for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
+}
+
+// Runs a pass over the grid.
+template <template <class, bool> class Pass, class A, class... Fields>
+void run_pass(int threads, const Grid<A>& grid, const Fields&... fields) {
+  if constexpr (kTuned<A>)
+    if (!grid.channel_lanes) return Pass<A, true>{grid, fields...}.run(threads);
+  Pass<A, false>{grid, fields...}.run(threads);
+}
+
+}  // namespace dla::DLA_ISA

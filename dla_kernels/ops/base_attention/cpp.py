@@ -1,0 +1,253 @@
+"""``base_attention`` on the compiled CPU kernels (``csrc/ops/base_attention``)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dla_kernels import native
+from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
+from dla_kernels.ops.common import dense_format, empty_features
+from dla_kernels.ops.cpp_common import DTYPES, addresses, contiguous, dense
+from dla_kernels.ops.cpp_common import unsupported as unsupported
+from dla_kernels.ops.light_attention.cpp import NORMS
+
+
+def forward(
+    x: Tensor,
+    values: Sequence[Tensor],
+    state: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    pooled: Sequence[Tensor],
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    key_weights: Sequence[Tensor],
+    v_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+    drop_scale: Tensor | None,
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+    gated: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    relu: bool,
+    residual: bool,
+    return_v: bool,
+) -> tuple[Tensor, ...]:
+    """Arguments and results of ``dla_kernels::base_attention``."""
+    layout = dense_format(x)
+    (batch, channels), layers = x.shape[:2], len(values) + 1
+    dynamic, features = cell != "none", gated == "features"
+    maps = {"x": dense(x, layout)}
+    small = contiguous(
+        state=state,
+        keys=keys,
+        gates=gates,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        v_weight=v_weight,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        drop_scale=drop_scale,
+        mean_in=mean_in,
+        var_in=var_in,
+    )
+    lists = {
+        "values": [dense(value, layout) for value in values],
+        "pooled": [mean.contiguous() for mean in pooled],
+        "cell_params": [w.contiguous() for w in cell_params],
+        "key_weights": [w.contiguous() for w in key_weights],
+    }
+    results = {
+        "out": empty_features(x),
+        "v": empty_features(x) if return_v else x.new_empty(0),
+        "state_out": torch.empty_like(small["state"]),
+        "keys_out": keys.new_empty(0 if features else layers, batch, channels),
+        "gates_out": gates.new_empty(layers if dynamic else 0, batch, channels),
+        "pooled_v": state.new_empty(
+            (batch, channels) if dynamic and return_v and not features else 0
+        ),
+        "scores": state.new_empty(layers, batch, channels // head_dim),
+        "mean": state.new_empty(channels if norm == "batch" else 0),
+        "var": state.new_empty(channels if norm == "batch" else 0),
+        "pooled_x": state.new_empty(batch, channels),
+    }
+    module = native.load()
+    module.base_attention_forward(
+        module.BaseAttentionForward(
+            **_sizes(x, layout, q_weight, cell_params),
+            **_flags(cell, activation, gate, context, gated, head_dim, norm, eps, relu, residual),
+            **addresses(maps | small),
+            **_addresses_of_lists(lists),
+            **_results(results),
+        )
+    )
+    out, v, *rest, own_mean, scores, mean, var, pooled_x = results.values()
+    own_mean = pooled_x.clone() if features else own_mean
+    return out, v, *rest, own_mean, scores, mean, var, pooled_x
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_v: Tensor | None,
+    grad_state: Tensor | None,
+    grad_keys: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_pooled: Tensor | None,
+    later_grads: Sequence[Tensor],
+    later_weights: Sequence[Tensor],
+    x: Tensor,
+    values: Sequence[Tensor],
+    v: Tensor,
+    state: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    pooled: Sequence[Tensor],
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    key_weights: Sequence[Tensor],
+    v_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    drop_scale: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    scores: Tensor,
+    pooled_x: Tensor,
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+    gated: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    relu: bool,
+    residual: bool,
+    needs_values: bool,
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::base_attention_backward``."""
+    layout = dense_format(x)
+    features = gated == "features"
+    maps = {"x": dense(x, layout), "grad_out": dense(grad_out, layout)}
+    maps["grad_v"] = dense(grad_v, layout)
+    weights = contiguous(
+        state=state,
+        keys=keys,
+        gates=gates,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        v_weight=v_weight,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    small = contiguous(
+        drop_scale=drop_scale,
+        mean=mean,
+        var=var,
+        scores=scores,
+        pooled_x=pooled_x,
+        grad_state=grad_state,
+        grad_keys=grad_keys,
+        grad_gates=grad_gates,
+        grad_pooled_v=None if features else grad_pooled,
+        grad_pooled_x=grad_pooled if features else None,
+    )
+    weight_lists = {
+        "pooled": [t.contiguous() for t in pooled],
+        "cell_params": [w.contiguous() for w in cell_params],
+        "key_weights": [w.contiguous() for w in key_weights],
+    }
+    lists = {
+        "values": [dense(value, layout) for value in values],
+        "later_grads": [dense(g, layout) for g in later_grads],
+        "later_weights": [w.contiguous() for w in later_weights],
+    }
+    # The kernel reads g again, whoever else wants it.
+    g = x.new_empty(0) if grad_out is None else empty_features(x)
+    mix = state.new_empty(0 if grad_out is None else (len(values) + 1, *x.shape[:2]))
+    dx = empty_features(x)
+    # It adds to the gradients of the cell, which is evaluated many times.
+    dweights = {name: None if w is None else torch.zeros_like(w) for name, w in weights.items()}
+    dlists = {name: [torch.zeros_like(t) for t in ts] for name, ts in weight_lists.items()}
+    module = native.load()
+    module.base_attention_backward(
+        module.BaseAttentionBackward(
+            **_sizes(x, layout, q_weight, cell_params),
+            **_flags(cell, activation, gate, context, gated, head_dim, norm, eps, relu, residual),
+            **addresses(maps | weights | small),
+            **_addresses_of_lists(weight_lists | lists),
+            **_results({"dx": dx, "g": g, "weights": mix}),
+            **addresses({f"d{name}": w for name, w in dweights.items()}),
+            **_addresses_of_lists({f"d{name}": ts for name, ts in dlists.items()}),
+        )
+    )
+    if not needs_values:
+        g, mix = x.new_empty(0), state.new_empty(0)
+    dstate, dkeys, dgates, dq, dk, dv, *dnorm = dweights.values()
+    dpooled, dcell_params, dkey_weights = dlists.values()
+    grads = [dstate, dkeys, dgates, *dpooled, *dcell_params, dq, dk, *dkey_weights, dv, *dnorm]
+    return [dx, g, mix, *(state.new_empty(0) if t is None else t for t in grads)]
+
+
+def _addresses_of_lists(lists: dict[str, list[Tensor]]) -> dict[str, list[int]]:
+    return {name: [t.data_ptr() for t in tensors] for name, tensors in lists.items()}
+
+
+def _results(tensors: dict[str, Tensor]) -> dict[str, int | None]:
+    """Addresses of what the kernel writes; empty tensors are not wanted."""
+    return {name: t.data_ptr() if t.numel() else None for name, t in tensors.items()}
+
+
+def _sizes(
+    x: Tensor, layout: torch.memory_format, q_weight: Tensor, params: Sequence[Tensor]
+) -> dict[str, object]:
+    """Fields of the native ``BaseAttentionInputs`` that say what the tensors are."""
+    batch, channels, height, width = x.shape
+    return {
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "kernel_size": q_weight.numel(),
+        "hidden": params[0].shape[0] if params else 0,
+        "dtype": DTYPES[x.dtype],
+        "channels_last": layout is torch.channels_last,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _flags(
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+    gated: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    relu: bool,
+    residual: bool,
+) -> dict[str, object]:
+    """Its other fields: the options of the op."""
+    return {
+        "cell": KINDS.get(cell, 0),  # a static layer has no cell parameters and reads no kind
+        "activation": ACTIVATIONS[activation],
+        "sigmoid_gate": gate == "sigmoid",
+        "first_sample": context == "first_sample",
+        "gated_features": gated == "features",
+        "head_dim": head_dim,
+        "norm": NORMS[norm],
+        "eps": eps,
+        "relu": relu,
+        "residual": residual,
+    }
