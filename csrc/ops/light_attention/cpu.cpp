@@ -70,10 +70,11 @@ struct Step {
   Mixture<A> mixture(const A* a, const A* d) const {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
-  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o, void* joined) const {
+  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o, void* joined,
+               const A* x_means, const A* p_means) const {
     run_pass<MomentsPass>(args.threads, grid, feature(args.x), feature(args.p), feature(grad_out),
                           feature(grad_o), feature(joined), small(args.v_weight),
-                          small(args.prev_weight), table);
+                          small(args.prev_weight), x_means, p_means, table);
   }
   PlaneStatistics<A> statistics(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
                                 const ChannelLanes& c) const {
@@ -197,7 +198,7 @@ struct ForwardStep : Step<A> {
     const PlaneTable<A> table(buffers.take(table_size), shape);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
     const Summary<A> summary(small(args.summary), planes);
-    if (batch_norm) this->moments(table, nullptr, nullptr, args.joined);
+    if (batch_norm) this->moments(table, nullptr, nullptr, args.joined, nullptr, nullptr);
     pool_and_score(batch_norm ? &table : nullptr, summary);
     evaluate_cell(summary);
     this->for_channels([&](const ChannelLanes& c) {
@@ -227,13 +228,22 @@ struct BackwardStep : Step<A> {
     A *o_scale, *offset;  // [C]
   };
 
+  // The mean that the forward pass found, but not rounded to A: it is multiplied by sums of gradients
+  // over whole planes, which may be large.
+  Doubles batch_mean(PlaneTable<A> table, const ChannelLanes& c) const {
+    RunningMoments moments;
+    for (int64_t b = 0; b < shape.batch; ++b) moments.add(this->statistics(table, summary, b, c));
+    return moments.mean();
+  }
+
   // g = out_scale G + o_scale (o - mean) + rest + grad_o; the offset is rest - o_scale mean.
   // Also the gradients of the norm's weight and bias, of lam, of the scores and of the cell's output.
   void channel_gradients(PlaneTable<A> table, const ChannelLanes& c, const Coefficients& to, A* da,
                          A* dd) const {
+    const bool batch_norm = args.norm == Norm::batch;
     const double pixels = static_cast<double>(shape.pixels());
-    const Doubles mean = this->mean(args.mean, c), rstd = this->rstd(args.var, c);
-    const Doubles weight = this->norm_weight(c) * rstd;
+    const Doubles mean = batch_norm ? batch_mean(table, c) : this->mean(args.mean, c);
+    const Doubles rstd = this->rstd(args.var, c), weight = this->norm_weight(c) * rstd;
     Doubles dweight{}, dbias{}, dlam{};
     for (int64_t b = 0; b < shape.batch; ++b) {
       const PlaneStatistics<A> s = this->statistics(table, summary, b, c);
@@ -243,7 +253,6 @@ struct BackwardStep : Step<A> {
       dbias += this->drop_scale(b) * s.at(kG);
     }
     dweight *= rstd;
-    const bool batch_norm = args.norm == Norm::batch;
     const double count = pixels * static_cast<double>(shape.batch);
     const Doubles o_scale = batch_norm ? -weight * rstd * dweight / count : Doubles{};
     const Doubles rest = batch_norm ? -weight * dbias / count : Doubles{};
@@ -337,7 +346,8 @@ struct BackwardStep : Step<A> {
     A *grad_state = buffers.take(slots * planes), *partial = buffers.take(partial_size);
     const Coefficients to{out_scale, buffers.take(channels), buffers.take(channels)};
 
-    this->moments(table, args.grad_out, args.grad_o, nullptr);
+    this->moments(table, args.grad_out, args.grad_o, nullptr, summary.y,
+                  this->gated() ? summary.pooled_p : nullptr);
     this->for_channels(
         [&](const ChannelLanes& c) { channel_gradients(table, c, to, da, dd); });
     score_gradients(da, dy, buffers.take(filter_sums));

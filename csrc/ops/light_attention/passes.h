@@ -65,6 +65,7 @@ struct MomentsPass {
   Feature x, p, grad_out, grad_o;
   OutFeature joined;  // not null: x is a branch yet to be joined with p, to here
   const A *v_weight, *prev_weight;
+  const A *x_means, *p_means;  // [B, C], what to shift by; null: not known
   PlaneTable<A> table;
 
   struct Plane {
@@ -74,12 +75,25 @@ struct MomentsPass {
   };
   enum { kX_, kP_, kOut_, kO_, kInputs };
 
-  void begin(int64_t group, Plane& plane) const {
+  void begin(int64_t b, int64_t group, Plane& plane) const {
     load_filter(v_weight, grid, group, plane.v_filter);
     if (prev_weight != nullptr) load_filter(prev_weight, grid, group, plane.e_filter);
     plane.channels = grid.channel_mask(group);
     fill_block(plane.sums, V{});
     fill_block(plane.shift, V{});
+    const int64_t row = b * grid.shape.channels;
+    // The mean of a filtered map is, but for what falls off its edges, the filter's sum times its own.
+    if (x_means != nullptr)
+      plane.shift[0] = channel_vector(x_means + row, grid, group) * sum_of_taps(plane.v_filter);
+    if (p_means == nullptr) return;
+    plane.shift[1] = channel_vector(p_means + row, grid, group);
+    if (prev_weight != nullptr) plane.shift[2] = plane.shift[1] * sum_of_taps(plane.e_filter);
+  }
+
+  static V sum_of_taps(const V (&filter)[9]) {
+    V sum{};
+    for (const V& tap : filter) sum += tap;
+    return sum;
   }
 
   // Value of the shift: one inside the first block, half way along the row.
@@ -107,7 +121,8 @@ struct MomentsPass {
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
       const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
       const Mask<A> own = masks.centre();
-      const bool take_shift = row == 0 && i == 0;
+      const bool begins = row == 0 && i == 0;
+      const bool take_u = begins && x_means == nullptr, take_p = begins && p_means == nullptr;
       const A* x_at = in[kX_].at(row, k);
       for (const In& w : in)
         if (w) prefetch_block<R, A>(w, w.at(row, k));
@@ -116,7 +131,7 @@ struct MomentsPass {
       fill_block(q, V{});
       fill_block(e, V{});
       stencil_block<R, A>(in[kX_], x_at, masks, plane.v_filter, u);
-      if (take_shift) plane.shift[0] = inner<R>(u);
+      if (take_u) plane.shift[0] = inner<R>(u);
       // Each sum is formed over the block's rows first: short chains of additions keep float sums
       // over large planes accurate.
       V alone = {}, with_u = {}, with_p = {}, with_e = {};
@@ -132,7 +147,7 @@ struct MomentsPass {
         const A* p_at = in[kP_].at(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) q[r] = load_masked<A>(p_at + r * in[kP_].row_stride, own);
-        if (take_shift) plane.shift[1] = inner<R>(q);
+        if (take_p) plane.shift[1] = inner<R>(q);
         alone = with_u = with_p = V{};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -144,7 +159,7 @@ struct MomentsPass {
         sums[kP] += alone, sums[kPP] += with_p, sums[kUP] += with_u;
         if (prev_weight != nullptr) {
           stencil_block<R, A>(in[kP_], p_at, masks, plane.e_filter, e);
-          if (take_shift) plane.shift[2] = inner<R>(e);
+          if (take_p) plane.shift[2] = inner<R>(e);
           alone = with_u = with_p = with_e = V{};
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
@@ -204,7 +219,7 @@ struct MomentsPass {
       for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
-        if (strip.first == 0) begin(place.group, plane);
+        if (strip.first == 0) begin(place.b, place.group, plane);
         // One row ahead, which the stencil reads; its first row the strip before has joined.
         if (joined)
           join_rows(place, strip.first == 0 ? 0 : strip.first + 1,

@@ -5,8 +5,9 @@
 
 namespace dla::DLA_ISA {
 
-// Sums over a plane. u, p, e are shifted by their value at one pixel (kShift*), which keeps the
-// squares small: raw float sums of squares lose the variance when the mean is large.
+// Sums over a plane. u, p, e are shifted by about their mean, or by their value at one pixel as long as
+// the means are not known (kShift*). That keeps the squares small: raw float sums of squares lose the
+// variance when the mean is large.
 enum PlaneSum : int {
   kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE,  // of the features
   kG, kGU, kGP, kGE,                             // with the gradient of out
