@@ -3,6 +3,7 @@
 
     python bench/bench_dla.py                      # one DLA-L layer, then ResNet-56; < 5 minutes
     python bench/bench_dla.py --suite ops          # the standalone ops
+    python bench/bench_dla.py --suite family,depth # every model, cell and depth; half an hour
     python bench/bench_dla.py --json out.json --plot out.png
     python bench/bench_dla.py --quick              # smoke test, < 30 seconds
 
@@ -16,7 +17,7 @@ import argparse
 import json
 import os
 
-SUITES = ("layer", "model", "ops")
+SUITES = ("layer", "model", "ops", "family", "depth")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -61,9 +62,9 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", type=shape, nargs="+", help="BxCxHxW .. for the suites layer and ops")
     add("--backends", type=names, default=("auto",), help="of auto,cpp,cuda,triton,reference")
     add("--spec", choices=("official", "paper"), default="official", help="preset of DLA-L")
-    add("--model", default="resnet56", help="family and depth for the suite model")
-    add("--batch", type=positive, default=32, help="batch size for the suite model")
-    add("--channels-last", action="store_true", help="run the suite model in channels_last")
+    add("--model", default="resnet56", help="family and depth of the suites model, family")
+    add("--batch", type=positive, default=32, help="batch size of the networks")
+    add("--channels-last", action="store_true", help="run the networks in channels_last")
     add("--threads", type=positive, help="CPU threads; by default what torch chooses")
     add("--repeats", type=positive, help="rounds over all peers; by default 30, models 10")
     add("--no-compile", action="store_true", help="leave out the torch.compile peer (slow start)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,11 @@ from torch.nn.functional import cross_entropy
 import dla_kernels
 from dla.models import create_model
 from dla.nn import DLALayer, DLAState
+from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.cell.reference import cell as reference_cell
 from dla_kernels.ops.gate.reference import gate as reference_gate
 from dla_kernels.ops.global_pool.reference import global_pool as reference_global_pool
+from dla_kernels.ops.residual_gate.reference import residual_gate as reference_residual_gate
 
 Shape = tuple[int, ...]
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -40,6 +43,7 @@ class Settings:
     spec: str = "official"
     compile: bool = True
     channels_last: bool = False
+    networks: str = "model"  # the suite whose networks are meant
     model: str = "resnet56"
     batch: int = 32
 
@@ -270,16 +274,15 @@ def build_gate(source: Source, shape: Shape, fused: bool) -> Problem:
     return Problem(function, (features, gates), grads, features + gates)
 
 
-def build_cell(source: Source, shape: Shape, fused: bool) -> Problem:
+def build_cell(kind: str, source: Source, shape: Shape, fused: bool) -> Problem:
     batch, channels = shape[:2]
-    hidden = channels // 4
-    sizes = [(hidden, channels), (hidden,), (3 * channels, hidden), (3 * channels,)] * 2
-    params = [source.small(*size, scale=0.1) for size in sizes]
-    y, state = source.small(batch, channels), source.small(2, batch, channels)
-    grad = source.small(2, batch, channels, constant=True)
+    slots, shapes = CELLS[kind].slots, CELLS[kind].shapes(channels // 4, channels)
+    params = [source.small(*size, scale=0.1) for size in shapes]
+    y, state = source.small(batch, channels), source.small(slots, batch, channels)
+    grad = source.small(slots, batch, channels, constant=True)
     function = dla_kernels.cell if fused else reference_cell
     return Problem(
-        lambda y, state, params: (function(y, state, params, "dsu_split"),),
+        lambda y, state, params: (function(y, state, params, kind),),
         (y, state, params),
         (grad,),
         [y, state, *params],
@@ -293,6 +296,38 @@ def layer_passes(settings: Settings) -> dict[str, int]:
     return {"inference": 5, "training": 13}
 
 
+EARLIER = 4  # layers before the DLA-B layer
+
+
+def build_base_layer(source: Source, shape: Shape, fused: bool) -> Problem:
+    """The last DLA-B layer of a stage, after `EARLIER` others."""
+    settings = source.settings
+    layer = source.place(
+        lambda: DLALayer(shape[1], variant="base", spec=settings.spec, fused=fused)
+    )
+    x = source.features(shape)
+    state = None
+    with torch.no_grad(), settings.autocast():
+        for _ in range(EARLIER):
+            _, state = layer(source.constant(shape), state=state)
+    values = [value.detach().requires_grad_(source.training) for value in state.values]
+
+    def function(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        with settings.autocast():
+            earlier = state._replace(values=values)
+            return (layer(x, state=earlier, keep_output=False)[0],)
+
+    leaves = [x, *values, *layer.parameters()]
+    return Problem(function, (x, *values), [source.constant(shape)], leaves)
+
+
+def build_residual_gate(source: Source, shape: Shape, fused: bool) -> Problem:
+    u, shortcut, h = source.features(shape), source.features(shape), source.small(*shape[:2])
+    function = dla_kernels.residual_gate if fused else reference_residual_gate
+    inputs = (u, h, shortcut)
+    return Problem(lambda *of: (function(*of),), inputs, [source.constant(shape)], inputs)
+
+
 LAYER = OpCase("DLA-L layer", build_layer, layer_passes)
 OPS = [
     # mean; its gradient is one write
@@ -303,7 +338,15 @@ OPS = [
         build_gate,
         lambda _: {"inference": 2 * GATED, "training": 5 * GATED},
     ),
-    OpCase("cell dsu_split", build_cell, None, formats=(NCHW,)),
+    # x and the earlier values to out; then these and the gradient of out, and as many gradients
+    OpCase(
+        f"DLA-B layer ({EARLIER} earlier)",
+        build_base_layer,
+        lambda _: {"inference": EARLIER + 2, "training": 3 * EARLIER + 5},
+    ),
+    # u and the shortcut to out; then u, out and the gradient to two gradients
+    OpCase("residual_gate", build_residual_gate, lambda _: {"inference": 3, "training": 8}),
+    *(OpCase(f"cell {kind}", partial(build_cell, kind), None, formats=(NCHW,)) for kind in CELLS),
 ]
 
 
@@ -320,14 +363,36 @@ class ModelCase:
     answer: str
 
 
+FAMILY = {"DLA-L": "dla_l", "MRLA-L": "mrla_l", "DLA-B": "dla_b", "MRLA-B": "mrla_b", "DIA": "dia"}
+
+
 def model_cases(settings: Settings) -> dict[str, ModelCase]:
-    """By name; the first is what the others are compared with."""
-    spec = {"spec": settings.spec}
+    """Those of ``settings.networks`` by name; the first is what the others are compared with."""
+    plain = {"plain": ModelCase("plain", {}, "peer", "plain")}
+    light, base = both_paths("DLA-L", settings), both_paths("DLA-B", settings)
+    if settings.networks == "depth":
+        return plain | light | base
+    if settings.networks == "model":
+        others = {}
+        for label in ("MRLA-L", "DLA-B", "MRLA-B"):
+            name = f"{label} fused"
+            others[name] = both_paths(label, settings)[name]
+        return plain | light | others
+    family = plain | {name.upper(): ModelCase(name, {}, "ours", name) for name in ("se", "eca")}
+    for label in FAMILY:
+        family |= both_paths(label, settings)
+    for kind in CELLS:
+        family |= both_paths("DLA-L", settings, cell=kind)
+    return family
+
+
+def both_paths(label: str, settings: Settings, **options: Any) -> dict[str, ModelCase]:
+    """A member of the family, unfused and fused."""
+    title = " ".join([label, *options.values()])
+    options = {"spec": settings.spec, **options}
     return {
-        "plain": ModelCase("plain", {}, "peer", "plain"),
-        "DLA-L unfused": ModelCase("dla_l", {**spec, "fused": False}, "peer", "dla_l"),
-        "DLA-L fused": ModelCase("dla_l", {**spec, "fused": True}, "ours", "dla_l"),
-        "MRLA-L fused": ModelCase("mrla_l", {**spec, "fused": True}, "ours", "mrla_l"),
+        f"{title} {path}": ModelCase(FAMILY[label], {**options, "fused": fused}, role, title)
+        for path, fused, role in (("unfused", False, "peer"), ("fused", True, "ours"))
     }
 
 

@@ -20,7 +20,8 @@ import report
 from cases import MODES, Contestant, Network, Peer, Settings, Shape
 
 Row = dict[str, Any]
-REPEATS = {"layer": 30, "ops": 30, "model": 10}
+REPEATS = {"layer": 30, "ops": 30, "model": 10, "family": 10, "depth": 5}
+DEPTHS = (20, 29, 56, 110)
 QUICK_REPEATS = 2
 PEAK_STEPS = 3
 
@@ -40,7 +41,13 @@ class Bench:
 
     def run(self) -> None:
         self.view.header(self.store.meta)
-        suites = {"layer": self.layer, "ops": self.ops, "model": self.model}
+        suites = {
+            "layer": self.layer,
+            "ops": self.ops,
+            "model": lambda: self.model("model"),
+            "family": lambda: self.model("family"),
+            "depth": self.depth,
+        }
         for suite in self.options.suite:
             suites[suite]()
         if self.options.plot:
@@ -73,45 +80,51 @@ class Bench:
             table += rows
         self.view.op_table(table)
 
-    def model(self) -> None:
+    def depth(self) -> None:
+        """How time and memory grow with the number of layers."""
+        for depth in DEPTHS[:1] if self.options.quick else DEPTHS:
+            self.model("depth", f"resnet{depth}")
+
+    def model(self, networks: str, model: str | None = None) -> None:
         """Whole networks: time, activations kept and peak memory."""
-        settings, table = self.settings, []
+        settings = replace(self.settings, networks=networks, model=model or self.settings.model)
+        table = []
         for mode in MODES:
-            key = {"suite": "model", "case": settings.model, "mode": mode}
+            key = {"suite": networks, "case": settings.model, "mode": mode}
             key["shape"] = [settings.batch, 3, 32, 32]
             rows = self.contest(key, list(cases.model_contestants(settings, mode)))
             if mode == "training":
-                self.weigh(rows)
+                self.weigh(settings, rows)
             rate_models(rows)
             self.store.add(rows)
             table += rows
         self.view.model_table(table)
 
-    def weigh(self, rows: list[Row]) -> None:
+    def weigh(self, settings: Settings, rows: list[Row]) -> None:
         """Adds what each model keeps for backward and its peak memory while training."""
-        with self.view.progress(f"{self.settings.model} memory", len(rows)) as tick:
+        with self.view.progress(f"{settings.model} memory", len(rows)) as tick:
             for row, (name, (case, backend)) in zip(
-                rows, cases.networks(self.settings).items(), strict=True
+                rows, cases.networks(settings).items(), strict=True
             ):
                 if "ms" in row:
-                    network = Network(self.settings, case, training=True, backend=backend)
+                    network = Network(settings, case, training=True, backend=backend)
                     forward = cases.on_backend(backend, network.forward)
                     row["kept_bytes"] = measure.saved_bytes(forward, network.model.parameters())
                     del network, forward
-                    row |= self.peak(name)
+                    row |= self.peak(settings, name)
                 tick()
 
-    def peak(self, name: str) -> Row:
+    def peak(self, settings: Settings, name: str) -> Row:
         """Peak memory of one model, trained in a process of its own."""
         child = {
             "name": name,
             "cpus": self.cpus,
-            "device": str(self.settings.device),
-            "dtype": dtype_name(self.settings.dtype),
+            "device": str(settings.device),
+            "dtype": dtype_name(settings.dtype),
             "threads": torch.get_num_threads(),
             "settings": {
-                key: getattr(self.settings, key)
-                for key in ("backends", "spec", "channels_last", "model", "batch")
+                key: getattr(settings, key)
+                for key in ("backends", "spec", "channels_last", "networks", "model", "batch")
             },
         }
         script = Path(__file__).with_name("bench_dla.py")

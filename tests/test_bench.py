@@ -172,7 +172,13 @@ def test_ours_failing_or_computing_something_else_fails_the_run(value: float | N
 def test_quick_run(tmp_path: Path) -> None:
     """The command as CI and users run it, all suites, in well under a minute."""
     data, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    command = [sys.executable, str(BENCH / "bench_dla.py"), "--quick", "--suite", "layer,ops,model"]
+    command = [
+        sys.executable,
+        str(BENCH / "bench_dla.py"),
+        "--quick",
+        "--suite",
+        "layer,ops,model,family,depth",
+    ]
     # One thread: bound threads crawl where other processes hold a core, as in parallel tests.
     command += ["--device", "cpu", "--threads", "1", "--json", str(data), "--plot", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

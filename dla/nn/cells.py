@@ -21,7 +21,7 @@ class Cell(nn.Module):
 
     Args:
         channels: C, of input and state.
-        reduction: the hidden width is C // reduction.
+        reduction: the hidden width is C // reduction; "lstm" and "rnn" have no hidden layer.
         activation: what normalises c on its way into a ``dsu`` cell: "sigmoid", "tanh", "relu"
             or "identity". Other kinds take no notice.
         initial_state: "zeros"; "normal", drawn anew from N(0, 1) for every stage and batch; or
@@ -112,6 +112,7 @@ class DSUSplitCell(Cell):
     kind = "dsu_split"
     slots = 2
     official_gate = "identity"  # h' = sigmoid(c') is in (0, 1) already
+    gates: ClassVar[int] = 3
 
     def __init__(
         self,
@@ -121,12 +122,52 @@ class DSUSplitCell(Cell):
         initial_state: str = "zeros",
     ) -> None:
         super().__init__(channels, reduction, activation, initial_state)
-        hidden = self.hidden
+        hidden, gates = self.hidden, self.gates * channels
         for side in ("y", "h"):
             self._add_weight(f"{side}_w1", hidden, channels, fan_in=channels)
             self._add_weight(f"{side}_b1", hidden, fan_in=channels)
-            self._add_weight(f"{side}_w2", 3 * channels, hidden, fan_in=hidden)
-            self._add_weight(f"{side}_b2", 3 * channels, fan_in=hidden)
+            self._add_weight(f"{side}_w2", gates, hidden, fan_in=hidden)
+            self._add_weight(f"{side}_b2", gates, fan_in=hidden)
 
 
-CELLS: dict[str, type[Cell]] = {cell.kind: cell for cell in (DSUCell, DSUSplitCell)}
+class DIACell(DSUSplitCell):
+    """Cell of DIANet: `DSUSplitCell` with an output gate. 2 (5 C h + h + 4 C) parameters."""
+
+    kind = "dia"
+    gates = 4
+
+
+class LSTMCell(Cell):
+    """torch.nn.LSTMCell with its parameters' names. State: (h, c); 8 C^2 + 8 C parameters."""
+
+    kind = "lstm"
+    slots = 2
+    official_gate = "sigmoid"
+    gates: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 4,
+        activation: str = "sigmoid",
+        initial_state: str = "zeros",
+    ) -> None:
+        super().__init__(channels, reduction, activation, initial_state)
+        gates = self.gates * channels
+        self._add_weight("weight_ih", gates, channels, fan_in=channels)
+        self._add_weight("weight_hh", gates, channels, fan_in=channels)
+        self._add_weight("bias_ih", gates, fan_in=channels)
+        self._add_weight("bias_hh", gates, fan_in=channels)
+
+
+class RNNCell(LSTMCell):
+    """torch.nn.RNNCell with its parameters' names. State: (h); 2 C^2 + 2 C parameters."""
+
+    kind = "rnn"
+    slots = 1
+    gates = 1
+
+
+CELLS: dict[str, type[Cell]] = {
+    cell.kind: cell for cell in (DSUCell, DSUSplitCell, DIACell, LSTMCell, RNNCell)
+}

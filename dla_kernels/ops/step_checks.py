@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from dla_kernels.ops import checks
-from dla_kernels.ops.cell import ACTIVATIONS, SLOTS, check_params
+from dla_kernels.ops.cell import ACTIVATIONS, CELLS, check_params
 
 STATIC = "none"
-CELLS = (*SLOTS, STATIC)
 GATES = ("identity", "sigmoid")
 CONTEXTS = ("per_sample", "first_sample")
 NORMS = ("batch", "running", "none")
@@ -17,7 +16,7 @@ NORMS = ("batch", "running", "none")
 
 def check_flags(cell: str, activation: str, gate: str, context: str, norm: str, eps: float) -> None:
     """Raises ValueError unless each is one of its words, and eps at least 0."""
-    checks.one_of("cell", cell, CELLS)
+    checks.one_of("cell", cell, (*CELLS, STATIC))
     checks.one_of("activation", activation, ACTIVATIONS)
     checks.one_of("gate", gate, GATES)
     checks.one_of("context", context, CONTEXTS)
@@ -48,7 +47,8 @@ def check_cell(
     device: torch.device,
 ) -> None:
     """Raises unless state and parameters are those of such a cell; of none, if it is static."""
-    checks.like("state", state, (SLOTS.get(cell, 0), batch, channels), dtype, device)
+    slots = 0 if cell == STATIC else CELLS[cell].slots
+    checks.like("state", state, (slots, batch, channels), dtype, device)
     if cell != STATIC:
         check_params("cell_params", cell_params, cell, channels, dtype, device)
     elif cell_params:

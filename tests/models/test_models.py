@@ -36,6 +36,9 @@ PARAMETERS = {
     "resnet20_mrla_b": (230_286, 253_416),
     "resnet56_mrla_b": (621_046, 644_176),
     "resnet110_mrla_b": (1_207_186, 1_230_316),
+    "resnet20_dia": (439_226, 462_356),
+    "resnet56_dia": (810_170, 833_300),
+    "resnet110_dia": (1_366_586, 1_389_716),
     "resnet20_dla_l": (410_158, 433_288),
     "resnet56_dla_l": (802_710, 825_840),
     "resnet110_dla_l": (1_391_538, 1_414_668),
@@ -46,6 +49,11 @@ PARAMETERS = {
 # Tables 4 and 6 of the paper, CIFAR-100: cells other than a model's own.
 PARAMETERS_OF_CELLS = [
     ("resnet110_dla_l", {"cell": "dsu", "spec": "official"}, 1_348_588),
+    ("resnet110_dla_l", {"cell": "dia", "spec": "official"}, 1_458_572),
+    ("resnet110_dla_l", {"cell": "lstm", "spec": "official"}, 1_931_436),
+    ("resnet110_dla_l", {"cell": "rnn", "spec": "official"}, 1_412_652),
+    ("resnet56_dia", {"cell": "lstm"}, 1_306_164),
+    ("resnet110_dia", {"cell": "lstm"}, 1_862_580),
     ("resnet56_dia", {"cell": "dsu_split"}, 789_396),
     ("resnet110_dia", {"cell": "dsu_split"}, 1_345_812),
     ("resnet56_dia", {"cell": "dsu"}, 723_316),
@@ -62,8 +70,11 @@ ATTENTION_MODELS = [
         for variant in ("mrla_l", "mrla_b", "dla_l", "dla_b")
         for spec in ("paper", "official")
     ),
+    ("resnet20_dia", {}),
     ("resnet20_dia", {"cell": "dsu"}),
     ("resnet20_dia", {"cell": "dsu_split"}),
+    ("resnet20_dla_l", {"spec": "official", "cell": "lstm"}),
+    ("resnet20_dla_b", {"spec": "paper", "cell": "rnn"}),
 ]
 ALL_MODELS = [
     *((f"resnet20_{variant}", {}) for variant in ("plain", "se", "eca")),
@@ -349,7 +360,7 @@ def train(model: nn.Module, x: Tensor, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("context", ["per_sample", "first_sample"])
-@pytest.mark.parametrize("cell", ["dsu", "dsu_split"])
+@pytest.mark.parametrize("cell", ["dsu", "dsu_split", "dia", "lstm", "rnn"])
 @pytest.mark.parametrize("spec", ["paper", "official"])
 @pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
 def test_every_choice_of_dla_fused_and_unfused(

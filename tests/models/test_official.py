@@ -17,6 +17,7 @@ from tolerances import FLOOR, MODELS, assert_close
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VARIANT_OPTIONS = {name: {"spec": "official"} for name in ("dla_l", "mrla_l", "dla_b", "mrla_b")}
+VARIANT_OPTIONS["dia"] = {}
 WITH_CONTEXT = ("dla_l", "dla_b")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 

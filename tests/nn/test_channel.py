@@ -16,7 +16,7 @@ from tolerances import MODELS, assert_close, assert_gradients_close
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHANNELS = 6
-CELLS = ("dsu", "dsu_split")
+CELLS = ("dsu", "dsu_split", "dia", "lstm", "rnn")
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_fused = pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 

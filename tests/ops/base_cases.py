@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from light_cases import cell_params
+from light_cases import SLOTS, cell_params
 from op_cases import compute_dtype, feature, label, random_small
 
 OUTPUTS = (
     "out", "v", "state", "keys", "gates", "pooled", "scores", "mean", "var", "pooled_x",
 )  # fmt: skip
 CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
-SLOTS = {"none": 0, "dsu": 1, "dsu_split": 2}
 
 
 @dataclass(frozen=True)

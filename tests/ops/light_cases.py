@@ -10,6 +10,8 @@ from torch import Tensor
 
 from op_cases import compute_dtype, feature, label, random_small
 
+# Slots of the state of each kind of cell.
+SLOTS = {"none": 0, "dsu": 1, "dsu_split": 2, "dia": 2, "lstm": 2, "rnn": 1}
 OUTPUTS = ("out", "o", "joined", "state", "mean", "var", "summary")
 CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
 
@@ -102,7 +104,7 @@ class Case:
             return values
 
         normed, running = self.norm != "none" and self.affine, self.norm == "running"
-        slots = {"none": 0, "dsu": 1, "dsu_split": 2}[self.cell]
+        slots = SLOTS[self.cell]
         return {
             "x": map_(self.x_layout),
             "p": map_(self.p_layout) if self.has_p else None,
@@ -122,7 +124,7 @@ class Case:
 
     def cotangents(self, generator: torch.Generator, device: str = "cpu") -> dict[int, Tensor]:
         """Gradients arriving at the outputs, by number of the output."""
-        slots = {"none": 0, "dsu": 1, "dsu_split": 2}[self.cell]
+        slots = SLOTS[self.cell]
         state = (slots, *self.shape[:2])
         like = {"dtype": compute_dtype(self.dtype), "device": device}
         options: dict[str, Any] = {"generator": generator, "device": device}
@@ -149,6 +151,9 @@ def cell_params(
         "none": [],
         "dsu": [(h, 2 * c), (3 * c, h), (3 * c,)],
         "dsu_split": [(h, c), (h,), (3 * c, h), (3 * c,)] * 2,
+        "dia": [(h, c), (h,), (4 * c, h), (4 * c,)] * 2,
+        "lstm": [(4 * c, c), (4 * c, c), (4 * c,), (4 * c,)],
+        "rnn": [(c, c), (c, c), (c,), (c,)],
     }
     return [
         random_small(*shape, generator=generator, scale=shape[-1] ** -0.5, **like)

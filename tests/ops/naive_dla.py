@@ -26,18 +26,27 @@ ACTIVATIONS = {
 def cell_row(kind: str, y: Array, state: Array, params: list[Array], activation: str) -> Array:
     """One sample: y [C], state [S, C] -> new state [S, C]."""
     size = len(y)
-    if kind == "dsu":
+    if kind in ("lstm", "rnn"):
+        w_y, w_h, b_y, b_h = params
+        gates = w_y @ y + b_y + w_h @ state[0] + b_h
+        if kind == "rnn":
+            return np.stack([np.tanh(gates)])
+        c = state[1]
+    elif kind == "dsu":
         c = state[0]
         hidden = params[0] @ np.concatenate([ACTIVATIONS[activation](c), y])
         gates = params[1] @ np.maximum(hidden, 0.0) + params[2]
     else:
         h, c = state
-        gates = np.zeros(3 * size)
+        gates = np.zeros(len(params[3]))
         for u, (w1, b1, w2, b2) in ((y, params[:4]), (h, params[4:])):
             gates = gates + w2 @ np.maximum(w1 @ u + b1, 0.0) + b2
-    i, f, candidate = gates[:size], gates[size : 2 * size], gates[2 * size :]
+    i, f, candidate, *o = (gates[at : at + size] for at in range(0, len(gates), size))
     new_c = sigmoid(f) * c + sigmoid(i) * np.tanh(candidate)
-    return np.stack([new_c]) if kind == "dsu" else np.stack([sigmoid(new_c), new_c])
+    if kind == "dsu":
+        return np.stack([new_c])
+    output = np.tanh(new_c) if kind == "lstm" else sigmoid(new_c)
+    return np.stack([sigmoid(o[0]) * output if o else output, new_c])
 
 
 def cell(kind: str, y: Array, state: Array, params: list[Array], activation: str) -> Array:

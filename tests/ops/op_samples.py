@@ -11,7 +11,7 @@ from torch import Tensor
 
 import base_cases
 import dla_kernels
-from light_cases import CONSTANT, Case, cell_params
+from light_cases import CONSTANT, SLOTS, Case, cell_params
 from op_cases import compute_dtype, feature, random_small
 
 Shape = tuple[int, int, int, int]
@@ -121,7 +121,7 @@ def base_attention(**changes: Any) -> Make:
 # op -> variant -> how to make a call
 SAMPLES: dict[str, dict[str, Make]] = {
     "global_pool": {"": global_pool},
-    "cell": {"dsu": cell("dsu", 1), "dsu_split": cell("dsu_split", 2)},
+    "cell": {kind: cell(kind, slots) for kind, slots in SLOTS.items() if kind != "none"},
     "gate": {"": gate},
     "residual_gate": {"": residual_gate},
     "light_attention": {

@@ -60,7 +60,7 @@ AXES: dict[str, Any] = {
     "x_layout": LAYOUTS,
     "value_layout": LAYOUTS,
     "grad_layout": LAYOUTS,
-    "cell": ["dsu_split", "dsu", "none"],
+    "cell": ["dsu_split", "dsu", "dia", "lstm", "rnn", "none"],
     "activation": ["sigmoid", "tanh", "relu", "identity"],
     "gate": ["identity", "sigmoid"],
     "context": ["per_sample", "first_sample"],

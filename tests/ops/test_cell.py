@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dla_kernels
-from light_cases import cell_params
+from light_cases import SLOTS, cell_params
 from op_cases import case_id, compare, covering, each_backend, random_small
 from refusals import assert_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-SLOTS = {"dsu": 1, "dsu_split": 2}
+KINDS = [kind for kind in SLOTS if kind != "none"]
 ACTIVATIONS = ["sigmoid", "tanh", "relu", "identity"]
 AXES = {
-    "kind": list(SLOTS),
+    "kind": KINDS,
     "activation": ACTIVATIONS,
     "dtype": [torch.float32, torch.float64],
     "batch": [1, 2, 3, 32],  # one row; rows fewer than a register block; whole blocks
@@ -95,7 +95,7 @@ def test_any_shape(backend: str, **case) -> None:
 
 
 @each_backend("cell")
-@pytest.mark.parametrize("kind", SLOTS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [30.0, 1e4])
 def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch.Generator) -> None:
     """Far out on the sigmoid and tanh: no overflow, no NaN, right limits and (zero) gradients."""
@@ -205,5 +205,5 @@ def test_bad_input(bad: str) -> None:
 
 def test_good_arguments_are_good() -> None:
     """What the refusals start from is accepted."""
-    for kind in SLOTS:
+    for kind in KINDS:
         assert dla_kernels.cell(*arguments(kind)).shape == (SLOTS[kind], 2, 4)

@@ -36,7 +36,7 @@ from tolerances import assert_close, assert_gradients_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-CELLS = ["dsu_split", "dsu", "none"]
+CELLS = ["dsu_split", "dsu", "dia", "lstm", "rnn", "none"]
 ACTIVATIONS = ["sigmoid", "tanh", "relu", "identity"]
 CONTEXTS = ["per_sample", "first_sample"]
 NORMS = ["batch", "running", "none"]

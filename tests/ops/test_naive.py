@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 import naive_dla
-from light_cases import CONSTANT, OUTPUTS, Case, cell_params
+from light_cases import CONSTANT, OUTPUTS, SLOTS, Case, cell_params
 from op_cases import covering, flatten, in_float64, random_small, reference
 from tolerances import assert_close
+
+KINDS = [kind for kind in SLOTS if kind != "none"]
 
 AXES = {
     "shape": [(1, 4, 1, 1), (2, 6, 3, 2), (3, 6, 1, 4), (2, 4, 5, 3)],
     "head_dim": [1, 2, 3],
     "kernel": [1, 3, 5],
-    "cell": ["dsu", "dsu_split", "none"],
+    "cell": list(SLOTS),
     "activation": ["sigmoid", "tanh", "relu", "identity"],
     "gate": ["identity", "sigmoid"],
     "context": ["per_sample", "first_sample"],
@@ -50,14 +52,24 @@ def test_light_attention(case: Case, generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "identity"])
-@pytest.mark.parametrize(("kind", "slots"), [("dsu", 1), ("dsu_split", 2)])
-def test_cell(kind: str, slots: int, activation: str, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_cell(kind: str, activation: str, generator: torch.Generator) -> None:
     y = random_small(3, 5, generator=generator)
-    state = random_small(slots, 3, 5, generator=generator)
+    state = random_small(SLOTS[kind], 3, 5, generator=generator)
     params = cell_params(kind, 5, 2, generator, dtype=torch.float64)
     got = reference("cell")(y, state, params, kind, activation)
     want = naive_dla.cell(kind, y.numpy(), state.numpy(), as_numpy(params), activation)
     assert_close(got, torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "rnn"])
+def test_full_rank_cells_are_those_of_torch(kind: str, generator: torch.Generator) -> None:
+    theirs = {"lstm": torch.nn.LSTMCell, "rnn": torch.nn.RNNCell}[kind](5, 5).double()
+    y = random_small(3, 5, generator=generator)
+    state = random_small(SLOTS[kind], 3, 5, generator=generator)
+    got = reference("cell")(y, state, list(theirs.parameters()), kind)
+    want = theirs(y, tuple(state)) if kind == "lstm" else [theirs(y, state[0])]
+    assert_close(got, torch.stack(list(want)))
 
 
 def test_official_cell_starts_from_zero_not_from_one_half() -> None:
@@ -71,10 +83,9 @@ def test_official_cell_starts_from_zero_not_from_one_half() -> None:
     assert_close(first, torch.stack([torch.sigmoid(c), c]).view(2, 1, 1).expand(2, 1, 2))
 
 
-@pytest.mark.parametrize("kind", ["dsu", "dsu_split"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cell_gradients(kind: str, generator: torch.Generator) -> None:
-    slots = {"dsu": 1, "dsu_split": 2}[kind]
-    shapes = [(2, 4), (slots, 2, 4)]
+    shapes = [(2, 4), (SLOTS[kind], 2, 4)]
     leaves = [random_small(*shape, generator=generator) for shape in shapes]
     leaves += cell_params(kind, 4, 2, generator, dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in leaves]

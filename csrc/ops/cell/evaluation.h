@@ -81,6 +81,7 @@ class Evaluation {
       inputs_[source] = panels(workspace.inputs[source], channels());
     if (layout.reads(kNormalised))
       inputs_[kNormalised] = panels(workspace.inputs[kNormalised], channels());
+    if (!layout.has_hidden()) return;
     for (int b = 0; b < layout.branches; ++b)
       hidden_[b] = panels(workspace.hidden[b], cell.hidden);
   }
@@ -89,6 +90,7 @@ class Evaluation {
   void keep_rows(Workspace& workspace) {
     if (layout.reads(kNormalised))
       normalised_rows_ = workspace.normalised_rows.reserve<A>(in.batch * channels());
+    if (!layout.has_hidden()) return;
     for (int b = 0; b < layout.branches; ++b)
       hidden_rows_[b] = workspace.hidden_rows[b].reserve<A>(in.batch * cell.hidden);
   }
@@ -99,7 +101,7 @@ class Evaluation {
     run_stages(threads, groups.count,
                Stage{channels(), kChannels,
                      [this](Size group, Size c, Size n) { pack_inputs(group, c, n); }},
-               stage_of_sets(layout.branches, cell.hidden, kUnits,
+               stage_of_sets(layout.branches, hidden_units(), kUnits,
                              [this](int b, Size group, Size first, Size n) {
                                hidden_layer(b, group, first, n);
                              }),
@@ -115,14 +117,25 @@ class Evaluation {
       const A* other = layout.branches == 2 ? param(layout.branch[1].b2) : nullptr;
       fill(n, [=](Size i) { return bias[first + i] + (other ? other[first + i] : A(0)); }, out);
       for (int b = 0; b < layout.branches; ++b) {
-        const A* weights = param(layout.branch[b].w2) + first * cell.hidden;
-        multiply_add<A>(n, groups.columns(group), cell.hidden, {weights, cell.hidden, 1},
-                        hidden_[b].of(group), groups.width, out, groups.width);
+        const A* weights = param(layout.branch[b].w2) + first * gate_inputs();
+        multiply_add<A>(n, groups.columns(group), gate_inputs(), {weights, gate_inputs(), 1},
+                        gate_input(b, group), groups.width, out, groups.width);
       }
     }
   }
 
   Size channels() const { return cell.channels; }
+  Size hidden_units() const { return layout.has_hidden() ? cell.hidden : 0; }
+  // Numbers that a branch makes the gates of.
+  Size gate_inputs() const { return layout.has_hidden() ? cell.hidden : channels(); }
+  const A* gate_input(int b, Size group) const {
+    return layout.has_hidden() ? hidden_[b].of(group) : input(layout.branch[b].source[0], group, 0);
+  }
+  Rows<const A> gate_input_rows(int b, Size group) const {
+    if (!layout.has_hidden()) return rows(layout.branch[b].source[0], group);
+    const Rows<A> kept = hidden_rows(b, group);
+    return {kept.data, kept.stride, kept.count};
+  }
   const A* param(int index) const { return cell.params[index]; }
   Size size(Size n) const { return n * groups.width; }
   const A* input(Source source, Size group, Size c) const { return inputs_[source].of(group, c); }

@@ -24,8 +24,9 @@ class Gradients {
         to_(to),
         gates_(cell.panels(workspace.grad_gates, cell.layout.gates * cell.channels())),
         memory_(cell.panels(workspace.grad_memory, cell.channels())) {
+    if (!cell.layout.has_hidden()) return;
     for (int b = 0; b < cell.layout.branches; ++b)
-      hidden_[b] = cell.panels(workspace.grad_hidden[b], cell.cell.hidden);
+      hidden_[b] = cell.panels(workspace.grad_hidden[b], hidden());
   }
 
   template <class Tail>
@@ -48,7 +49,7 @@ class Gradients {
  private:
   const CellLayout& layout() const { return cell_.layout; }
   Size channels() const { return cell_.channels(); }
-  Size hidden() const { return cell_.cell.hidden; }
+  Size hidden() const { return cell_.hidden_units(); }
   Size width() const { return cell_.groups.width; }
   Size all_gates() const { return layout().gates * channels(); }
 
@@ -142,6 +143,12 @@ class Gradients {
       const Branch& branch = layout().branch[b];
       for (int i = 0; i < branch.sources; ++i) {
         if (branch.source[i] != source) continue;
+        if (!branch.has_hidden()) {
+          multiply_add<A>(n, cell_.groups.columns(group), all_gates(),
+                          {cell_.param(branch.w2) + c, 1, channels()}, gates_.of(group), width(),
+                          grad, width());
+          continue;
+        }
         const A* weights = cell_.param(branch.w1) + i * channels() + c;
         multiply_add<A>(n, cell_.groups.columns(group), hidden(),
                         {weights, 1, branch.sources * channels()}, hidden_[b].of(group), width(),
@@ -168,7 +175,8 @@ class Gradients {
   }
 
   auto hidden_weights_loop() const {
-    return all_groups(stage_of_sets(layout().branches, channels(), kChannels,
+    const int sets = layout().has_hidden() ? layout().branches : 0;
+    return all_groups(stage_of_sets(sets, channels(), kChannels,
                                     [this](int b, Size group, Size c, Size n) {
                                       hidden_weights(b, group, c, n);
                                     }));
@@ -200,9 +208,10 @@ class Gradients {
   void gate_weights(int b, Size group, Size first, Size n) const {
     A* weights = to_.params[layout().branch[b].w2];
     if (weights == nullptr) return;
-    const Rows<A> input = cell_.hidden_rows(b, group);
-    multiply_add<A>(n, hidden(), input.count, {gates_.of(group, first), width(), 1}, input.data,
-                    input.stride, weights + first * hidden(), hidden());
+    const Rows<const A> input = cell_.gate_input_rows(b, group);
+    const Size inputs = cell_.gate_inputs();
+    multiply_add<A>(n, inputs, input.count, {gates_.of(group, first), width(), 1}, input.data,
+                    input.stride, weights + first * inputs, inputs);
   }
 
   // The gates are a sum over the branches: all their biases have one gradient.

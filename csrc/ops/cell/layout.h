@@ -1,5 +1,6 @@
 // What distinguishes one kind of cell from another: where its parameters act (CellLayout) and the
-// pointwise function behind the products (a tail). Everything else is one scaffold, evaluation.h and gradients.h.
+// pointwise function behind the products (a tail). Everything else is one scaffold, evaluation.h and
+// gradients.h.
 #pragma once
 
 #include <stdexcept>
@@ -15,12 +16,14 @@ enum Source : int { kInput, kSlot0, kSlot1, kNormalised, kSources };
 
 constexpr Source slot_source(int slot) { return static_cast<Source>(kSlot0 + slot); }
 
-// gates += W2 hidden + b2 with hidden = ReLU(W1 [sources] + b1), the sources side by side; numbers
-// are positions in the parameter list.
+// gates += W2 hidden + b2 with hidden = ReLU(W1 [sources] + b1), the sources side by side; or without
+// a hidden layer, gates += W2 source + b2. Numbers are positions in the parameter list.
 struct Branch {
   int sources;
   Source source[2];
-  int w1, b1, w2, b2;  // b1 = -1: none
+  int w1, b1, w2, b2;  // b1 = -1: none; w1 = -1: no hidden layer
+
+  bool has_hidden() const { return w1 >= 0; }
 };
 
 struct CellLayout {
@@ -34,6 +37,7 @@ struct CellLayout {
         if (branch[b].source[i] == source) return true;
     return false;
   }
+  bool has_hidden() const { return branch[0].has_hidden(); }
 };
 
 // A tail: gates -> new state, pointwise. The gates go through their activations; update() makes the
@@ -82,12 +86,71 @@ struct DsuSplitTail : GatedMemory {
   }
 };
 
+// The gates (i, f, c~, o), the last of which the output passes: h' = o squash(c').
+struct GatedOutput {
+  static constexpr int gates = 4;
+  static constexpr Activation gate_activation[gates] = {Activation::sigmoid, Activation::sigmoid,
+                                                        Activation::tanh, Activation::sigmoid};
+
+  template <class A>
+  static Vec<A> update(const Vec<A>* gate, Vec<A> old) {
+    return GatedMemory::update<A>(gate, old);
+  }
+  template <class A>
+  static Vec<A> update_backward(const Vec<A>* gate, Vec<A> old, Vec<A> grad, Vec<A>* grad_gate) {
+    return GatedMemory::update_backward<A>(gate, old, grad, grad_gate);
+  }
+  template <class A>
+  static Vec<A> output(const Vec<A>* gate, Vec<A> squashed) {
+    return gate[3] * squashed;
+  }
+  template <class A>
+  static Vec<A> output_backward(const Vec<A>* gate, Vec<A> squashed, Vec<A> grad,
+                                Vec<A>* grad_gate) {
+    grad_gate[3] = grad * squashed;
+    return grad * gate[3];
+  }
+};
+
+struct DiaTail : GatedOutput {
+  static constexpr CellLayout layout{
+      2, 1, gates, 8, 2, {{1, {kInput}, 0, 1, 2, 3}, {1, {kSlot0}, 4, 5, 6, 7}}};
+  static constexpr Activation squash = Activation::sigmoid;
+};
+
+struct LstmTail : GatedOutput {
+  static constexpr CellLayout layout{
+      2, 1, gates, 4, 2, {{1, {kInput}, -1, -1, 0, 2}, {1, {kSlot0}, -1, -1, 1, 3}}};
+  static constexpr Activation squash = Activation::tanh;
+};
+
+// h' = tanh(its one gate).
+struct RnnTail {
+  static constexpr int gates = 1;
+  static constexpr Activation gate_activation[gates] = {Activation::tanh};
+  static constexpr CellLayout layout{
+      1, 0, gates, 4, 2, {{1, {kInput}, -1, -1, 0, 2}, {1, {kSlot0}, -1, -1, 1, 3}}};
+
+  template <class A>
+  static Vec<A> update(const Vec<A>* gate, Vec<A>) {
+    return gate[0];
+  }
+  template <class A>
+  static Vec<A> update_backward(const Vec<A>*, Vec<A>, Vec<A> grad, Vec<A>* grad_gate) {
+    grad_gate[0] = grad;
+    return Vec<A>{};
+  }
+};
+
 // Calls body(tail) with the tail of the kind: the one list of all kinds.
 template <class Body>
 auto with_tail(CellKind kind, Body&& body) {
   switch (kind) {
     case CellKind::dsu: return body(DsuTail{});
     case CellKind::dsu_split: return body(DsuSplitTail{});
+    case CellKind::dia: return body(DiaTail{});
+    case CellKind::lstm: return body(LstmTail{});
+    case CellKind::rnn: return body(RnnTail{});
   }
   throw std::invalid_argument("cell: unknown kind");
 }

@@ -10,7 +10,8 @@
 
 namespace dla {
 
-enum class CellKind : int { dsu = 0, dsu_split = 1 };
+// In the order of CELLS in the Python package's ops/cell/reference.py.
+enum class CellKind : int { dsu, dsu_split, dia, lstm, rnn };
 enum class Activation : int { sigmoid = 0, tanh = 1, relu = 2, identity = 3 };
 
 constexpr int kMaxCellParams = 8;

@@ -8,11 +8,7 @@ from torch import Tensor
 
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
-
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
-
-# Slots of the state of each kind.
-SLOTS = {"dsu": 1, "dsu_split": 2}
+from dla_kernels.ops.cell.reference import ACTIVATIONS, CELLS
 
 
 def cell(
@@ -22,10 +18,12 @@ def cell(
 
     Args:
         y: input [B, C], float32 or float64, as everything else.
-        state: [S, B, C]: (c) for "dsu", (h, c) for "dsu_split".
+        state: [S, B, C]: (c) for "dsu", (h) for "rnn", (h, c) for the others.
         params: "dsu": [h, 2C] on (act(c), y), then [3C, h] and [3C] for the gates (i, f, c~).
             "dsu_split": [h, C], [h], [3C, h], [3C] on y, then four such on h.
-        kind: "dsu" or "dsu_split".
+            "dia": as "dsu_split", with 4C for (i, f, c~, o).
+            "lstm", "rnn": weight_ih, weight_hh, bias_ih, bias_hh of torch.nn.LSTMCell, RNNCell.
+        kind: "dsu", "dsu_split", "dia", "lstm" or "rnn".
         activation: of c on its way into "dsu": "sigmoid", "tanh", "relu" or "identity".
 
     Returns:
@@ -48,7 +46,7 @@ def check_params(
 ) -> None:
     """Raises unless ``params`` are those of a cell of this kind and width."""
     hidden = params[0].shape[0] if params and params[0].dim() else 0
-    shapes = _parameter_shapes(kind, hidden, channels)
+    shapes = CELLS[kind].shapes(hidden, channels)
     if len(params) != len(shapes):
         raise ValueError(f"{name}: expected the {len(shapes)} of {kind!r}, got {len(params)}")
     if hidden < 1:
@@ -58,15 +56,8 @@ def check_params(
         checks.like(name, param, shape, dtype, device, index)
 
 
-def _parameter_shapes(kind: str, hidden: int, channels: int) -> tuple[tuple[int, ...], ...]:
-    gates = 3 * channels
-    if kind == "dsu":
-        return (hidden, 2 * channels), (gates, hidden), (gates,)
-    return 2 * ((hidden, channels), (hidden,), (gates, hidden), (gates,))
-
-
 def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> None:
-    checks.one_of("kind", kind, SLOTS)
+    checks.one_of("kind", kind, CELLS)
     checks.one_of("activation", activation, ACTIVATIONS)
     checks.a_tensor("y", y)
     if y.dtype not in (torch.float32, torch.float64):
@@ -74,7 +65,7 @@ def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activa
     if y.dim() != 2 or y.numel() == 0:
         raise ValueError(f"y: expected a non-empty [B, C], got {checks.describe(y)}")
     batch, channels = y.shape
-    checks.like("state", state, (SLOTS[kind], batch, channels), y.dtype, y.device)
+    checks.like("state", state, (CELLS[kind].slots, batch, channels), y.dtype, y.device)
     check_params("params", params, kind, channels, y.dtype, y.device)
 
 

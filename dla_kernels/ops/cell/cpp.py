@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
+from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.cpp_common import DTYPES, address
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 # CellKind and Activation of csrc/ops/cell/op.h.
-KINDS = {"dsu": 0, "dsu_split": 1}
+KINDS = {kind: number for number, kind in enumerate(CELLS)}
 ACTIVATIONS = {"sigmoid": 0, "tanh": 1, "relu": 2, "identity": 3}
 
 

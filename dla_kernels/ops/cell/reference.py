@@ -5,6 +5,7 @@ the output of the cell. A new kind of cell is one function and one line in ``CEL
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,16 +31,16 @@ def cell(
 
     Args:
         y: input [B, C].
-        state: [S, B, C]; S = 1 (c) for "dsu", S = 2 (h, c) for "dsu_split".
+        state: [S, B, C]; (c) for "dsu", (h) for "rnn", (h, c) for the others.
         params: the weights of the cell, in the order of its function below.
-        kind: "dsu" or "dsu_split".
-        activation: normalisation of c before it enters "dsu" (Table 5); "dsu_split" ignores it.
+        kind: one of ``CELLS``.
+        activation: normalisation of c before it enters "dsu" (Table 5); the others ignore it.
 
     Returns:
         The new state [S, B, C]; the output of the cell is its slot 0.
     """
     with without_autocast(y):
-        return CELLS[kind](y, state, params, ACTIVATIONS[activation])
+        return CELLS[kind].step(y, state, params, ACTIVATIONS[activation])
 
 
 def dsu(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Activation) -> Tensor:
@@ -65,17 +66,84 @@ def dsu_split(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Ac
     return torch.stack([torch.sigmoid(new_c), new_c])
 
 
+def dia(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Activation) -> Tensor:
+    """Cell of DIANet: as ``dsu_split``, with a fourth gate o, which the output passes.
+
+    params: as of ``dsu_split``, with gate weights [4C, h] and biases [4C] for (i, f, c~, o). The
+    output is h' = sigmoid(o) sigmoid(c').
+    """
+    h, c = state.unbind(0)
+    gates, o = _split_output(_bottleneck(y, *params[:4]) + _bottleneck(h, *params[4:]))
+    new_c = _update(c, gates)
+    return torch.stack([torch.sigmoid(o) * torch.sigmoid(new_c), new_c])
+
+
+def lstm(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Activation) -> Tensor:
+    """torch.nn.LSTMCell: h' = sigmoid(o) tanh(c').
+
+    params: its weight_ih and weight_hh [4C, C], bias_ih and bias_hh [4C], for (i, f, c~, o).
+    """
+    h, c = state.unbind(0)
+    gates, o = _split_output(_full_rank(y, h, *params))
+    new_c = _update(c, gates)
+    return torch.stack([torch.sigmoid(o) * torch.tanh(new_c), new_c])
+
+
+def rnn(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Activation) -> Tensor:
+    """torch.nn.RNNCell: h' = tanh(W y + b + V h + e).
+
+    params: its weight_ih and weight_hh [C, C], bias_ih and bias_hh [C].
+    """
+    return torch.tanh(_full_rank(y, state[0], *params)).unsqueeze(0)
+
+
 def _update(c: Tensor, gates: Tensor) -> Tensor:
     """c' = f c + i c~ from the gates [B, 3C] before their activations."""
     i, f, candidate = gates.chunk(3, dim=1)
     return torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
 
 
+def _split_output(gates: Tensor) -> tuple[Tensor, Tensor]:
+    """(i, f, c~) and o of four gates [B, 4C]."""
+    channels = gates.shape[1] // 4
+    return gates[:, : 3 * channels], gates[:, 3 * channels :]
+
+
 def _bottleneck(u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return linear(torch.relu(linear(u, w1, b1)), w2, b2)
 
 
-CELLS = {"dsu": dsu, "dsu_split": dsu_split}
+def _full_rank(y: Tensor, h: Tensor, w_y: Tensor, w_h: Tensor, b_y: Tensor, b_h: Tensor) -> Tensor:
+    return linear(y, w_y, b_y) + linear(h, w_h, b_h)
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Kind(NamedTuple):
+    """A kind of cell; ``shapes(h, C)`` are those of its parameters."""
+
+    step: Callable[[Tensor, Tensor, Sequence[Tensor], Activation], Tensor]
+    slots: int
+    shapes: Callable[[int, int], Shapes]
+
+
+def _two_bottlenecks(gates: int, h: int, c: int) -> Shapes:
+    return 2 * ((h, c), (h,), (gates * c, h), (gates * c,))
+
+
+def _two_matrices(gates: int, c: int) -> Shapes:
+    return (gates * c, c), (gates * c, c), (gates * c,), (gates * c,)
+
+
+# The native kernels number them in this order (CellKind).
+CELLS = {
+    "dsu": Kind(dsu, 1, lambda h, c: ((h, 2 * c), (3 * c, h), (3 * c,))),
+    "dsu_split": Kind(dsu_split, 2, lambda h, c: _two_bottlenecks(3, h, c)),
+    "dia": Kind(dia, 2, lambda h, c: _two_bottlenecks(4, h, c)),
+    "lstm": Kind(lstm, 2, lambda h, c: _two_matrices(4, c)),
+    "rnn": Kind(rnn, 1, lambda h, c: _two_matrices(1, c)),
+}
 
 
 def unsupported(x: Tensor) -> str | None:

@@ -67,7 +67,7 @@ def light_attention(
         norm_weight, norm_bias: [C], both or neither.
         mean_in, var_in: [C], constants, for ``norm="running"``.
         drop_scale: [B], a constant factor for each sample's branch; None for 1.
-        cell: "dsu", "dsu_split", or "none": static, d = 1.
+        cell: a kind of ``dla_kernels.cell``, or "none": static, d = 1.
         activation: see ``dla_kernels.cell``.
         gate: "identity" or "sigmoid".
         context: "per_sample"; or "first_sample": all gates read row 0 of state' (design 2.5).
