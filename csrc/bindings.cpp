@@ -221,7 +221,7 @@ PYBIND11_MODULE(_dla_native, m) {
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
            height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
            channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, mean_in, var_in, out,
-           o, joined, new_state, mean, var, summary);
+           o, new_state, mean, var, summary);
   DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
            height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,

@@ -195,6 +195,18 @@ inline void with_storage(DType dtype, const Body& body) {
   }
 }
 
+// What is left of v in the storage type.
+template <class T, class A>
+inline Vec<A> rounded(Vec<A> v) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return v;
+  } else {
+    T stored[kLanes<A>];
+    store(stored, v);
+    return load(stored);
+  }
+}
+
 // Copies between a feature and dense working memory. Full blocks of a transpose are kept apart: with
 // all indices constant they stay in registers.
 template <class T, class A>
@@ -281,8 +293,7 @@ struct Place {
   [[gnu::noinline]] In open(Feature feature, int64_t halo, A* memory) const {
     if (in_place(feature.dtype)) return on_feature(static_cast<const A*>(feature.data));
     const MapShape& s = grid.shape;
-    const Strip rows{std::max<int64_t>(0, strip.first - halo),
-                     std::min(s.height, strip.last + halo)};
+    const Strip rows = around(halo);
     const int64_t pixels = (rows.last - rows.first) * s.width;
     In window = on_memory(memory, rows.first);
     with_storage<A>(feature.dtype, [&](auto element) {
@@ -298,6 +309,45 @@ struct Place {
         Copy<T, A>::load_flat(from, pixels, memory);
     });
     return window;
+  }
+
+  // ReLU(branch + shortcut), rounded as features are, with up to `halo` rows above and below, in
+  // `memory`. The shortcut has been opened with as many; both are fetched a plane ahead from now on.
+  [[gnu::noinline]] In open_joined(Feature branch, In& shortcut, int64_t halo, A* memory) const {
+    const In from = open(branch, halo, memory);
+    const Strip rows = around(halo);
+    Out to = on_memory(memory, rows.first);
+    const std::ptrdiff_t plane = grid.planes * grid.shape.pixels() * static_cast<int64_t>(sizeof(A));
+    if (!in_place(branch.dtype)) {
+      to.ahead = from.ahead;
+    } else if (!grid.shape.channels_last) {
+      to.ahead = reinterpret_cast<const char*>(from.at(rows.first, 0)) -
+                 reinterpret_cast<const char*>(memory) + plane;
+      shortcut.ahead = plane;
+    }
+    with_storage<A>(branch.dtype, [&](auto element) {
+      using T = decltype(element);
+      const auto joined = [](Vec<A> one, Vec<A> other) {
+        const Vec<A> sum = one + other;
+        return rounded<T, A>(sum < A(0) ? Vec<A>{} : sum);  // NaN stays
+      };
+      if (grid.shape.channels_last && in_place(branch.dtype)) {
+        const Mask<A> own = grid.channel_mask(group);
+        for (int64_t row = rows.first; row < rows.last; ++row)
+          for (int64_t k = 0; k < grid.vectors; ++k)
+            store(to.at(row, k), joined(load_masked<A>(from.at(row, k), own),
+                                        load_masked<A>(shortcut.at(row, k), own)));
+        return;
+      }
+      const A *one = from.at(rows.first, 0), *other = shortcut.at(rows.first, 0);
+      const int64_t count = (rows.last - rows.first) * grid.row_stride();
+      int64_t i = 0;
+      for (; i + kLanes<A> <= count; i += kLanes<A>)
+        store(memory + i, joined(load(one + i), load(other + i)));
+      const int n = static_cast<int>(count - i);
+      if (n > 0) store_n(memory + i, joined(load_n(one + i, n), load_n(other + i, n)), n);
+    });
+    return to;
   }
 
   // A feature to be written, in place or in `memory` until close().
@@ -340,6 +390,10 @@ struct Place {
   }
 
  private:
+  Strip around(int64_t halo) const {
+    return {std::max<int64_t>(0, strip.first - halo),
+            std::min(grid.shape.height, strip.last + halo)};
+  }
   bool in_place(DType dtype) const {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
     return !converted && (grid.shape.channels_last || !grid.channel_lanes);

@@ -230,9 +230,9 @@ class DLALayer(nn.Module):
             join=join,
         )
         if self._norm_and_drop_path_are_fused():
-            out, o, _, context, *_, summary = self._finished_by_op(x, attend, return_o=keep_output)
+            out, o, context, *_, summary = self._finished_by_op(x, attend, return_o=keep_output)
         else:
-            o, _, _, context, *_, summary = self._attention_alone(attend, return_o=False)
+            o, _, context, *_, summary = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
         if recordings:
             *_, scores, gates = summary

@@ -12,7 +12,7 @@ from op_cases import compute_dtype, feature, label, random_small
 
 # Slots of the state of each kind of cell.
 SLOTS = {"none": 0, "dsu": 1, "dsu_split": 2, "dia": 2, "lstm": 2, "rnn": 1}
-OUTPUTS = ("out", "o", "joined", "state", "mean", "var", "summary")
+OUTPUTS = ("out", "o", "state", "mean", "var", "summary")
 CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
 
 

@@ -136,5 +136,4 @@ def light_attention(
         n = drop_scale[:, None, None, None] * n
     out = x + n if residual else n
     summary = np.stack([y, pooled_p, a, gates])
-    o, joined = o if return_o else nothing, x if join else nothing
-    return out, o, joined, new_state, mean, var, summary
+    return out, o if return_o else nothing, new_state, mean, var, summary

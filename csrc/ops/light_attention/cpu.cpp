@@ -70,11 +70,12 @@ struct Step {
   Mixture<A> mixture(const A* a, const A* d) const {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
-  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o, void* joined,
-               const A* x_means, const A* p_means) const {
-    run_pass<MomentsPass>(args.threads, grid, feature(args.x), feature(args.p), feature(grad_out),
-                          feature(grad_o), feature(joined), small(args.v_weight),
-                          small(args.prev_weight), x_means, p_means, table);
+  InputMap x() const { return {feature(args.x), args.join}; }
+  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o, const A* x_means,
+               const A* p_means) const {
+    run_pass<MomentsPass>(args.threads, grid, x(), feature(args.p), feature(grad_out),
+                          feature(grad_o), small(args.v_weight), small(args.prev_weight), x_means,
+                          p_means, table);
   }
   PlaneStatistics<A> statistics(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
                                 const ChannelLanes& c) const {
@@ -116,14 +117,11 @@ struct ForwardStep : Step<A> {
 
   explicit ForwardStep(const LightAttentionForward& args) : Step<A>(args), args(args) {}
 
-  // What attention sees.
-  const void* x() const { return args.joined != nullptr ? args.joined : args.x; }
-
   void pool(const Summary<A>& to) const {
-    if (args.joined != nullptr)
-      run_pass<JoinPass>(args.threads, this->grid, this->feature(args.x), this->feature(args.p),
-                         this->feature(args.joined));
-    GlobalPoolForward pooling{x(),        to.y,       shape.batch, shape.channels, shape.pixels(),
+    if (args.join)
+      return run_pass<JoinedMeansPass>(args.threads, grid, this->x(), this->feature(args.p), to.y,
+                                       this->gated() ? to.pooled_p : nullptr);
+    GlobalPoolForward pooling{args.x,     to.y,  shape.batch, shape.channels, shape.pixels(),
                               args.dtype, shape.channels_last, args.threads};
     global_pool_forward(pooling);
     if (!this->gated()) return;
@@ -198,14 +196,14 @@ struct ForwardStep : Step<A> {
     const PlaneTable<A> table(buffers.take(table_size), shape);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
     const Summary<A> summary(small(args.summary), planes);
-    if (batch_norm) this->moments(table, nullptr, nullptr, args.joined, nullptr, nullptr);
+    if (batch_norm) this->moments(table, nullptr, nullptr, nullptr, nullptr);
     pool_and_score(batch_norm ? &table : nullptr, summary);
     evaluate_cell(summary);
     this->for_channels([&](const ChannelLanes& c) {
       if (batch_norm) batch_statistics(table, {small(args.summary), planes}, c);
       output_coefficients(c, scale, shift);
     });
-    run_pass<StencilPass>(args.threads, this->grid, this->feature(x()), this->feature(args.p),
+    run_pass<StencilPass>(args.threads, grid, this->x(), this->feature(args.p),
                           this->feature(args.out), this->feature(args.o),
                           this->mixture(summary.a, summary.d), scale, shift, args.residual);
   }
@@ -346,7 +344,7 @@ struct BackwardStep : Step<A> {
     A *grad_state = buffers.take(slots * planes), *partial = buffers.take(partial_size);
     const Coefficients to{out_scale, buffers.take(channels), buffers.take(channels)};
 
-    this->moments(table, args.grad_out, args.grad_o, nullptr, summary.y,
+    this->moments(table, args.grad_out, args.grad_o, summary.y,
                   this->gated() ? summary.pooled_p : nullptr);
     this->for_channels(
         [&](const ChannelLanes& c) { channel_gradients(table, c, to, da, dd); });
@@ -365,11 +363,10 @@ struct BackwardStep : Step<A> {
 
     const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
-        args.threads, this->grid, this->feature(args.x), this->feature(args.p),
-        this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),
+        args.threads, grid, this->x(), this->feature(args.p), this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),
         this->feature(args.dp), this->mixture(summary.a, summary.d), out_scale,
         through_norm ? to.o_scale : nullptr, through_norm ? to.offset : nullptr, dy, dpooled_p,
-        args.residual, args.join, partial);
+        args.residual, partial);
     this->for_channels(
         [&](const ChannelLanes& c) { weight_gradients(partial, units.batch_units, c); });
   }

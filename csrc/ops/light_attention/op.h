@@ -26,7 +26,7 @@ struct LightAttentionInputs {
   int cell, activation;  // CellKind and Activation of ops/cell
   Norm norm;
   bool channels_last, sigmoid_gate, first_sample, residual;
-  bool join;  // forward: x becomes ReLU(x + p) first; backward: x is that
+  bool join;  // ReLU(x + p) takes the place of x
   double eps;
   int threads;
 };
@@ -34,7 +34,6 @@ struct LightAttentionInputs {
 struct LightAttentionForward : LightAttentionInputs {
   const void *mean_in, *var_in;  // [C], norm running
   void *out, *o;                 // [B, C, H, W]; o may be null
-  void* joined;                  // like out; null: no join
   void* new_state;               // [S, B, C]; null when static
   void *mean, *var;              // [C], norm batch
   void* summary;                 // [4, B, C]: means of x and p, a, d

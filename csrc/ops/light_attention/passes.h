@@ -15,40 +15,63 @@ namespace dla::DLA_ISA {
 
 // ---- joined ------------------------------------------------------------------------------------
 
-// Rows [first, last) of x = ReLU(branch + shortcut), rounded as features are.
-template <class A, bool kFixedStrides>
-void join_rows(const Place<A, kFixedStrides>& place, int64_t first, int64_t last, Feature branch,
-               Feature shortcut, OutFeature x) {
-  with_storage<A>(x.dtype, [&](auto element) {
-    using T = decltype(element);
-    place.for_runs(first, last, [&](int64_t at, int64_t count) {
-      const T* one = static_cast<const T*>(branch.data) + at;
-      const T* other = static_cast<const T*>(shortcut.data) + at;
-      T* to = static_cast<T*>(x.data) + at;
-      for (int64_t i = 0; i < count; i += kLanes<A>) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes<A>, count - i));
-        const Vec<A> sum = load_n(one + i, n) + load_n(other + i, n);
-        store_n(to + i, sum < A(0) ? Vec<A>{} : sum, n);  // NaN stays
-      }
-    });
-  });
-}
+// The x of a step: a feature, or with `join` ReLU(branch + p), which is formed strip by strip wherever
+// it is read and never stored.
+struct InputMap {
+  Feature feature;
+  bool join;
 
-// Where nothing else is to be done with x on the way.
+  // `p` has been opened with as many rows around the strip.
+  template <class Place, class A>
+  auto open(const Place& place, typename Place::In& p, int64_t halo, A* memory) const {
+    return join ? place.open_joined(feature, p, halo, memory) : place.open(feature, halo, memory);
+  }
+};
+
+// Means of a joined x and of p where nothing else is to be done with them.
 template <class A, bool kFixedStrides>
-struct JoinPass {
+struct JoinedMeansPass {
+  using V = Vec<A>;
+  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using In = typename Place::In;
   const Grid<A>& grid;
-  Feature branch, shortcut;
-  OutFeature x;
+  InputMap x;
+  Feature p;
+  A *x_means, *p_means;  // [B, C]; p_means may be null
+
+  // Row by row first: short chains of additions keep float sums accurate.
+  V sum(const Place& place, const In& in) const {
+    const Mask<A> channels = grid.channel_mask(place.group);
+    V total{};
+    for (int64_t row = place.strip.first; row < place.strip.last; ++row) {
+      V of_row{};
+      for (int64_t k = 0; k < grid.vectors; ++k)
+        of_row += load_masked<A>(in.at(row, k), channels & grid.columns[3 * k + 1]);
+      total += of_row;
+    }
+    return total;
+  }
 
   void run(int threads) const {
     const Units<A> units(grid);
+    const A scale = A(1) / static_cast<A>(grid.shape.pixels());
     parallel_for(threads, units.count(), [&](int64_t unit) {
-      for_strips<kFixedStrides>(units, grid, unit,
-                              [&](const Place<A, kFixedStrides>& place, int64_t) {
-                                join_rows(place, place.strip.first, place.strip.last, branch,
-                                          shortcut, x);
-                              });
+      thread_local Arena arena;
+      const int64_t elements = grid.strip_elements(0);
+      arena.reserve(2 * Arena::bytes_of<A>(elements));
+      A *x_memory = arena.take<A>(elements), *p_memory = arena.take<A>(elements);
+      V x_sums[kMostTogether], p_sums[kMostTogether];
+      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
+        if (place.strip.first == 0) x_sums[slot] = p_sums[slot] = V{};
+        In p_in = place.open(p, 0, p_memory);
+        x_sums[slot] += sum(place, x.open(place, p_in, 0, x_memory));
+        if (p_means != nullptr) p_sums[slot] += sum(place, p_in);
+        if (place.strip.last < grid.shape.height) return;
+        const int64_t row = place.b * grid.shape.channels;
+        store_channel_sums(x_means + row, x_sums[slot] * scale, grid, place.group);
+        if (p_means != nullptr)
+          store_channel_sums(p_means + row, p_sums[slot] * scale, grid, place.group);
+      });
     });
   }
 };
@@ -62,8 +85,8 @@ struct MomentsPass {
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
-  Feature x, p, grad_out, grad_o;
-  OutFeature joined;  // not null: x is a branch yet to be joined with p, to here
+  InputMap x;
+  Feature p, grad_out, grad_o;
   const A *v_weight, *prev_weight;
   const A *x_means, *p_means;  // [B, C], what to shift by; null: not known
   PlaneTable<A> table;
@@ -207,8 +230,7 @@ struct MomentsPass {
 
   void run(int threads) const {
     const Units<A> units(grid);
-    const Feature features[kInputs] = {joined ? Feature{joined.data, joined.dtype} : x, p, grad_out,
-                                       grad_o};
+    const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
       thread_local Arena arena;
       const int64_t elements = grid.strip_elements(1);
@@ -220,13 +242,10 @@ struct MomentsPass {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.b, place.group, plane);
-        // One row ahead, which the stencil reads; its first row the strip before has joined.
-        if (joined)
-          join_rows(place, strip.first == 0 ? 0 : strip.first + 1,
-                    std::min(grid.shape.height, strip.last + 1), x, p, joined);
         In in[kInputs] = {};
         for (int f = 0; f < kInputs; ++f)
           if (features[f]) in[f] = place.open(features[f], f < kOut_, memory[f]);
+        in[kX_] = x.open(place, in[kP_], 1, memory[kX_]);
         for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
         if (strip.last == grid.shape.height) write(plane, table.record(place.b, place.group * grid.planes));
@@ -269,7 +288,8 @@ struct StencilPass {
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
-  Feature x, p;
+  InputMap x;
+  Feature p;
   OutFeature out, o;  // o may be null
   Mixture<A> mixture;
   const A *scale, *shift;  // [B, C]
@@ -327,8 +347,8 @@ struct StencilPass {
       for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
-        const In x_in = place.open(x, 1, memory[0]);
-        const In p_in = p ? place.open(p, 1, memory[1]) : In{};
+        In p_in = p ? place.open(p, 1, memory[1]) : In{};
+        const In x_in = x.open(place, p_in, 1, memory[0]);
         const Out to = place.open(out, memory[2]);
         const Out o_to = o ? place.open(o, memory[3]) : Out{};
         for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
@@ -350,7 +370,8 @@ struct GradientsPass {
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
-  Feature x, p, grad_out, grad_o;
+  InputMap x;  // joined: dx is the branch's gradient
+  Feature p, grad_out, grad_o;
   OutFeature dx, dp;  // dp may be null
   Mixture<A> mixture;
   // g = out_scale grad_out + o_scale o + offset + grad_o; o_scale and offset are null where g does
@@ -358,7 +379,7 @@ struct GradientsPass {
   const A* out_scale;             // [B, C]
   const A *o_scale, *offset;      // [C]
   const A *x_offset, *p_offset;   // [B, C]: what pooling adds to every pixel of dx and dp
-  bool residual, join;            // join: x was ReLU(branch + p), dx is the branch's gradient
+  bool residual;
   A* partial;  // [batch_units, 18, C]: sum_b a R_{g,x} and sum_b R_{g,p}
 
   enum { kX_, kP_, kOut_, kO_, kInputs };
@@ -485,10 +506,11 @@ struct GradientsPass {
 
   void visit(const Place& place, const Plane& c, const Memory& memory, V* weight_sums) const {
     const Strip& strip = place.strip;
-    const Feature features[kInputs] = {x, p, grad_out, grad_o};
+    const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     In in[kInputs] = {};
     for (int f = 0; f < kInputs; ++f)
       if (features[f]) in[f] = place.open(features[f], f < kOut_ ? 2 : 1, memory.inputs[f]);
+    in[kX_] = x.open(place, in[kP_], 2, memory.inputs[kX_]);
     // g is needed one row beyond the strip.
     const Strip around{std::max<int64_t>(0, strip.first - 1),
                        std::min(grid.shape.height, strip.last + 1)};
@@ -510,10 +532,10 @@ struct GradientsPass {
     const Out x_to = place.open(dx, memory.dx);
     const In dx_in = x_to;
     spread_rows(strip, g, c.x_filter, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr,
-                join ? &in[kX_] : nullptr, c, x_to);
+                x.join ? &in[kX_] : nullptr, c, x_to);
     place.close(dx, memory.dx);
     if (!dp) return;
-    spread_rows(strip, g, c.p_filter, c.p_offset, join ? &dx_in : nullptr, nullptr, c,
+    spread_rows(strip, g, c.p_filter, c.p_offset, x.join ? &dx_in : nullptr, nullptr, c,
                 place.open(dp, memory.dp));
     place.close(dp, memory.dp);
   }

@@ -43,7 +43,7 @@ def light_attention(
     residual: bool = True,
     join: bool = False,
     return_o: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pooling, cell, scores, two depthwise convolutions, norm, drop path and residual in one op::
 
         [x     = relu(x + p)]
@@ -80,10 +80,10 @@ def light_attention(
         return_o: whether o is wanted.
 
     Returns:
-        out like x; o like x, or empty; joined, the x formed by ``join``, or empty; state'
-        [S, B, C]; mean and (biased) variance [C] for ``norm="batch"``, else empty; summary
-        [4, B, C]: the means of x and of p (zeros where no gate reads it), a, and d (ones where
-        there is no gate). joined, mean, var and summary are not differentiable.
+        out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
+        ``norm="batch"``, else empty; summary [4, B, C]: the means of x and of p (zeros where no
+        gate reads it), a, and d (ones where there is no gate). mean, var and summary are not
+        differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
@@ -164,13 +164,12 @@ def _check(
 
 
 def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    norm, _, _, join, return_o = rest[-5:]
+    norm, *_, return_o = rest[-5:]
     batch, channels = x.shape[:2]
     statistics = channels if norm == "batch" else 0
     return (
         empty_features(x),
         empty_features(x) if return_o else x.new_empty(0),
-        empty_features(x) if join else x.new_empty(0),
         state.new_empty(state.shape),
         state.new_empty(statistics),
         state.new_empty(statistics),
@@ -201,15 +200,14 @@ def _fake_backward(
 def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
     x, p, state, cell_params, *weights, mean_in, var_in, drop_scale = args[:_TENSORS]
     *ctx.flags, return_o = args[_TENSORS:]
-    *_, norm, _, _, join = ctx.flags
-    _, o, joined, new_state, mean, var, summary = results
-    constant = [joined, mean, var, summary]
+    *_, norm, _, _, _ = ctx.flags
+    _, o, new_state, mean, var, summary = results
+    constant = [mean, var, summary]
     constant += [] if return_o else [o]
     constant += [] if cell_params else [new_state]
     ctx.mark_non_differentiable(*constant)
     if norm == "running":
         mean, var = mean_in, var_in
-    x = joined if join else x
     found = drop_scale, mean, var, new_state, summary
     ctx.save_for_backward(x, p, state, *cell_params, *weights, *found)
 
@@ -218,7 +216,6 @@ def _gradients(
     ctx: Any,
     grad_out: Tensor | None,
     grad_o: Tensor | None,
-    _grad_joined: None,
     grad_state: Tensor | None,
     *_: None,
 ) -> list[Any]:
@@ -261,8 +258,7 @@ _FLAGS = (
 _OPERATOR, _BACKWARD = define(
     "light_attention",
     f"({_INPUTS} Tensor? mean_in, Tensor? var_in, Tensor? drop_scale, {_FLAGS} bool return_o) -> "
-    "(Tensor out, Tensor o, Tensor joined, Tensor new_state, Tensor mean, Tensor var, "
-    "Tensor summary)",
+    "(Tensor out, Tensor o, Tensor new_state, Tensor mean, Tensor var, Tensor summary)",
     f"(Tensor? grad_out, Tensor? grad_o, Tensor? grad_state, {_INPUTS} Tensor? drop_scale, "
     f"Tensor mean, Tensor var, Tensor new_state, Tensor summary, {_FLAGS} bool needs_p) -> "
     "Tensor[]",

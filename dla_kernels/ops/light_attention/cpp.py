@@ -39,7 +39,7 @@ def forward(
     residual: bool,
     join: bool,
     return_o: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of ``dla_kernels::light_attention``."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
@@ -59,7 +59,6 @@ def forward(
     params = [w.contiguous() for w in cell_params]
     out = torch.empty_like(x, memory_format=layout)
     o = torch.empty_like(out) if return_o else x.new_empty(0)
-    joined = torch.empty_like(out) if join else x.new_empty(0)
     new_state = torch.empty_like(small["state"])
     batch, channels = x.shape[:2]
     statistics = channels if norm == "batch" else 0
@@ -76,14 +75,13 @@ def forward(
             cell_params=[w.data_ptr() for w in params],
             out=out.data_ptr(),
             o=o.data_ptr() if return_o else None,
-            joined=joined.data_ptr() if join else None,
             new_state=new_state.data_ptr(),
             mean=mean.data_ptr(),
             var=var.data_ptr(),
             summary=summary.data_ptr(),
         )
     )
-    return out, o, joined, new_state, mean, var, summary
+    return out, o, new_state, mean, var, summary
 
 
 def backward(

@@ -60,18 +60,17 @@ def light_attention(
     residual: bool,
     join: bool,
     return_o: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments, shapes and results are those of ``dla_kernels.light_attention``.
 
     Features are raised to the compute dtype, everything is computed there, and only ``out`` and
-    ``o`` are rounded back. ``joined``, ``mean``, ``var`` and ``summary`` come detached.
+    ``o`` are rounded back. ``mean``, ``var`` and ``summary`` come detached.
     """
     feature_dtype = x.dtype
     dtype = compute_dtype(feature_dtype)
     with without_autocast(x):
         if join:
             x = torch.relu(x + p)
-        joined = x.detach() if join else x.new_empty(0)
         y = global_pool(x)
         new_state = forward_path(y, state, cell_params, cell, activation)
         attention = scores_of(y, q_weight, k_weight, head_dim)
@@ -96,7 +95,7 @@ def light_attention(
         out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
         out = add_branch(x, out, drop_scale, residual)
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
-        return out.to(feature_dtype), kept, joined, new_state, mean, var, summary
+        return out.to(feature_dtype), kept, new_state, mean, var, summary
 
 
 def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
@@ -117,11 +116,10 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     """Arguments and results of ``dla_kernels::light_attention``."""
     x = args[0]
     flags = dict(zip(FLAGS, args[-len(FLAGS) :], strict=True))
-    out, o, joined, *rest = light_attention(*args[: -len(FLAGS)], **flags)
+    out, o, *rest = light_attention(*args[: -len(FLAGS)], **flags)
     o = o.clone() if o is out else o  # results of an operator must not share memory
     o = dense_as(x, o) if flags["return_o"] else o
-    joined = dense_as(x, joined) if flags["join"] else joined
-    return dense_as(x, out), o, joined, *rest
+    return dense_as(x, out), o, *rest
 
 
 def backward(
@@ -147,23 +145,16 @@ def backward(
     *flags: Any,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
-    *flags, join, needs_p = flags
-    # x is what was joined: its gradient is that of the sum where the sum was positive.
-    options = dict(zip(FLAGS, (*flags, False, grad_o is not None), strict=True))
+    *flags, needs_p = flags
+    options = dict(zip(FLAGS, (*flags, grad_o is not None), strict=True))
     weights = [q_weight, k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias]
 
     def function(x: Tensor, p: Tensor | None, state: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         weights, params = rest[:7], rest[7:]
-        out, o, _, *rest = light_attention(
-            x, p, state, params, *weights, mean, var, drop_scale, **options
-        )
-        return out, o, *rest
+        return light_attention(x, p, state, params, *weights, mean, var, drop_scale, **options)
 
     inputs = [x, p, state, *weights, *cell_params]
     found = differentiate(function, inputs, [grad_out, grad_o, grad_state])
-    if join:
-        dx = torch.where(x <= 0, 0, found[0])
-        found[:2] = dx, dx + found[1]
     if not needs_p:
         found[1] = None
     return [
