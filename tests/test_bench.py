@@ -71,6 +71,16 @@ def test_resnet56_keeps_little_more_than_plain() -> None:
     assert kept["DLA-L fused"] <= 1.37 * kept["plain"]
 
 
+@pytest.mark.parametrize("suite", ["family", "depth"])
+def test_every_network_of_a_suite_trains(suite: str) -> None:
+    """And members of one name start from the same loss, fused or not."""
+    settings = cases.Settings(CPU, networks=suite, model="resnet20", batch=2)
+    losses: dict[str, torch.Tensor] = {}
+    for contestant in cases.model_contestants(settings, "training"):
+        loss, _ = contestant.build().step()
+        assert measure.disagreement([loss], [losses.setdefault(contestant.answer, loss)]) < 1e-5
+
+
 def test_disagreement() -> None:
     x = torch.randn(50)
     assert measure.disagreement([x, x], [x, x]) == 0
@@ -177,7 +187,7 @@ def test_quick_run(tmp_path: Path) -> None:
         str(BENCH / "bench_dla.py"),
         "--quick",
         "--suite",
-        "layer,ops,model,family,depth",
+        "layer,ops,model",
     ]
     # One thread: bound threads crawl where other processes hold a core, as in parallel tests.
     command += ["--device", "cpu", "--threads", "1", "--json", str(data), "--plot", str(picture)]

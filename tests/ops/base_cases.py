@@ -62,10 +62,12 @@ class Case:
     def valid(self) -> bool:
         """Whether the op is defined for this combination, and can be compared.
 
-        A batch norm makes any two values -1 and 1: all gradients before it are rounding noise.
+        A batch norm makes any two values -1 and 1: all gradients before it are rounding noise, as
+        is everything where all values are the same.
         """
         batch, channels, height, width = self.shape
-        statistics_exist = self.norm != "batch" or batch * height * width > 2
+        values = height * width if self.x_layout == "expanded" else batch * height * width
+        statistics_exist = self.norm != "batch" or values > 2
         static_form = self.cell != "none" or self.gated == "projections"
         return channels % self.head_dim == 0 and statistics_exist and static_form
 
