@@ -220,8 +220,8 @@ PYBIND11_MODULE(_dla_native, m) {
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
            height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, mean_in, var_in, out,
-           o, new_state, mean, var, summary);
+           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, mean_in, var_in,
+           out, o, new_state, mean, var, summary);
   DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
            height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,

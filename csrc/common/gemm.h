@@ -154,8 +154,8 @@ template <class A>
 // out[m] += w[m] . x for row-major w [rows, depth]: the product for a single vector x, where there
 // is nothing to broadcast to.
 template <class A>
-[[gnu::noinline]] void multiply_add_vector(Size rows, Size depth, const A* w, Size w_stride, const A* x,
-                                A* out) {
+[[gnu::noinline]] void multiply_add_vector(Size rows, Size depth, const A* w, Size w_stride,
+                                           const A* x, A* out) {
   constexpr int lanes = kLanes<A>;
   for (Size m = 0; m < rows; m += lanes) {
     const int block = static_cast<int>(std::min<Size>(lanes, rows - m));

@@ -295,9 +295,11 @@ template <class A>
 inline Vec<A> keep(Mask<A> mask, Vec<A> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4)
-    return reinterpret_cast<Vec<A>>(_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v)));
+    return reinterpret_cast<Vec<A>>(
+        _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v)));
   else
-    return reinterpret_cast<Vec<A>>(_mm512_maskz_mov_pd(static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v)));
+    return reinterpret_cast<Vec<A>>(
+        _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v)));
 #else
   return reinterpret_cast<Vec<A>>(reinterpret_cast<LaneIndex<A>>(v) & mask);
 #endif

@@ -21,8 +21,9 @@ inline __attribute__((always_inline)) V in_register(V v) {
 // the vector at the tap, zero outside the map. Rows with a row of the block on either side are read
 // whole, beyond their ends (Grid::safe_rows), and masked in the sum, which costs nothing.
 template <int R, class A, bool kFixedStrides, class Add>
-inline __attribute__((always_inline)) void for_taps(const Window<const A, kFixedStrides>& in, const A* at,
-                                                    const TapMasks<A>& masks, const Add& add) {
+inline __attribute__((always_inline)) void for_taps(const Window<const A, kFixedStrides>& in,
+                                                    const A* at, const TapMasks<A>& masks,
+                                                    const Add& add) {
   const A* left = at - in.row_stride - in.pixel_stride();
 #pragma GCC unroll 10
   for (int r = -1; r <= R; ++r, left += in.row_stride) {
@@ -44,8 +45,8 @@ inline __attribute__((always_inline)) void for_taps(const Window<const A, kFixed
 
 // acc[r] += sum_ij weight[3i + j] * (vector at tap (i, j) of row r).
 template <int R, class A, bool kFixedStrides>
-inline __attribute__((always_inline)) void stencil_block(const Window<const A, kFixedStrides>& in, const A* at,
-                                                         const TapMasks<A>& masks,
+inline __attribute__((always_inline)) void stencil_block(const Window<const A, kFixedStrides>& in,
+                                                         const A* at, const TapMasks<A>& masks,
                                                          const Vec<A>* weight, Vec<A> (&acc)[R]) {
   Vec<A> w[9];
 #pragma GCC unroll 9
@@ -58,8 +59,8 @@ inline __attribute__((always_inline)) void stencil_block(const Window<const A, k
 
 // acc[3i + j] += sum_r g[r] * (vector at tap (i, j) of row r).
 template <int R, class A, bool kFixedStrides>
-inline __attribute__((always_inline)) void correlate_block(const Window<const A, kFixedStrides>& in, const A* at,
-                                                           const TapMasks<A>& masks,
+inline __attribute__((always_inline)) void correlate_block(const Window<const A, kFixedStrides>& in,
+                                                           const A* at, const TapMasks<A>& masks,
                                                            const Vec<A> (&g)[R], Vec<A>* acc) {
   for_taps<R, A>(in, at, masks,
                  [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
@@ -76,7 +77,8 @@ inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
 
 // Fetches what follows the R rows at `at`.
 template <int R, class A, bool kFixedStrides>
-inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kFixedStrides>& in, const A* at) {
+inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kFixedStrides>& in,
+                                                          const A* at) {
   const char* next = reinterpret_cast<const char*>(at) + in.ahead;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)

@@ -363,8 +363,8 @@ struct BackwardStep : Step<A> {
 
     const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
-        args.threads, grid, this->x(), this->feature(args.p), this->feature(args.grad_out), this->feature(args.grad_o), this->feature(args.dx),
-        this->feature(args.dp), this->mixture(summary.a, summary.d), out_scale,
+        args.threads, grid, this->x(), this->feature(args.p), this->feature(args.grad_out),
+        this->feature(args.grad_o), this->feature(args.dx), this->feature(args.dp), this->mixture(summary.a, summary.d), out_scale,
         through_norm ? to.o_scale : nullptr, through_norm ? to.offset : nullptr, dy, dpooled_p,
         args.residual, partial);
     this->for_channels(

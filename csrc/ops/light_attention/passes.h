@@ -248,7 +248,8 @@ struct MomentsPass {
         in[kX_] = x.open(place, in[kP_], 1, memory[kX_]);
         for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
-        if (strip.last == grid.shape.height) write(plane, table.record(place.b, place.group * grid.planes));
+        if (strip.last == grid.shape.height)
+          write(plane, table.record(place.b, place.group * grid.planes));
       });
     });
   }
