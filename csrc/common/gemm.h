@@ -151,30 +151,4 @@ template <class A>
   }
 }
 
-// out[m] += w[m] . x for row-major w [rows, depth]: the product for a single vector x, where there
-// is nothing to broadcast to.
-template <class A>
-[[gnu::noinline]] void multiply_add_vector(Size rows, Size depth, const A* w, Size w_stride,
-                                           const A* x, A* out) {
-  constexpr int lanes = kLanes<A>;
-  for (Size m = 0; m < rows; m += lanes) {
-    const int block = static_cast<int>(std::min<Size>(lanes, rows - m));
-    const A* row[lanes];  // a short block repeats its last row
-    for (int i = 0; i < lanes; ++i) row[i] = w + (m + std::min(i, block - 1)) * w_stride;
-    Vec<A> sums[lanes] = {};
-    const auto step = [&](Size k, int n) {
-      const Vec<A> v = load_n(x + k, n);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) sums[i] += load_n(row[i] + k, n) * v;
-    };
-    Size k = 0;
-    for (; k + lanes <= depth; k += lanes) step(k, lanes);
-    if (k < depth) step(k, static_cast<int>(depth - k));
-    transpose<A>(sums);
-    for (int half = lanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    store_n(out + m, load_n(out + m, block) + sums[0], block);
-  }
-}
-
 }  // namespace dla::DLA_ISA

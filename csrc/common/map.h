@@ -371,19 +371,6 @@ struct Place {
     });
   }
 
-  // Calls body(offset, count) for the runs of neighbouring elements of rows [first, last).
-  template <class Body>
-  void for_runs(int64_t first, int64_t last, const Body& body) const {
-    const MapShape& s = grid.shape;
-    if (s.channels_last) {
-      for (int64_t i = 0; i < (last - first) * s.width; ++i)
-        body(offset(first) + i * s.channels, lanes());
-    } else {
-      for (int lane = 0; lane < lanes(); ++lane)
-        body(offset(first) + lane * s.pixels(), (last - first) * s.width);
-    }
-  }
-
   // Working memory that holds rows from `first_row` on.
   Out on_memory(A* memory, int64_t first_row) const {
     return {memory - first_row * grid.row_stride(), grid.row_stride(), grid.planes, kLanes<A>, 0};

@@ -50,6 +50,11 @@ class Cell(nn.Module):
         self._names: list[str] = []
         learned = nn.Parameter(torch.zeros(self.slots, channels))
         self.initial = learned if initial_state == "learned" else None
+        self._add_weights(channels, self.hidden)
+
+    def _add_weights(self, channels: int, hidden: int) -> None:
+        """Calls ``_add_weight`` for every parameter of the kind."""
+        raise NotImplementedError
 
     def _add_weight(self, name: str, *shape: int, fan_in: int) -> None:
         """The order of the calls is the order in which the op takes the weights."""
@@ -92,15 +97,7 @@ class DSUCell(Cell):
     slots = 1
     official_gate = "sigmoid"
 
-    def __init__(
-        self,
-        channels: int,
-        reduction: int = 4,
-        activation: str = "sigmoid",
-        initial_state: str = "zeros",
-    ) -> None:
-        super().__init__(channels, reduction, activation, initial_state)
-        hidden = self.hidden
+    def _add_weights(self, channels: int, hidden: int) -> None:
         self._add_weight("w_hidden", hidden, 2 * channels, fan_in=2 * channels)
         self._add_weight("w_gates", 3 * channels, hidden, fan_in=hidden)
         self._add_weight("b_gates", 3 * channels, fan_in=hidden)
@@ -114,15 +111,8 @@ class DSUSplitCell(Cell):
     official_gate = "identity"  # h' = sigmoid(c') is in (0, 1) already
     gates: ClassVar[int] = 3
 
-    def __init__(
-        self,
-        channels: int,
-        reduction: int = 4,
-        activation: str = "sigmoid",
-        initial_state: str = "zeros",
-    ) -> None:
-        super().__init__(channels, reduction, activation, initial_state)
-        hidden, gates = self.hidden, self.gates * channels
+    def _add_weights(self, channels: int, hidden: int) -> None:
+        gates = self.gates * channels
         for side in ("y", "h"):
             self._add_weight(f"{side}_w1", hidden, channels, fan_in=channels)
             self._add_weight(f"{side}_b1", hidden, fan_in=channels)
@@ -145,14 +135,7 @@ class LSTMCell(Cell):
     official_gate = "sigmoid"
     gates: ClassVar[int] = 4
 
-    def __init__(
-        self,
-        channels: int,
-        reduction: int = 4,
-        activation: str = "sigmoid",
-        initial_state: str = "zeros",
-    ) -> None:
-        super().__init__(channels, reduction, activation, initial_state)
+    def _add_weights(self, channels: int, hidden: int) -> None:
         gates = self.gates * channels
         self._add_weight("weight_ih", gates, channels, fan_in=channels)
         self._add_weight("weight_hh", gates, channels, fan_in=channels)

@@ -2,7 +2,6 @@
 
 #include "ops/base_attention/memory.h"
 #include "ops/base_attention/passes.h"
-#include "ops/cell/layout.h"
 
 namespace dla::DLA_ISA {
 namespace {

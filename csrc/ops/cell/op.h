@@ -15,7 +15,6 @@ enum class CellKind : int { dsu, dsu_split, dia, lstm, rnn };
 enum class Activation : int { sigmoid = 0, tanh = 1, relu = 2, identity = 3 };
 
 constexpr int kMaxCellParams = 8;
-constexpr int kMaxCellSlots = 2;
 
 // All arrays dense, of type `dtype`: f32 or f64 (the compute types).
 struct CellForward {

@@ -83,7 +83,6 @@ struct MomentsPass {
   using V = Vec<A>;
   using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
-  using Out = typename Place::Out;
   const Grid<A>& grid;
   InputMap x;
   Feature p, grad_out, grad_o;

@@ -34,7 +34,6 @@ struct PlaneTable {
   A* record(int64_t b, int64_t c) const {
     return data + (b * groups + c / kPlanes) * kPlaneFields * kPlanes + c % kPlanes;
   }
-  A at(int field, int64_t b, int64_t c) const { return record(b, c)[field * kPlanes]; }
 };
 
 }  // namespace dla::DLA_ISA

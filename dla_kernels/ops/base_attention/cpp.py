@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
 from dla_kernels.ops.common import dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, addresses, contiguous, dense
+from dla_kernels.ops.cpp_common import addresses, contiguous, dense
 from dla_kernels.ops.cpp_common import unsupported as unsupported
-from dla_kernels.ops.light_attention.cpp import NORMS
+from dla_kernels.ops.step_cpp import flags, sizes
 
 
 def forward(
@@ -83,8 +82,10 @@ def forward(
     module = native.load()
     module.base_attention_forward(
         module.BaseAttentionForward(
-            **_sizes(x, layout, q_weight, cell_params),
-            **_flags(cell, activation, gate, context, gated, head_dim, norm, eps, relu, residual),
+            **sizes(x, layout, q_weight, cell_params),
+            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            gated_features=gated == "features",
+            relu=relu,
             **addresses(maps | small),
             **_addresses_of_lists(lists),
             **_results(results),
@@ -182,8 +183,10 @@ def backward(
     module = native.load()
     module.base_attention_backward(
         module.BaseAttentionBackward(
-            **_sizes(x, layout, q_weight, cell_params),
-            **_flags(cell, activation, gate, context, gated, head_dim, norm, eps, relu, residual),
+            **sizes(x, layout, q_weight, cell_params),
+            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            gated_features=gated == "features",
+            relu=relu,
             **addresses(maps | weights | small),
             **_addresses_of_lists(weight_lists | lists),
             **_results({"dx": dx, "g": g, "weights": mix}),
@@ -206,48 +209,3 @@ def _addresses_of_lists(lists: dict[str, list[Tensor]]) -> dict[str, list[int]]:
 def _results(tensors: dict[str, Tensor]) -> dict[str, int | None]:
     """Addresses of what the kernel writes; empty tensors are not wanted."""
     return {name: t.data_ptr() if t.numel() else None for name, t in tensors.items()}
-
-
-def _sizes(
-    x: Tensor, layout: torch.memory_format, q_weight: Tensor, params: Sequence[Tensor]
-) -> dict[str, object]:
-    """Fields of the native ``BaseAttentionInputs`` that say what the tensors are."""
-    batch, channels, height, width = x.shape
-    return {
-        "batch": batch,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "kernel_size": q_weight.numel(),
-        "hidden": params[0].shape[0] if params else 0,
-        "dtype": DTYPES[x.dtype],
-        "channels_last": layout is torch.channels_last,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _flags(
-    cell: str,
-    activation: str,
-    gate: str,
-    context: str,
-    gated: str,
-    head_dim: int,
-    norm: str,
-    eps: float,
-    relu: bool,
-    residual: bool,
-) -> dict[str, object]:
-    """Its other fields: the options of the op."""
-    return {
-        "cell": KINDS.get(cell, 0),  # a static layer has no cell parameters and reads no kind
-        "activation": ACTIVATIONS[activation],
-        "sigmoid_gate": gate == "sigmoid",
-        "first_sample": context == "first_sample",
-        "gated_features": gated == "features",
-        "head_dim": head_dim,
-        "norm": NORMS[norm],
-        "eps": eps,
-        "relu": relu,
-        "residual": residual,
-    }

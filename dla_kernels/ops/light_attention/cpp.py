@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
 from dla_kernels.ops.common import dense_format
-from dla_kernels.ops.cpp_common import DTYPES, address, addresses, contiguous, dense
+from dla_kernels.ops.cpp_common import address, addresses, contiguous, dense
 from dla_kernels.ops.cpp_common import unsupported as unsupported
-
-NORMS = {"none": 0, "batch": 1, "running": 2}
+from dla_kernels.ops.step_cpp import flags, sizes
 
 
 def forward(
@@ -67,8 +65,9 @@ def forward(
     module = native.load()
     module.light_attention_forward(
         module.LightAttentionForward(
-            **_sizes(x, layout, q_weight, params),
-            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual, join),
+            **sizes(x, layout, q_weight, params),
+            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            join=join,
             **addresses(small),
             x=x.data_ptr(),
             p=address(p),
@@ -147,8 +146,9 @@ def backward(
     module = native.load()
     module.light_attention_backward(
         module.LightAttentionBackward(
-            **_sizes(x, layout, q_weight, params),
-            **_flags(cell, activation, gate, context, head_dim, norm, eps, residual, join),
+            **sizes(x, layout, q_weight, params),
+            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+            join=join,
             **addresses(weights),
             **addresses(small),
             **addresses(dweights),
@@ -165,46 +165,3 @@ def backward(
     )
     grads = [dx, dp, dstate, *dweights.values(), *dparams]
     return [state.new_empty(0) if g is None else g for g in grads]
-
-
-def _sizes(
-    x: Tensor, layout: torch.memory_format, q_weight: Tensor, params: list[Tensor]
-) -> dict[str, object]:
-    """Fields of the native ``LightAttentionInputs`` that say what the tensors are."""
-    batch, channels, height, width = x.shape
-    return {
-        "batch": batch,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "kernel_size": q_weight.numel(),
-        "hidden": params[0].shape[0] if params else 0,
-        "dtype": DTYPES[x.dtype],
-        "channels_last": layout is torch.channels_last,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _flags(
-    cell: str,
-    activation: str,
-    gate: str,
-    context: str,
-    head_dim: int,
-    norm: str,
-    eps: float,
-    residual: bool,
-    join: bool,
-) -> dict[str, object]:
-    """Its other fields: the options of the op."""
-    return {
-        "cell": KINDS.get(cell, 0),  # a static layer has no cell parameters and reads no kind
-        "activation": ACTIVATIONS[activation],
-        "sigmoid_gate": gate == "sigmoid",
-        "first_sample": context == "first_sample",
-        "head_dim": head_dim,
-        "norm": NORMS[norm],
-        "eps": eps,
-        "residual": residual,
-        "join": join,
-    }

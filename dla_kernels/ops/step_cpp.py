@@ -1,0 +1,53 @@
+"""Fields that the native structs of light_attention and base_attention share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
+from dla_kernels.ops.cpp_common import DTYPES
+
+# Norm of csrc/common/args.h.
+NORMS = {"none": 0, "batch": 1, "running": 2}
+
+
+def sizes(
+    x: Tensor, layout: torch.memory_format, q_weight: Tensor, cell_params: Sequence[Tensor]
+) -> dict[str, object]:
+    """Those that say what the tensors are."""
+    batch, channels, height, width = x.shape
+    return {
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "kernel_size": q_weight.numel(),
+        "hidden": cell_params[0].shape[0] if cell_params else 0,
+        "dtype": DTYPES[x.dtype],
+        "channels_last": layout is torch.channels_last,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def flags(
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    residual: bool,
+) -> dict[str, object]:
+    """The options that both ops have."""
+    return {
+        "cell": KINDS.get(cell, 0),  # a static layer has no cell parameters and reads no kind
+        "activation": ACTIVATIONS[activation],
+        "sigmoid_gate": gate == "sigmoid",
+        "first_sample": context == "first_sample",
+        "head_dim": head_dim,
+        "norm": NORMS[norm],
+        "eps": eps,
+        "residual": residual,
+    }
