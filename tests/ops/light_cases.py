@@ -80,10 +80,10 @@ class Case:
             "return_o": self.return_o,
         }  # fmt: skip
 
-    def inputs(self, generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
+    def inputs(self, generator: torch.Generator) -> dict[str, Any]:
         """All tensor arguments in the op's order."""
         channels = self.shape[1]
-        like = {"dtype": compute_dtype(self.dtype), "device": device}
+        like = {"dtype": compute_dtype(self.dtype)}
 
         def small(*shape: int, scale: float = 1.0) -> Tensor:
             return random_small(*shape, generator=generator, scale=scale, **like)
@@ -96,7 +96,7 @@ class Case:
             return scale
 
         def map_(layout: str) -> Tensor:
-            values = feature(self.shape, self.dtype, layout, generator=generator, device=device)
+            values = feature(self.shape, self.dtype, layout, generator=generator)
             if self.join and self.dtype.itemsize == 2:
                 # x + p is then exact: its rounding, right as it is, would hide other errors.
                 whole = torch.empty(0, dtype=self.dtype).set_(values.untyped_storage())
@@ -122,16 +122,15 @@ class Case:
             "drop_scale": drop_scale(),
         }
 
-    def cotangents(self, generator: torch.Generator, device: str = "cpu") -> dict[int, Tensor]:
+    def cotangents(self, generator: torch.Generator) -> dict[int, Tensor]:
         """Gradients arriving at the outputs, by number of the output."""
         slots = SLOTS[self.cell]
         state = (slots, *self.shape[:2])
-        like = {"dtype": compute_dtype(self.dtype), "device": device}
-        options: dict[str, Any] = {"generator": generator, "device": device}
+        like = {"dtype": compute_dtype(self.dtype)}
         made = {
-            "out": feature(self.shape, self.dtype, self.grad_layout, **options),
+            "out": feature(self.shape, self.dtype, self.grad_layout, generator=generator),
             "state": random_small(*state, generator=generator, **like) if slots else None,
-            "o": feature(self.shape, self.dtype, self.grad_layout, **options)
+            "o": feature(self.shape, self.dtype, self.grad_layout, generator=generator)
             if self.return_o
             else None,
         }
