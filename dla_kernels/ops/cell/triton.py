@@ -22,23 +22,22 @@ from dla_kernels.ops.cell.triton_kernels import (
 
 
 class Form(NamedTuple):
-    """Gates per channel, their columns in a tile, slots of the state, hidden layer or not."""
+    """Gates per channel, slots of the state, hidden layer or not."""
 
     gates: int
-    columns: int
     slots: int
     hidden: bool
 
 
 FORMS = {
-    "dsu": Form(3, 4, 1, True),
-    "dsu_split": Form(3, 4, 2, True),
-    "dia": Form(4, 4, 2, True),
-    "lstm": Form(4, 4, 2, False),
-    "rnn": Form(1, 1, 1, False),
+    "dsu": Form(3, 1, True),
+    "dsu_split": Form(3, 2, True),
+    "dia": Form(4, 2, True),
+    "lstm": Form(4, 2, False),
+    "rnn": Form(1, 1, False),
 }
 
-ROWS, CHANNELS, DEPTH = 16, 32, 32  # tiles of the kernels that make gates
+ROWS, CHANNELS, UNITS, DEPTH = 16, 32, 32, 32  # tiles of the kernels that make gates
 GRADIENT_TILES = {"rows": 32, "channels": 64, "units": 32, "depth": 64}
 PARTS = 8  # of a sum that is left to those who read it
 PROGRAMS = 256  # that keep a GPU busy
@@ -143,7 +142,6 @@ class Evaluation:
         self.plan = Plan(
             kind=kind,
             gates=self.form.gates,
-            columns=self.form.columns,
             slots=self.form.slots,
             activation=activation if kind == "dsu" else "identity",
             first_sample=first_sample,
@@ -151,7 +149,7 @@ class Evaluation:
             precision=precision(),
             rows=ROWS,
             channels=CHANNELS,
-            units=CHANNELS if splits else max(16, triton.next_power_of_2(hidden)),
+            units=UNITS,
             depth=DEPTH,
         )
         self.grid = triton.cdiv(batch, ROWS), triton.cdiv(channels, CHANNELS), chunks
@@ -217,9 +215,9 @@ class Evaluation:
         repeats, batch, channels, hidden, chunks, length = self.sizes
         rows, own = repeats * batch, chunks * batch
         joint = self.kind == "dsu"
-        dgates = self._empty(rows, self.form.columns * channels)
+        dgates = self._empty(rows, self.form.gates * channels)
         shared = joint or length == 1  # the gradients of gates are the same for both sides
-        own_dgates = None if shared else self._empty(own, self.form.columns * channels)
+        own_dgates = None if shared else self._empty(own, self.form.gates * channels)
         grad_memory = None if self.kind == "rnn" else self._empty(chunks, batch, channels)
         parts = self.grid[1]
         step = rows if joint else rows + own
@@ -261,7 +259,7 @@ class Evaluation:
         inputs = triton.cdiv(hidden, plan.units) if hidden else columns
         tasks = max(
             triton.cdiv(rows, plan.rows) * columns,
-            triton.cdiv(plan.columns * channels, plan.depth) * inputs,
+            triton.cdiv(plan.gates * channels, plan.depth) * inputs,
             triton.cdiv(hidden, plan.units) * columns,
         )
         return tasks, 2, 3 if hidden else 2

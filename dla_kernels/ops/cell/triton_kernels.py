@@ -5,8 +5,9 @@ go to the gates through weights of their own (`Weights`), the context once for a
 in three ways only: "dsu" has one hidden layer for the sum of both (so its context has no ``w2``),
 "lstm" and "rnn" have none (no ``w1``), and each has its tail.
 
-A tile of gates [rows, columns] holds those of a channel side by side. Rows of y are numbered
-m B + b. The products want tiles of 16 and more, so everything is masked.
+Gates are a tuple of tiles [rows, channels], one for each: i, f, c~, o as far as the kind has them,
+before their activations. Rows of y are numbered m B + b. The products want tiles of 16 and more, so
+everything is masked.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Trace(NamedTuple):
     """What the first kernel of the backward pass leaves of a side.
 
     hidden [rows, h]; its gradient before the mask of the ReLU, as a sum of parts, which are
-    ``step`` rows apart; dgates [rows, columns C]. The context has B rows for every chunk of inputs.
+    ``step`` rows apart; dgates [rows, gates C]. The context has B rows for every chunk of inputs.
     """
 
     rows: int
@@ -71,8 +72,7 @@ class Plan:
     """What is decided when a kernel is compiled. All of it is data: Triton's cache goes by it."""
 
     kind: str
-    gates: int  # per channel
-    columns: int  # per channel in a tile of gates: a power of two, so that it can be split
+    gates: int
     slots: int
     activation: str  # of the context, on its way into the hidden layer
     first_sample: bool  # all read row 0 of the context
@@ -129,74 +129,56 @@ def _slope(a, activation: tl.constexpr):
 
 
 @triton.jit
-def _split_gates(gates, plan: tl.constexpr):
-    """i, f, c~, o of a tile of gates; o of no meaning if there are three."""
-    pairs = tl.reshape(gates, (plan.rows, plan.channels, 2, 2))
-    even, odd = tl.split(pairs)
-    i, candidate = tl.split(even)
-    f, o = tl.split(odd)
-    return i, f, candidate, o
-
-
-@triton.jit
-def _join_gates(i, f, candidate, o, plan: tl.constexpr):
-    pairs = tl.join(tl.join(i, candidate), tl.join(f, o))
-    return tl.reshape(pairs, (plan.rows, 4 * plan.channels))
-
-
-@triton.jit
-def _output(memory, o, kind: tl.constexpr):
-    """The output of a cell with memory; o is its fourth gate."""
+def _output(memory, gates, kind: tl.constexpr):
+    """The output of a cell with a memory."""
     if kind == "dsu":
         return memory
     elif kind == "dsu_split":
         return _sigmoid(memory)
     elif kind == "dia":
-        return _sigmoid(o) * _sigmoid(memory)
+        return _sigmoid(gates[3]) * _sigmoid(memory)
     else:
-        return _sigmoid(o) * _tanh(memory)
+        return _sigmoid(gates[3]) * _tanh(memory)
 
 
 @triton.jit
-def _output_gradients(grad, memory, o, kind: tl.constexpr):
-    """Gradients of the memory, and of o before its sigmoid, from that of the output."""
+def _output_gradients(grad, memory, gates, kind: tl.constexpr):
+    """Gradients of the memory and, in a tuple, of the gates that the output passes."""
     if kind == "dsu":
-        return grad, tl.zeros_like(grad)
+        return grad, ()
     elif kind == "dsu_split":
-        return grad * _slope(_sigmoid(memory), "sigmoid"), tl.zeros_like(grad)
+        return grad * _slope(_sigmoid(memory), "sigmoid"), ()
     else:
         squash: tl.constexpr = "sigmoid" if kind == "dia" else "tanh"
-        gate, squashed = _sigmoid(o), _activate(memory, squash)
-        grad_o = grad * squashed * _slope(gate, "sigmoid")
-        return grad * gate * _slope(squashed, squash), grad_o
+        o, squashed = _sigmoid(gates[3]), _activate(memory, squash)
+        grad_o = grad * squashed * _slope(o, "sigmoid")
+        return grad * o * _slope(squashed, squash), (grad_o,)
 
 
 @triton.jit
-def _tail(gates, memory, plan: tl.constexpr):
-    """Output and new memory from the gates before their activations."""
-    if plan.kind == "rnn":
-        output = _tanh(gates)
+def _tail(gates, memory, kind: tl.constexpr):
+    """Output and new memory."""
+    if kind == "rnn":
+        output = _tanh(gates[0])
         return output, output
     else:
-        i, f, candidate, o = _split_gates(gates, plan)
-        new = _sigmoid(f) * memory + _sigmoid(i) * _tanh(candidate)
-        return _output(new, o, plan.kind), new
+        new = _sigmoid(gates[1]) * memory + _sigmoid(gates[0]) * _tanh(gates[2])
+        return _output(new, gates, kind), new
 
 
 @triton.jit
-def _tail_gradients(grad, grad_memory, gates, memory, plan: tl.constexpr):
-    """Gradients of the gates before their activations, and of the old memory."""
-    if plan.kind == "rnn":
-        return grad * _slope(_tanh(gates), "tanh"), tl.zeros_like(grad)
+def _tail_gradients(grad, grad_memory, gates, memory, kind: tl.constexpr):
+    """Gradients of the gates and of the old memory, from those of output and new memory."""
+    if kind == "rnn":
+        return (grad * _slope(_tanh(gates[0]), "tanh"),), tl.zeros_like(memory)
     else:
-        i, f, candidate, o = _split_gates(gates, plan)
-        i, f, candidate = _sigmoid(i), _sigmoid(f), _tanh(candidate)
-        through, grad_o = _output_gradients(grad, f * memory + i * candidate, o, plan.kind)
+        i, f, candidate = _sigmoid(gates[0]), _sigmoid(gates[1]), _tanh(gates[2])
+        through, grad_o = _output_gradients(grad, f * memory + i * candidate, gates, kind)
         new = grad_memory + through
         grad_i = new * candidate * _slope(i, "sigmoid")
         grad_f = new * memory * _slope(f, "sigmoid")
         grad_candidate = new * i * _slope(candidate, "tanh")
-        return _join_gates(grad_i, grad_f, grad_candidate, grad_o, plan), new * f
+        return (grad_i, grad_f, grad_candidate) + grad_o, new * f
 
 
 @triton.jit
@@ -231,9 +213,7 @@ def _dot(a, b, acc, plan: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    acc, x, x_there, w, w_there, first, end, activation: tl.constexpr, plan: tl.constexpr
-):
+def _multiply(acc, x, x_there, w, w_there, first, end, activation, plan: tl.constexpr):
     """acc[i, j] + sum over first <= k < end of f(x_i[k]) w_j[k]; x and w point to rows."""
     for block in range(first, end, plan.depth):
         k = block + tl.arange(0, plan.depth)
@@ -243,10 +223,15 @@ def _multiply(
 
 
 @triton.jit
-def _gate_rows(column, channels, plan: tl.constexpr):
-    """The rows of w2 that columns of all gates come from, and whether there is one."""
-    gate, channel = column % plan.columns, column // plan.columns
-    return gate * channels + channel, (gate < plan.gates) & (channel < channels)
+def _add_dots(gates, a, w2, place, k, there_k, width, size, plan: tl.constexpr):
+    """gates + a w2^T, where a [rows, k] are the columns k of a matrix so wide."""
+    _, _, channel, there_channel = place
+    sums = ()
+    for gate in tl.static_range(len(gates)):
+        rows = _rows(w2, gate * size.channels + channel, width)
+        w = _load_transposed(rows, there_channel, k, there_k)
+        sums = sums + (_dot(a, w, gates[gate], plan),)  # noqa: RUF005
+    return sums
 
 
 @triton.jit
@@ -281,18 +266,20 @@ def _before_relu(x, side, row, there, unit, there_unit, activation, size, plan: 
 
 
 @triton.jit
-def _add_gates(gates, x, side, row, there, gate, joined, kept, size, plan: tl.constexpr):
+def _add_gates(gates, x, side, row, joined, kept, place, size, plan: tl.constexpr):
     """gates + what a side adds to them. The hidden layer, which the side ``joined`` may share with
     it, goes to the rows ``kept``."""
-    gate_row, gate_there = gate
+    _, there, _, _ = place
     if side.w1 is None:
-        w = _rows(side.w2, gate_row, size.channels)
-        gates = _multiply(gates, x, there, w, gate_there, 0, size.channels, "identity", plan)
+        for first in range(0, size.channels, plan.depth):
+            k = first + tl.arange(0, plan.depth)
+            there_k, width = k < size.channels, size.channels
+            a = _load(x, there, k, there_k)
+            gates = _add_dots(gates, a, side.w2, place, k, there_k, width, size, plan)
     else:
-        w = _rows(side.w2, gate_row, size.hidden)
         for first in range(0, size.hidden, plan.units):
             unit = first + tl.arange(0, plan.units)
-            there_unit = unit < size.hidden
+            there_unit, width = unit < size.hidden, size.hidden
             before = _before_relu(x, side, row, there, unit, there_unit, "identity", size, plan)
             if joined is not None:
                 u, other, other_row = joined
@@ -303,34 +290,36 @@ def _add_gates(gates, x, side, row, there, gate, joined, kept, size, plan: tl.co
             if kept is not None:
                 if tl.program_id(1) == 0:
                     _store(hidden, kept, there, unit, there_unit)
-            gates = _dot(hidden, _load_transposed(w, gate_there, unit, there_unit), gates, plan)
+            gates = _add_dots(gates, hidden, side.w2, place, unit, there_unit, width, size, plan)
     return gates
 
 
 @triton.jit
-def _gates_of_context(context, side_y, side, sample, there, gate, kept, size, plan: tl.constexpr):
+def _gates_of_context(context, side_y, side, kept, place, size, plan: tl.constexpr):
     """What the gates of all inputs of a sample have in common: biases, and the context's part."""
-    gate_row, gate_there = gate
-    bias = tl.load(side_y.b2 + gate_row, mask=gate_there, other=0.0)
-    if side.b2 is not None:
-        bias += tl.load(side.b2 + gate_row, mask=gate_there, other=0.0)
-    gates = tl.zeros((plan.rows, 1), bias.dtype) + bias[None, :]
+    sample, _, channel, there_channel = place
+    count: tl.constexpr = plan.gates
+    gates = ()
+    for gate in tl.static_range(count):
+        at = gate * size.channels + channel
+        bias = tl.load(side_y.b2 + at, mask=there_channel, other=0.0)
+        if side.b2 is not None:
+            bias += tl.load(side.b2 + at, mask=there_channel, other=0.0)
+        gates = gates + (tl.zeros((plan.rows, 1), bias.dtype) + bias[None, :],)  # noqa: RUF005
     if side.w2 is not None:
-        gates = _add_gates(gates, context, side, sample, there, gate, None, kept, size, plan)
+        gates = _add_gates(gates, context, side, sample, None, kept, place, size, plan)
     return gates
 
 
 @triton.jit
-def _gates_of_y(
-    gates, y, row, side, context, sample, other, there, gate, kept, size, plan: tl.constexpr
-):
-    """The gates of some rows, from their common part."""
+def _gates_of_y(gates, y, row, side, context, side_context, kept, place, size, plan: tl.constexpr):
+    """The gates of the inputs y[row], from what they have in common."""
     x = _rows(y, row, size.channels)
     if plan.kind == "dsu":
-        joined = context, other, sample
-        return _add_gates(gates, x, side, row, there, gate, joined, kept, size, plan)
+        joined = context, side_context, place[0]
+        return _add_gates(gates, x, side, row, joined, kept, place, size, plan)
     else:
-        return _add_gates(gates, x, side, row, there, gate, None, kept, size, plan)
+        return _add_gates(gates, x, side, row, None, kept, place, size, plan)
 
 
 @triton.jit
@@ -372,48 +361,36 @@ def forward_kernel(
 
     Grid: tiles of samples; tiles of channels; chunks of inputs.
     """
-    sample, there, channel, there_channel, gate = _place(size, plan)
+    place = _place(size, plan)
+    sample, there, channel, there_channel = place
     context = _context_rows(state, sample, size, plan)
-    memory = _load_memory(state, sample, there, channel, there_channel, size, plan)
-    common = _gates_of_context(context, of_y, of_context, sample, there, gate, None, size, plan)
+    memory = _load_memory(state, place, size, plan)
+    common = _gates_of_context(context, of_y, of_context, None, place, size, plan)
     first = tl.program_id(2) * size.length
     for repeat in range(first, tl.minimum(first + size.length, size.repeats)):
         row = repeat * size.batch + sample
-        gates = _gates_of_y(
-            common, y, row, of_y, context, sample, of_context, there, gate, None, size, plan
-        )
-        output, new = _tail(gates, memory, plan)
+        gates = _gates_of_y(common, y, row, of_y, context, of_context, None, place, size, plan)
+        output, new = _tail(gates, memory, plan.kind)
         _store(output, _rows(out, row, size.channels), there, channel, there_channel)
         if plan.slots == 2 and not output_only:
-            carried = _rows(out, size.batch + row, size.channels)
-            _store(new, carried, there, channel, there_channel)
+            rows = _rows(out, size.batch + row, size.channels)
+            _store(new, rows, there, channel, there_channel)
 
 
 @triton.jit
 def _place(size, plan: tl.constexpr):
-    """The samples, channels and gates of a program, and which of them there are."""
+    """The samples and channels of a program that makes gates, and which of them there are."""
     sample = tl.program_id(0) * plan.rows + tl.arange(0, plan.rows)
     channel = tl.program_id(1) * plan.channels + tl.arange(0, plan.channels)
-    width: tl.constexpr = plan.columns * plan.channels
-    column = tl.program_id(1) * width + tl.arange(0, width)
-    gate = _gate_rows(column, size.channels, plan)
-    return sample, sample < size.batch, channel, channel < size.channels, gate
+    return sample, sample < size.batch, channel, channel < size.channels
 
 
 @triton.jit
-def _load_memory(state, sample, there, channel, there_channel, size, plan: tl.constexpr):
+def _load_memory(state, place, size, plan: tl.constexpr):
     """What the tail updates: the last slot of the state."""
+    sample, there, channel, there_channel = place
     slot = state + (plan.slots - 1) * size.batch * size.channels
     return _load(_context_rows(slot, sample, size, plan), there, channel, there_channel)
-
-
-@triton.jit
-def _kept(trace, row, size):
-    """Where hidden layers of rows go, if the kind has any."""
-    if trace.hidden is None:
-        return None
-    else:
-        return _rows(trace.hidden, row, size.hidden)
 
 
 @triton.jit
@@ -435,66 +412,72 @@ def gate_gradients_kernel(
 
     Grid: as of `forward_kernel`.
     """
-    sample, there, channel, there_channel, gate = _place(size, plan)
+    place = _place(size, plan)
+    sample, there, channel, there_channel = place
     chunk = tl.program_id(2)
+    own_row = chunk * size.batch + sample  # in the trace of the context
     context = _context_rows(state, sample, size, plan)
-    memory = _load_memory(state, sample, there, channel, there_channel, size, plan)
-    own = chunk * size.batch + sample  # rows of the context's trace
-    kept = _kept(trace_context, own, size)
-    common = _gates_of_context(
-        context, of_y, of_context, sample, there, gate, kept, size, plan
-    )
-    sum_gates, sum_memory = tl.zeros_like(common), tl.zeros_like(memory)
+    memory = _load_memory(state, place, size, plan)
+    own_hidden = _kept(trace_context, own_row, size)
+    common = _gates_of_context(context, of_y, of_context, own_hidden, place, size, plan)
+    sum_memory, sum_gates = tl.zeros_like(memory), ()
+    for _gate in tl.static_range(len(common)):
+        sum_gates = sum_gates + (tl.zeros_like(memory),)  # noqa: RUF005
     first = chunk * size.length
     for repeat in range(first, tl.minimum(first + size.length, size.repeats)):
         row = repeat * size.batch + sample
-        gates = _gates_of_y(
-            common,
-            y,
-            row,
-            of_y,
-            context,
-            sample,
-            of_context,
-            there,
-            gate,
-            _kept(trace_y, row, size),
-            size,
-            plan,
-        )
+        hidden = _kept(trace_y, row, size)
+        gates = _gates_of_y(common, y, row, of_y, context, of_context, hidden, place, size, plan)
         grad_output = _load(_rows(grad, row, size.channels), there, channel, there_channel)
         grad_new = tl.zeros_like(memory)
         if plan.slots == 2 and not output_only:
-            carried = _rows(grad, size.batch + row, size.channels)
-            grad_new = _load(carried, there, channel, there_channel)
-        dgates, dmemory = _tail_gradients(grad_output, grad_new, gates, memory, plan)
-        _trace_gates(dgates, of_y, trace_y, row, there, gate, size, plan)
-        sum_gates += dgates
+            rows = _rows(grad, size.batch + row, size.channels)
+            grad_new = _load(rows, there, channel, there_channel)
+        dgates, dmemory = _tail_gradients(grad_output, grad_new, gates, memory, plan.kind)
+        _trace_gates(dgates, of_y, trace_y, row, place, size, plan)
+        sum_gates = _add(sum_gates, dgates)
         sum_memory += dmemory
     if of_context.w2 is not None:
-        _trace_gates(sum_gates, of_context, trace_context, own, there, gate, size, plan)
+        _trace_gates(sum_gates, of_context, trace_context, own_row, place, size, plan)
     if grad_memory is not None:
-        rows = _rows(grad_memory, own, size.channels)
+        rows = _rows(grad_memory, own_row, size.channels)
         _store(sum_memory, rows, there, channel, there_channel)
 
 
 @triton.jit
-def _trace_gates(dgates, side, trace, row, there, gate, size, plan: tl.constexpr):
+def _kept(trace, row, size):
+    """Where the hidden layers of rows go, if the kind has any."""
+    if trace.hidden is None:
+        return None
+    else:
+        return _rows(trace.hidden, row, size.hidden)
+
+
+@triton.jit
+def _add(one, other):
+    sums = ()
+    for i in tl.static_range(len(one)):
+        sums = sums + (one[i] + other[i],)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def _trace_gates(dgates, side, trace, row, place, size, plan: tl.constexpr):
     """Writes the gradients of gates, and what these channels give to that of the hidden layer."""
-    gate_row, gate_there = gate
+    _, there, channel, there_channel = place
     if trace.dgates is not None:
-        width: tl.constexpr = plan.columns * plan.channels
-        column = tl.program_id(1) * width + tl.arange(0, width)
-        there_column = column < plan.columns * size.channels
-        rows = _rows(trace.dgates, row, plan.columns * size.channels)
-        _store(dgates, rows, there, column, there_column)
+        rows = _rows(trace.dgates, row, plan.gates * size.channels)
+        for gate in tl.static_range(len(dgates)):
+            at = gate * size.channels + channel
+            _store(dgates[gate], rows, there, at, there_channel)
     if side.w1 is not None:
         for first in range(0, size.hidden, plan.units):
             unit = first + tl.arange(0, plan.units)
             there_unit = unit < size.hidden
-            w = _load(_rows(side.w2, gate_row, size.hidden), gate_there, unit, there_unit)
-            part = tl.zeros((plan.rows, plan.units), dgates.dtype)
-            part = _dot(dgates, w, part, plan)
+            part = tl.zeros((plan.rows, plan.units), trace.dhidden.dtype.element_ty)
+            for gate in tl.static_range(len(dgates)):
+                rows = _rows(side.w2, gate * size.channels + channel, size.hidden)
+                part = _dot(dgates[gate], _load(rows, there_channel, unit, there_unit), part, plan)
             rows = _rows(trace.dhidden, tl.program_id(1) * trace.step + row, size.hidden)
             _store(part, rows, there, unit, there_unit)
 
@@ -576,14 +559,14 @@ def _back_through(
 ):
     """acc + the gradient of what a side read, summed over ``count`` rows ``step`` apart."""
     if side.w1 is None:
-        for first in range(0, plan.columns * size.channels, plan.depth):
-            column = first + tl.arange(0, plan.depth)
-            gate_row, there_gate = _gate_rows(column, size.channels, plan)
+        gates = plan.gates * size.channels
+        for first in range(0, gates, plan.depth):
+            gate = first + tl.arange(0, plan.depth)
+            there_gate = gate < gates
             grad = tl.zeros((plan.rows, plan.depth), acc.dtype)
             for i in range(count):
-                rows = _rows(trace.dgates, i * step + row, plan.columns * size.channels)
-                grad += _load(rows, there, column, there_gate)
-            w = _load(_rows(side.w2, gate_row, size.channels), there_gate, channel, there_channel)
+                grad += _load(_rows(trace.dgates, i * step + row, gates), there, gate, there_gate)
+            w = _load(_rows(side.w2, gate, size.channels), there_gate, channel, there_channel)
             acc = _dot(grad, w, acc, plan)
     else:
         for first in range(0, size.hidden, plan.units):
@@ -699,29 +682,28 @@ def _grad_w2(
     if to.w2 is not None:
         hidden: tl.constexpr = trace.hidden is not None
         inputs = size.hidden if hidden else size.channels
-        tile: tl.constexpr = plan.units if hidden else plan.channels
-        first, first_input = _tiles(task, inputs, plan.depth, tile)
-        if first < plan.columns * size.channels:
-            column = first + tl.arange(0, plan.depth)
-            gate_row, gate_there = _gate_rows(column, size.channels, plan)
-            k = first_input + tl.arange(0, tile)
-            grad = tl.zeros((plan.depth, tile), x.dtype.element_ty)
+        width: tl.constexpr = plan.units if hidden else plan.channels
+        gates = plan.gates * size.channels
+        first_gate, first_input = _tiles(task, inputs, plan.depth, width)
+        if first_gate < gates:
+            gate = first_gate + tl.arange(0, plan.depth)
+            k = first_input + tl.arange(0, width)
+            there_gate, there_k = gate < gates, k < inputs
+            grad = tl.zeros((plan.depth, width), x.dtype.element_ty)
             bias = tl.zeros((plan.depth, plan.rows), x.dtype.element_ty)
-            for first_row in range(0, trace.rows, plan.rows):
-                row = first_row + tl.arange(0, plan.rows)
+            for first in range(0, trace.rows, plan.rows):
+                row = first + tl.arange(0, plan.rows)
                 there = row < trace.rows
-                rows = _rows(trace.dgates, row, plan.columns * size.channels)
-                dgates = _load_transposed(rows, there, column, gate_there)
                 if hidden:
-                    rows = _rows(trace.hidden, row, size.hidden)
+                    rows = _rows(trace.hidden, row, inputs)
                 else:
                     rows = _input_rows(x, row, of_context, size, plan)
-                grad = _dot(dgates, _load(rows, there, k, k < inputs), grad, plan)
+                dgates = _load_transposed(_rows(trace.dgates, row, gates), there, gate, there_gate)
+                grad = _dot(dgates, _load(rows, there, k, there_k), grad, plan)
                 bias += dgates
-            rows = _rows(to.w2, gate_row, inputs)
-            _store_weights(grad, rows, gate_there, k, k < inputs, add)
+            _store_weights(grad, _rows(to.w2, gate, inputs), there_gate, k, there_k, add)
             if first_input == 0:
-                _store_bias(bias, to.b2, gate_row, gate_there, add)
+                _store_bias(bias, to.b2, gate, there_gate, add)
 
 
 @triton.jit
