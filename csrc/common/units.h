@@ -8,6 +8,10 @@
 
 namespace dla::DLA_ISA {
 
+struct ChannelRange {
+  int64_t first, last;
+};
+
 // Work is cut into units of some planes by some samples, whatever the number of threads: a unit's
 // result depends on nothing else, so results are the same for any number of threads.
 template <class A>
@@ -26,6 +30,10 @@ struct Units {
   bool have_whole_batches() const { return batch_units == 1; }
   int64_t count() const { return group_units * batch_units; }
   int64_t first_group(int64_t unit) const { return unit % group_units * groups_per_unit; }
+  ChannelRange channels(const Grid<A>& grid, int64_t unit) const {
+    const int64_t first = first_group(unit) * grid.planes;
+    return {first, std::min(grid.shape.channels, first + groups_per_unit * grid.planes)};
+  }
 
  private:
   Units(const Grid<A>& grid, int64_t bytes_of_sample) {

@@ -34,11 +34,9 @@ struct BranchNorm {
 template <class A, class Body>
 inline void for_unit_channels(const Units<A>& units, const Grid<A>& grid, int64_t unit,
                               const Body& body) {
-  const int64_t first = units.first_group(unit) * grid.planes;
-  const int64_t last =
-      std::min(grid.shape.channels, first + units.groups_per_unit * grid.planes);
-  for (int64_t c = first; c < last; c += kLanes<double>)
-    body(ChannelLanes{c, static_cast<int>(std::min<int64_t>(kLanes<double>, last - c))});
+  const ChannelRange range = units.channels(grid, unit);
+  for (int64_t c = range.first; c < range.last; c += kLanes<double>)
+    body(ChannelLanes{c, static_cast<int>(std::min<int64_t>(kLanes<double>, range.last - c))});
 }
 
 // Mean and variance of z over batch and space, and what follows from them.

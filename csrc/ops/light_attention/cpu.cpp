@@ -362,9 +362,11 @@ struct BackwardStep : Step<A> {
     if (this->gated())
       cell_backward<A>(this->cell,
                        {summary.pooled_p, small(args.new_state), shape.batch, args.first_sample}, dd,
-                       true, dpooled_p, grad_state, dparams, args.threads);
+                       true, dpooled_p, grad_state, dparams, true, args.threads);
+    A* dstate = small(args.dstate);
+    std::fill_n(dstate, this->slots() * planes, A(0));
     cell_backward<A>(this->cell, {summary.y, small(args.state), shape.batch}, grad_state, false, dy,
-                     small(args.dstate), dparams, args.threads);
+                     dstate, dparams, !this->gated(), args.threads);
   }
 
   void weight_gradients(const A* partial, int64_t batch_units, const ChannelLanes& c) const {

@@ -167,8 +167,7 @@ def backward(
     dweights = {
         f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
     }
-    # The kernel adds to the gradients of the cell: it is evaluated twice.
-    dstate, *dparams = [torch.zeros_like(t) for t in (small["state"], *params)]
+    dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
     module = native.load()
     module.light_attention_backward(
         module.LightAttentionBackward(
