@@ -218,16 +218,18 @@ PYBIND11_MODULE(_dla_native, m) {
            batch, channels, area, channels_last, dtype, threads);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
-           height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, mean_in, var_in,
-           out, o, new_state, mean, var, summary);
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, mean_in, var_in, branch_mean_in, branch_var_in, out, o,
+           new_state, mean, var, branch_mean, branch_var, summary);
   DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
-           height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, grad_out, grad_o,
-           grad_state, mean, var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight,
-           dprev_weight, dlam, dnorm_weight, dnorm_bias, dcell_params);
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, grad_out, grad_o, grad_state, mean, var, branch_mean, branch_var,
+           new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight, dprev_weight, dlam,
+           dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias, dcell_params);
 }
 
 }  // namespace dla

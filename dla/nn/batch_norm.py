@@ -35,9 +35,17 @@ def batch_norm_arguments(
     return BatchNormArguments("batch", norm.eps, weight, bias, None, None)
 
 
-def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def track_statistics(norm: nn.BatchNorm2d | None, mean: Tensor, var: Tensor, x: Tensor) -> None:
     """Updates running statistics as BatchNorm2d does: the variance unbiased, the mean of all
-    batches so far under ``momentum=None``."""
+    batches so far under ``momentum=None``.
+
+    Args:
+        norm: None, or not in need of updates: nothing is done.
+        mean, var: of the batch, [C], the variance biased; empty if an op took none.
+        x: features of the shape that they were taken over.
+    """
+    if norm is None or not mean.numel():
+        return
     if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
         return
     factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
@@ -46,6 +54,7 @@ def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int
         if norm.momentum is None:
             factor = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
     norm.running_mean.lerp_(cast(mean, norm.running_mean.dtype), factor)
+    count = x.numel() // x.shape[1]
     unbiased = var * (count / (count - 1))
     norm.running_var.lerp_(cast(unbiased, norm.running_var.dtype), factor)
 

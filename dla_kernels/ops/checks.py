@@ -47,6 +47,12 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
 
 
+def at_least_zero(name: str, value: float) -> None:
+    """No negative number."""
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
 def a_list(name: str, value: object) -> None:
     """A list or tuple; torch itself would take one tensor for a list."""
     if not isinstance(value, list | tuple):

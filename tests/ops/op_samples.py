@@ -130,6 +130,7 @@ SAMPLES: dict[str, dict[str, Make]] = {
         "first_layer": light_attention(cell="dsu", has_p=False, has_prev=False, return_o=True),
         "evaluation": light_attention(norm="running", context="first_sample"),
         "static": light_attention(cell="none", has_prev=False),
+        "whole_block": light_attention(join=True, branch_norm="batch"),
         "own_norm": light_attention(cell="dsu", gate="sigmoid", norm="none", residual=False),
     },
     "base_attention": {

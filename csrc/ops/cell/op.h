@@ -36,7 +36,7 @@ struct CellBackward {
   std::vector<const void*> params;
   void* grad_y;                    // added to
   void* grad_state;                // added to
-  std::vector<void*> grad_params;  // added to
+  std::vector<void*> grad_params;  // written
   std::int64_t batch, channels, hidden;
   CellKind kind;
   Activation activation;

@@ -66,25 +66,29 @@ struct PlaneStatistics {
     return a * of_u + lam_d * of_p + lam * of_e;
   }
   Doubles shift() const { return mix(shift_u, shift_p, shift_e); }
-  // Sum of o - shift, and of its square about its own mean.
+  // Sum of o - shift, and of its square about its own mean (but for rounding, at least 0).
   Doubles sum() const { return mix(u, p, e); }
   Doubles centred_square() const {
     const Doubles square = a * mix(uu, up, ue) + lam_d * mix(up, pp, pe) + lam * mix(ue, pe, ee);
-    const Doubles centred = square - sum() * sum() / pixels;
-    return centred < 0.0 ? Doubles{} : centred;
+    return square - sum() * sum() / pixels;
   }
 };
 
 // Mean and variance over batch and space, plane by plane, by Chan's rule.
 class RunningMoments {
  public:
+  // Of a plane: its mean, and the sum of squares about that.
+  void add(Doubles mean, Doubles centred_square, double pixels) {
+    const Doubles delta = mean - mean_;
+    const double before = count_;
+    count_ += pixels;
+    mean_ += delta * (pixels / count_);
+    square_ += (centred_square < 0.0 ? Doubles{} : centred_square) +
+               delta * delta * (pixels * before / count_);
+  }
   template <class A>
   void add(const PlaneStatistics<A>& plane) {
-    const Doubles delta = plane.shift() + plane.sum() / plane.pixels - mean_;
-    const double before = count_;
-    count_ += plane.pixels;
-    mean_ += delta * (plane.pixels / count_);
-    square_ += plane.centred_square() + delta * delta * (plane.pixels * before / count_);
+    add(plane.shift() + plane.sum() / plane.pixels, plane.centred_square(), plane.pixels);
   }
   Doubles mean() const { return mean_; }
   Doubles variance() const { return square_ / count_; }

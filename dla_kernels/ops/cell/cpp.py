@@ -40,7 +40,8 @@ def backward(
     """Arguments and results of ``dla_kernels::cell_backward``."""
     grad, y, state = grad.contiguous(), y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
-    grads = [torch.zeros_like(t) for t in (y, state, *params)]  # the kernel adds to them
+    grads = [torch.zeros_like(y), torch.zeros_like(state)]  # the kernel adds to these two
+    grads += [torch.empty_like(w) for w in params]
     module = native.load()
     module.cell_backward(
         module.CellBackward(
