@@ -1,7 +1,7 @@
 """Triton kernels of the cells: one scaffold, and a pointwise tail for each kind.
 
 M inputs y [M, B, C] are evaluated under one context, the state [slots, B, C]; a step is M = 1. Both
-go to the gates through weights of their own (`Weights`), the context once for all M. Kinds differ
+go to the gates through weights of their own (`Side`), the context once for all M. Kinds differ
 in three ways only: "dsu" has one hidden layer for the sum of both (so its context has no ``w2``),
 "lstm" and "rnn" have none (no ``w1``), and each has its tail.
 
@@ -18,9 +18,8 @@ import triton.language as tl
 
 
 class Sizes(NamedTuple):
-    """M, B, C and h; how many programs share the M inputs of a sample, with ``length`` each."""
+    """B, C and h; how many programs share the M inputs of a sample, with ``length`` each."""
 
-    repeats: int
     batch: int
     channels: int
     hidden: int
@@ -123,7 +122,7 @@ def _slope(a, activation: tl.constexpr):
     elif activation == "tanh":
         return 1.0 - a * a
     elif activation == "relu":
-        return tl.where(a > 0, 1.0, 0.0)
+        return tl.where(a <= 0, 0.0, 1.0)
     else:
         return 1.0
 
@@ -230,7 +229,7 @@ def _add_dots(gates, a, w2, place, k, there_k, width, size, plan: tl.constexpr):
     for gate in tl.static_range(len(gates)):
         rows = _rows(w2, gate * size.channels + channel, width)
         w = _load_transposed(rows, there_channel, k, there_k)
-        sums = sums + (_dot(a, w, gates[gate], plan),)  # noqa: RUF005
+        sums = sums + (_dot(a, w, gates[gate], plan),)
     return sums
 
 
@@ -271,8 +270,8 @@ def _add_gates(gates, x, side, row, joined, kept, place, size, plan: tl.constexp
     it, goes to the rows ``kept``."""
     _, there, _, _ = place
     if side.w1 is None:
-        for first in range(0, size.channels, plan.depth):
-            k = first + tl.arange(0, plan.depth)
+        for first in range(0, size.channels, plan.units):
+            k = first + tl.arange(0, plan.units)
             there_k, width = k < size.channels, size.channels
             a = _load(x, there, k, there_k)
             gates = _add_dots(gates, a, side.w2, place, k, there_k, width, size, plan)
@@ -305,7 +304,7 @@ def _gates_of_context(context, side_y, side, kept, place, size, plan: tl.constex
         bias = tl.load(side_y.b2 + at, mask=there_channel, other=0.0)
         if side.b2 is not None:
             bias += tl.load(side.b2 + at, mask=there_channel, other=0.0)
-        gates = gates + (tl.zeros((plan.rows, 1), bias.dtype) + bias[None, :],)  # noqa: RUF005
+        gates = gates + (tl.zeros((plan.rows, 1), bias.dtype) + bias[None, :],)
     if side.w2 is not None:
         gates = _add_gates(gates, context, side, sample, None, kept, place, size, plan)
     return gates
@@ -366,15 +365,16 @@ def forward_kernel(
     context = _context_rows(state, sample, size, plan)
     memory = _load_memory(state, place, size, plan)
     common = _gates_of_context(context, of_y, of_context, None, place, size, plan)
-    first = tl.program_id(2) * size.length
-    for repeat in range(first, tl.minimum(first + size.length, size.repeats)):
-        row = repeat * size.batch + sample
-        gates = _gates_of_y(common, y, row, of_y, context, of_context, None, place, size, plan)
+    for i in range(size.length):
+        row = (tl.program_id(2) * size.length + i) * size.batch + sample
+        there_row = there & (row < of_y.rows)
+        at = sample, there_row, channel, there_channel
+        gates = _gates_of_y(common, y, row, of_y, context, of_context, None, at, size, plan)
         output, new = _tail(gates, memory, plan.kind)
-        _store(output, _rows(out, row, size.channels), there, channel, there_channel)
+        _store(output, _rows(out, row, size.channels), there_row, channel, there_channel)
         if plan.slots == 2 and not output_only:
             rows = _rows(out, size.batch + row, size.channels)
-            _store(new, rows, there, channel, there_channel)
+            _store(new, rows, there_row, channel, there_channel)
 
 
 @triton.jit
@@ -422,19 +422,20 @@ def gate_gradients_kernel(
     common = _gates_of_context(context, of_y, of_context, own_hidden, place, size, plan)
     sum_memory, sum_gates = tl.zeros_like(memory), ()
     for _gate in tl.static_range(len(common)):
-        sum_gates = sum_gates + (tl.zeros_like(memory),)  # noqa: RUF005
-    first = chunk * size.length
-    for repeat in range(first, tl.minimum(first + size.length, size.repeats)):
-        row = repeat * size.batch + sample
+        sum_gates = sum_gates + (tl.zeros_like(memory),)
+    for i in range(size.length):
+        row = (tl.program_id(2) * size.length + i) * size.batch + sample
+        there_row = there & (row < of_y.rows)
+        at = sample, there_row, channel, there_channel
         hidden = _kept(trace_y, row, size)
-        gates = _gates_of_y(common, y, row, of_y, context, of_context, hidden, place, size, plan)
-        grad_output = _load(_rows(grad, row, size.channels), there, channel, there_channel)
+        gates = _gates_of_y(common, y, row, of_y, context, of_context, hidden, at, size, plan)
+        grad_output = _load(_rows(grad, row, size.channels), there_row, channel, there_channel)
         grad_new = tl.zeros_like(memory)
         if plan.slots == 2 and not output_only:
             rows = _rows(grad, size.batch + row, size.channels)
-            grad_new = _load(rows, there, channel, there_channel)
+            grad_new = _load(rows, there_row, channel, there_channel)
         dgates, dmemory = _tail_gradients(grad_output, grad_new, gates, memory, plan.kind)
-        _trace_gates(dgates, of_y, trace_y, row, place, size, plan)
+        _trace_gates(dgates, of_y, trace_y, row, at, size, plan)
         sum_gates = _add(sum_gates, dgates)
         sum_memory += dmemory
     if of_context.w2 is not None:
@@ -457,7 +458,7 @@ def _kept(trace, row, size):
 def _add(one, other):
     sums = ()
     for i in tl.static_range(len(one)):
-        sums = sums + (one[i] + other[i],)  # noqa: RUF005
+        sums = sums + (one[i] + other[i],)
     return sums
 
 
@@ -550,7 +551,7 @@ def _hidden_gradient(trace, row, there, unit, there_unit, size):
         rows = _rows(trace.dhidden, part * trace.step + row, size.hidden)
         total += _load(rows, there, unit, there_unit)
     hidden = _load(_rows(trace.hidden, row, size.hidden), there, unit, there_unit)
-    return tl.where(hidden > 0, total, 0.0)
+    return tl.where(hidden <= 0, 0.0, total)
 
 
 @triton.jit
@@ -582,6 +583,7 @@ def _back_through(
 
 @triton.jit
 def _grad_y(grad_y, plus, side, trace, task, size, plan: tl.constexpr):
+    """A tile of the gradient of the inputs."""
     first, first_channel = _tiles(task, size.channels, plan.rows, plan.channels)
     if first < trace.rows:
         row = first + tl.arange(0, plan.rows)
@@ -596,6 +598,7 @@ def _grad_y(grad_y, plus, side, trace, task, size, plan: tl.constexpr):
 
 @triton.jit
 def _store_sum(value, to, plus, row, there, channel, there_channel, size):
+    """to = value + plus."""
     if plus is not None:
         value += _load(_rows(plus, row, size.channels), there, channel, there_channel)
     _store(value, _rows(to, row, size.channels), there, channel, there_channel)
@@ -603,6 +606,7 @@ def _store_sum(value, to, plus, row, there, channel, there_channel, size):
 
 @triton.jit
 def _grad_state(state, grad_state, plus, grad_memory, side, trace, task, size, plan: tl.constexpr):
+    """A tile of the gradient of slot 0, and of the memory where that is another slot."""
     first, first_channel = _tiles(task, size.channels, plan.rows, plan.channels)
     if first < size.batch:
         row = first + tl.arange(0, plan.rows)
@@ -660,6 +664,7 @@ def _input_rows(x, row, of_context: tl.constexpr, size, plan: tl.constexpr):
 
 @triton.jit
 def _store_weights(value, rows, rows_there, column, there_column, add: tl.constexpr):
+    """Writes a tile, or adds to what is there."""
     if add:
         value += _load(rows, rows_there, column, there_column)
     _store(value, rows, rows_there, column, there_column)
@@ -667,7 +672,7 @@ def _store_weights(value, rows, rows_there, column, there_column, add: tl.conste
 
 @triton.jit
 def _store_bias(rows_of_grads, to, place, there, add: tl.constexpr):
-    """The sum over the columns of [values, rows]."""
+    """Writes the sums of [values, rows] over the rows, or adds them to what is there."""
     value = tl.sum(rows_of_grads, axis=1)
     if add:
         value += tl.load(to + place, mask=there, other=0.0)
