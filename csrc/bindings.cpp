@@ -22,6 +22,7 @@
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/op.h"
 #include "ops/residual_gate/op.h"
+#include "ops/residual_norm/op.h"
 
 namespace py = pybind11;
 
@@ -216,6 +217,13 @@ PYBIND11_MODULE(_dla_native, m) {
            channels_last, dtype, threads);
   DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
            batch, channels, area, channels_last, dtype, threads);
+
+  DLA_BIND(m, residual_norm_forward, ResidualNormForward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, shortcut, mean_in, var_in, out, mean,
+           var);
+  DLA_BIND(m, residual_norm_backward, ResidualNormBackward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, grad, out, mean, var, dx, dshortcut,
+           dweight, dbias);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
