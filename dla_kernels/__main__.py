@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import pkgutil
 import platform
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dla_kernels
 from dla_kernels import native, ops
-from dla_kernels.backend import AUTOMATIC_ORDER, use_backend
+from dla_kernels.backend import BACKENDS, implementations, use_backend
 
 FAILED = "[red]fails[/]"
 TOLERANCE = 1e-4  # float32, relative; the tests are stricter
@@ -31,6 +30,14 @@ def op_names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg]
 
 
+def installed(package: str) -> str:
+    """Version of a package, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def facts() -> dict[str, str]:
     """What to quote in a bug report."""
     found = {
@@ -38,6 +45,7 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+        "triton": installed("triton"),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     if problem := native.error():
@@ -86,15 +94,9 @@ def error_of(op: str, backend: str, device: torch.device) -> float:
     return torch.stack(errors).max().item()
 
 
-def implementation(op: str, backend: str) -> ModuleType | None:
-    """The module with an op's implementation for a backend, by convention of its name."""
-    name = f"{ops.__name__}.{op}.{backend}"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
 def check(op: str, backend: str) -> tuple[str, str | None]:
     """One cell of the table, and what there is to say about it."""
-    module = implementation(op, backend)
+    module = implementations(op).get(backend)
     if module is None:
         return "[dim]none yet[/]", None
     gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
@@ -117,12 +119,12 @@ def main() -> int:
     for name, value in facts().items():
         grid.add_row(f"[bold]{name}[/]", escape(value))
     console.print(grid)
-    table = Table("op", *AUTOMATIC_ORDER, title="Backends: relative error on a small call")
+    table = Table("op", *BACKENDS, title="Backends: relative error on a small call")
     notes: dict[str, list[str]] = {}
     failed = False
     for op in op_names():
         cells = []
-        for backend in AUTOMATIC_ORDER:
+        for backend in BACKENDS:
             cell, note = check(op, backend)
             cells.append(cell)
             failed |= cell == FAILED

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.resources
 import importlib.util
+import json
 import logging
+from collections.abc import Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar, Token
-from types import ModuleType
+from typing import Any, Protocol
 
 from torch import Tensor
 
 AUTO = "auto"
-AUTOMATIC_ORDER = ("cuda", "triton", "cpp", "reference")
+BACKENDS = ("cuda", "triton", "cpp", "reference")
 
 _requested: ContextVar[str] = ContextVar("dla_kernels_backend", default=AUTO)
 _log = logging.getLogger("dla_kernels")
+
+
+class Implementation(Protocol):
+    """What a backend's module for an op offers."""
+
+    def unsupported(self, x: Tensor) -> str | None: ...
+    def forward(self, *args: Any) -> Any: ...
+    def backward(self, *args: Any) -> Any: ...
 
 
 class use_backend(ContextDecorator):
@@ -31,7 +42,7 @@ class use_backend(ContextDecorator):
 
     Args:
         name: "cuda", "triton", "cpp" or "reference", which then must serve every call; or "auto":
-            the first of these that can.
+            the best that can.
 
     Raises:
         ValueError: no backend has this name.
@@ -39,8 +50,8 @@ class use_backend(ContextDecorator):
     """
 
     def __init__(self, name: str) -> None:
-        if name not in (AUTO, *AUTOMATIC_ORDER):
-            known = ", ".join((AUTO, *AUTOMATIC_ORDER))
+        if name not in (AUTO, *BACKENDS):
+            known = ", ".join((AUTO, *BACKENDS))
             raise ValueError(f"name: expected one of {known}; got {name!r}")
         self.name = name
         self._tokens: list[Token[str]] = []
@@ -58,7 +69,7 @@ def requested() -> str:
     return _requested.get()
 
 
-def select(op: str, x: Tensor) -> ModuleType:
+def select(op: str, x: Tensor) -> Implementation:
     """The module that serves a call of ``op`` whose first tensor is ``x``.
 
     Raises:
@@ -68,17 +79,20 @@ def select(op: str, x: Tensor) -> ModuleType:
     if name != AUTO:
         return _demand(op, name, x)
     refusals = []
-    for name, module in _implementations(op):
-        reason = module.unsupported(x)
+    available = implementations(op)
+    for name in _automatic_order(op, x.is_cuda):
+        if name not in available:
+            continue
+        reason = available[name].unsupported(x)
         if reason is None:
             _report(op, name, tuple(refusals))
-            return module
+            return available[name]
         refusals.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
 
 
-def _demand(op: str, name: str, x: Tensor) -> ModuleType:
-    available = dict(_implementations(op))
+def _demand(op: str, name: str, x: Tensor) -> Implementation:
+    available = implementations(op)
     if name not in available:
         problem = f"{op} has no such implementation (it has {', '.join(available)})"
     elif reason := available[name].unsupported(x):
@@ -92,10 +106,40 @@ def _demand(op: str, name: str, x: Tensor) -> ModuleType:
 
 
 @functools.cache
-def _implementations(op: str) -> tuple[tuple[str, ModuleType], ...]:
+def implementations(op: str) -> dict[str, Implementation]:
+    """The implementations of an op by backend; one that cannot be imported refuses every call."""
     package = f"dla_kernels.ops.{op}"
-    names = (name for name in AUTOMATIC_ORDER if importlib.util.find_spec(f"{package}.{name}"))
-    return tuple((name, importlib.import_module(f"{package}.{name}")) for name in names)
+    names = (name for name in BACKENDS if importlib.util.find_spec(f"{package}.{name}"))
+    return {name: _import(f"{package}.{name}") for name in names}
+
+
+def _import(module: str) -> Implementation:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return _NotImportable(error)
+
+
+class _NotImportable:
+    """In place of a module that lacks something: a refusal with the remedy."""
+
+    def __init__(self, error: ImportError) -> None:
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        remedy = f"; pip install {error.name.partition('.')[0]}" if missing else ""
+        self._reason = f"{error}{remedy}"
+
+    def unsupported(self, x: Tensor) -> str:
+        return self._reason
+
+
+@functools.cache
+def _automatic_order(op: str, on_gpu: bool) -> Sequence[str]:
+    """Backends by speed. On CPU tensors Triton's interpreter would be slower than anything."""
+    if not on_gpu:
+        return ("cpp", "reference")
+    text = importlib.resources.files("dla_kernels").joinpath("dispatch.json").read_text()
+    order = json.loads(text)["order"]
+    return (*order.get(op, order["default"]), "reference")
 
 
 @functools.cache

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU Triton kernels are interpreted. Triton asks when it is imported: this comes first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples every time. `pytest --hypothesis-profile=explore` looks elsewhere; what it finds
 # may just be a badly conditioned case.

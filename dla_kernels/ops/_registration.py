@@ -57,10 +57,12 @@ def define(
 
     def run(*args: Any) -> Any:
         check(*args)
-        return backend.select(op, _first_tensor(args)).forward(*args)
+        x = _first_tensor(args)
+        return _on_device_of(x, backend.select(op, x).forward, args)
 
     def run_backward(*args: Any) -> Any:
-        return backend.select(op, _first_tensor(args)).backward(*args)
+        x = _first_tensor(args)
+        return _on_device_of(x, backend.select(op, x).backward, args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -131,6 +133,14 @@ def _register_autograd(
         return list(results) if returns_list else results
 
     LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
+
+
+def _on_device_of(x: Tensor, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """``function(*args)``; kernels are launched on the current GPU, which must be that of ``x``."""
+    if not x.is_cuda:
+        return function(*args)
+    with torch.cuda.device(x.device):
+        return function(*args)
 
 
 def flatten(values: Sequence[Any]) -> list[Any]:

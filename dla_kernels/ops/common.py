@@ -30,6 +30,16 @@ def dense_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def dense(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
+    """``x`` itself if it is dense in ``layout``, else a dense copy."""
+    return None if x is None else x.contiguous(memory_format=layout)
+
+
+def contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    """The tensors by name, dense copies of those that are not contiguous."""
+    return {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+
+
 def empty_features(x: Tensor) -> Tensor:
     """An uninitialised dense feature map of the shape, dtype and format of ``x``."""
     return torch.empty_like(x, memory_format=dense_format(x))

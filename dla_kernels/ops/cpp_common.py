@@ -1,4 +1,4 @@
-"""What the ``cpp.py`` adapters share: tensors to addresses, memory formats, dtype codes."""
+"""What the ``cpp.py`` adapters share: tensors to addresses, dtype codes."""
 
 from collections.abc import Mapping
 
@@ -20,19 +20,9 @@ def unsupported(x: Tensor) -> str | None:
     return native.error()
 
 
-def dense(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
-    """``x`` itself if it is dense in ``layout``, else a dense copy."""
-    return None if x is None else x.contiguous(memory_format=layout)
-
-
 def address(x: Tensor | None) -> int | None:
     """Address of the first element; null for a missing tensor."""
     return None if x is None else x.data_ptr()
-
-
-def contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
-    """The tensors by name, dense copies of those that are not contiguous."""
-    return {name: None if t is None else t.contiguous() for name, t in tensors.items()}
 
 
 def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:

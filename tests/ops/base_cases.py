@@ -79,10 +79,10 @@ class Case:
             "return_v": self.return_v,
         }  # fmt: skip
 
-    def inputs(self, generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
+    def inputs(self, generator: torch.Generator) -> dict[str, Any]:
         """All tensor arguments in the op's order."""
         batch, channels = self.shape[:2]
-        like = {"dtype": compute_dtype(self.dtype), "device": device}
+        like = {"dtype": compute_dtype(self.dtype)}
         dynamic, features = self.cell != "none", self.gated == "features"
 
         def small(*shape: int, scale: float = 1.0) -> Tensor:
@@ -99,7 +99,7 @@ class Case:
             return scale
 
         def map_(layout: str) -> Tensor:
-            return feature(self.shape, self.dtype, layout, generator=generator, device=device)
+            return feature(self.shape, self.dtype, layout, generator=generator)
 
         normed, running = self.norm != "none" and self.affine, self.norm == "running"
         filter_shape = (1, 1, self.kernel)
@@ -122,15 +122,14 @@ class Case:
             "drop_scale": drop_scale(),
         }
 
-    def cotangents(self, generator: torch.Generator, device: str = "cpu") -> dict[int, Tensor]:
+    def cotangents(self, generator: torch.Generator) -> dict[int, Tensor]:
         """Gradients arriving at the outputs, by number of the output."""
         batch, channels = self.shape[:2]
         dynamic, features = self.cell != "none", self.gated == "features"
-        like = {"dtype": compute_dtype(self.dtype), "device": device}
+        like = {"dtype": compute_dtype(self.dtype)}
 
         def map_() -> Tensor:
-            options: dict[str, Any] = {"generator": generator, "device": device}
-            return feature(self.shape, self.dtype, self.grad_layout, **options)
+            return feature(self.shape, self.dtype, self.grad_layout, generator=generator)
 
         def small(*shape: int) -> Tensor:
             return random_small(*shape, generator=generator, **like)

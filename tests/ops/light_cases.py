@@ -85,10 +85,10 @@ class Case:
             "branch_norm": self.branch_norm, "branch_eps": self.eps, "return_o": self.return_o,
         }  # fmt: skip
 
-    def inputs(self, generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
+    def inputs(self, generator: torch.Generator) -> dict[str, Any]:
         """All tensor arguments in the op's order."""
         channels = self.shape[1]
-        like = {"dtype": compute_dtype(self.dtype), "device": device}
+        like = {"dtype": compute_dtype(self.dtype)}
 
         def small(*shape: int, scale: float = 1.0) -> Tensor:
             return random_small(*shape, generator=generator, scale=scale, **like)
@@ -101,7 +101,7 @@ class Case:
             return scale
 
         def map_(layout: str) -> Tensor:
-            return feature(self.shape, self.dtype, layout, generator=generator, device=device)
+            return feature(self.shape, self.dtype, layout, generator=generator)
 
         def affine(norm: str) -> tuple[Tensor | None, Tensor | None]:
             if norm == "none" or not self.affine:
@@ -131,16 +131,15 @@ class Case:
         made["branch_mean_in"], made["branch_var_in"] = statistics(self.branch_norm)
         return {**made, "drop_scale": drop_scale()}
 
-    def cotangents(self, generator: torch.Generator, device: str = "cpu") -> dict[int, Tensor]:
+    def cotangents(self, generator: torch.Generator) -> dict[int, Tensor]:
         """Gradients arriving at the outputs, by number of the output."""
         slots = SLOTS[self.cell]
         state = (slots, *self.shape[:2])
-        like = {"dtype": compute_dtype(self.dtype), "device": device}
-        options: dict[str, Any] = {"generator": generator, "device": device}
+        like = {"dtype": compute_dtype(self.dtype)}
         made = {
-            "out": feature(self.shape, self.dtype, self.grad_layout, **options),
+            "out": feature(self.shape, self.dtype, self.grad_layout, generator=generator),
             "state": random_small(*state, generator=generator, **like) if slots else None,
-            "o": feature(self.shape, self.dtype, self.grad_layout, **options)
+            "o": feature(self.shape, self.dtype, self.grad_layout, generator=generator)
             if self.return_o
             else None,
         }

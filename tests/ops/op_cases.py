@@ -7,6 +7,7 @@ error measured is the tested kernel's own.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import os
 import pkgutil
@@ -23,10 +24,12 @@ from torch import Tensor
 import dla_kernels
 import dla_kernels.ops
 from dla_kernels import use_backend
+from dla_kernels.backend import BACKENDS
 from tolerances import assert_close, assert_gradients_close
 
-BACKENDS = ("cuda", "triton", "cpp", "reference")
 ON_GPU = ("cuda", "triton")
+# Triton without a GPU: see tests/conftest.py. Slow, hence fewer cases (`each_case`).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Sizes of [C] and [H, W]. Channels: 1 (degenerate), 3 and 5 (less than a vector), 20 (vector of 16
@@ -49,21 +52,63 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def backends(op: str) -> list[Any]:
-    """The backends an op has, as pytest parameters; a missing GPU is the only reason to skip."""
+    """The backends an op has, as pytest parameters; each skipped where it cannot run at all."""
     package = importlib.import_module(f"dla_kernels.ops.{op}")
     found = {module.name for module in pkgutil.iter_modules(package.__path__)}
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-    return [
-        pytest.param(name, marks=[no_gpu] if name in ON_GPU else [])
-        for name in BACKENDS
-        if name in found
+    return [pytest.param(name, marks=skips(name)) for name in BACKENDS if name in found]
+
+
+def skips(backend: str) -> list[pytest.MarkDecorator]:
+    """Marks of tests of a backend."""
+    no_gpu = not torch.cuda.is_available()
+    no_triton = importlib.util.find_spec("triton") is None
+    return {
+        "cuda": [pytest.mark.skipif(no_gpu, reason="needs a CUDA GPU")],
+        "triton": [pytest.mark.skipif(no_triton, reason="needs triton, which runs on Linux")],
+    }.get(backend, [])
+
+
+def each_backend(op: str, but: str = "", interpreted: bool = True) -> pytest.MarkDecorator:
+    """Parametrizes a test with ``backend``.
+
+    but: leaves this one out. interpreted: False for a test that is too slow for the interpreter.
+    """
+    slow = pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too slow for Triton's interpreter")
+    chosen = [
+        pytest.param(*one.values, marks=[*one.marks, slow])
+        if one.values == ("triton",) and not interpreted
+        else one
+        for one in backends(op)
+        if one.values != (but,)
     ]
-
-
-def each_backend(op: str, but: str = "") -> pytest.MarkDecorator:
-    """Parametrizes a test with ``backend``, leaving one out."""
-    chosen = [parameter for parameter in backends(op) if parameter.values[0] != but]
     return pytest.mark.parametrize("backend", chosen)
+
+
+def each_case(
+    op: str,
+    axes: Mapping[str, Sequence[Any]],
+    valid: Callable[[dict[str, Any]], bool] = lambda case: True,
+    *,
+    interpreted: Mapping[str, Sequence[Any]],
+    ids: Callable[[dict[str, Any]], str] | None = None,
+) -> pytest.MarkDecorator:
+    """Parametrizes a test with ``backend`` and a covering set of ``case``.
+
+    interpreted: axes with fewer values, for Triton's interpreter.
+    """
+
+    def parameters(axes: Mapping[str, Sequence[Any]], backends: list[Any]) -> list[Any]:
+        return [
+            pytest.param(*one.values, case, marks=one.marks, id=f"{one.values[0]} {name(case)}")
+            for case in covering(axes, valid)
+            for one in backends
+        ]
+
+    name = ids or case_id
+    slow = [one for one in backends(op) if one.values == ("triton",) and INTERPRETED]
+    fast = [one for one in backends(op) if one not in slow]
+    chosen = parameters(axes, fast) + parameters({**axes, **interpreted}, slow)
+    return pytest.mark.parametrize(("backend", "case"), chosen)
 
 
 def reference(op: str) -> Callable[..., Any]:
@@ -78,10 +123,10 @@ def op_names() -> list[str]:
 
 def device_of(backend: str) -> str:
     """Where a backend's tensors live."""
-    return "cuda" if backend in ON_GPU else "cpu"
+    return "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
 
 
-def _storage_view(shape: Sequence[int], layout: str, like: dict[str, Any]) -> Tensor:
+def _storage_view(shape: Sequence[int], layout: str, **like: Any) -> Tensor:
     """A view of ``shape`` in a buffer of NaN, with the strides that ``layout`` names."""
     b, c, h, w = shape
     nan = float("nan")
@@ -108,17 +153,15 @@ def feature(
     layout: str = "nchw",
     *,
     generator: torch.Generator,
-    device: str = "cpu",
 ) -> Tensor:
     """Random [B, C, H, W]: noise around a random mean per plane (so that pooled values matter)."""
     b, c, h, w = shape
     rows = 1 if layout == "expanded" else b
-    noise = torch.randn(rows, c, h, w, generator=generator, dtype=torch.float64)
-    values = noise + torch.randn(rows, c, 1, 1, generator=generator, dtype=torch.float64)
+    like = {"generator": generator, "dtype": torch.float64}
+    values = random_small(rows, c, h, w, **like) + random_small(rows, c, 1, 1, **like)
     if layout == "expanded":
-        return values.to(device, dtype).expand(b, c, h, w)
-    view = _storage_view(shape, layout, {"dtype": dtype, "device": device})
-    return view.copy_(values)
+        return values.to(dtype).expand(b, c, h, w)
+    return _storage_view(shape, layout, dtype=dtype).copy_(values)
 
 
 def memory_format(layout: str) -> torch.memory_format | None:
@@ -139,8 +182,9 @@ def assert_dense(x: Tensor, layout: str, name: str) -> None:
 def random_small(
     *shape: int, generator: torch.Generator, scale: float = 1.0, **like: Any
 ) -> Tensor:
-    """Random numbers for parameters and states."""
-    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(**like)
+    """Random numbers for parameters and states, the same on every device."""
+    values = scale * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device()).to(**like)
 
 
 Result = tuple[list[Tensor], dict[str, Tensor | None]]
@@ -222,6 +266,7 @@ def expected_result(
     **options: Any,
 ) -> Result:
     """``run`` of the reference in float64; computed once for consecutive tests of one ``key``."""
+    key = key and (key, torch.get_default_device())
     if key is None or key not in _last_expected:
         _last_expected.clear()
         _last_expected[key] = run(
@@ -316,11 +361,14 @@ def case_id(axes: Mapping[str, Any]) -> str:
 def python(
     code_or_args: str | Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Any = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -c code`` or ``python *args`` in a fresh process and returns what it said."""
+    """Runs ``python -c code`` or ``python *args`` in a fresh process and returns what it said.
+
+    Triton is not interpreted there.
+    """
     args = ["-c", code_or_args] if isinstance(code_or_args, str) else list(code_or_args)
     return subprocess.run(
         [sys.executable, *args],
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "TRITON_INTERPRET": "0", **(env or {})},
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import json
 import re
 import threading
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 
 import dla_kernels
 from dla_kernels import use_backend
-from op_cases import BACKENDS, op_names, python
+from dla_kernels.backend import BACKENDS, _automatic_order, implementations
+from op_cases import op_names, python
 from op_samples import NAMES, SMALL, Call, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH_OP = pytest.mark.parametrize("op", op_names())
 WITHOUT_EXTENSION = "import sys; sys.modules['_dla_native'] = None\n"
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 POOL = """
 import torch, dla_kernels
 x = torch.ones(2, 3, 4, 4)
@@ -104,16 +107,52 @@ def test_choice_is_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["cpp"]
 
 
-@EACH_OP
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
-def test_request_that_cannot_be_served(op: str, backend: str) -> None:
+def refusals(requested: str, prefix: str = "") -> dict[str, str]:
+    """What each op says in a process of its own when CPU tensors are to be served by a backend."""
+    done = python(
+        f"""{prefix}
+import importlib, json, torch, dla_kernels
+said = {{}}
+for op in {op_names()}:
+    example = importlib.import_module(f"dla_kernels.ops.{{op}}.example").example
+    try:
+        with dla_kernels.use_backend({requested!r}):
+            getattr(dla_kernels, op)(**example(torch.device("cpu")))
+    except RuntimeError as error:
+        said[op] = str(error)
+print(json.dumps(said))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("requested", ["cuda", "triton"])
+def test_request_that_cannot_be_served(requested: str) -> None:
     """An explicit request never falls back; the error says what asked, why not and what helps."""
-    with use_backend(backend), pytest.raises(RuntimeError) as info:
-        call(op)
-    message = str(info.value)
-    assert op in message and backend in message
-    assert "use_backend" in message, f"no remedy: {message}"
+    said = refusals(requested)
+    assert said.keys() == set(op_names())
+    for op, message in said.items():
+        assert op in message and requested in message
+        assert "use_backend" in message, f"no remedy: {message}"
+
+
+def test_request_of_a_backend_that_does_not_import() -> None:
+    """The package imports; only asking for Triton is an error, with the way to get it."""
+    for op, message in refusals("triton", WITHOUT_TRITON).items():
+        if "triton" in implementations(op):
+            assert "triton" in message and "pip install triton" in message, message
+
+
+@EACH_OP
+def test_automatic_order(op: str) -> None:
+    """By device; for GPUs as the package data say, which name our ops and backends."""
+    assert _automatic_order(op, False) == ("cpp", "reference")
+    assert set(_automatic_order(op, True)) == {"cuda", "triton", "reference"}
+    assert _automatic_order(op, True)[-1] == "reference"
+    data = json.loads(Path(dla_kernels.__file__).with_name("dispatch.json").read_text())
+    assert data["order"].keys() <= {"default", *op_names()}
+    assert data["why"] and (data["results"] is None or (ROOT / data["results"]).is_file())
 
 
 @pytest.mark.parametrize("name", ["", "CPP", "numpy"])
@@ -179,6 +218,8 @@ def test_report(where: str, tmp_path: Path) -> None:
 def test_report_without_the_extension() -> None:
     """The report is what a user runs when something is wrong: it must not fail then."""
     run = "import runpy; sys.argv[:] = ['dla_kernels']; "
-    done = python(WITHOUT_EXTENSION + run + "runpy.run_module('dla_kernels', run_name='__main__')")
+    run += "runpy.run_module('dla_kernels', run_name='__main__')"
+    done = python(WITHOUT_EXTENSION + WITHOUT_TRITON + run)
     assert "Traceback" not in done.stderr
-    assert "_dla_native" in done.stdout and "pip install" in done.stdout, done.stdout
+    for word in ("_dla_native", "pip install .", "pip install triton"):
+        assert word in done.stdout, done.stdout

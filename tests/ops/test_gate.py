@@ -17,11 +17,10 @@ from op_cases import (
     LAYOUTS,
     MAPS,
     assert_dense,
-    case_id,
     compare,
     compute_dtype,
-    covering,
     each_backend,
+    each_case,
     feature,
     random_small,
 )
@@ -80,14 +79,13 @@ def check(
             assert_dense(gradients[f"features.{i}"], name, f"gradient of features.{i}")
 
 
-@each_backend("gate")
-@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
+@each_case("gate", AXES, interpreted={"channels": (1, 20, 33), "size": MAPS[:7], "batch": (1, 3)})
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
 
 
-@each_backend("gate")
+@each_backend("gate", interpreted=False)
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(
     dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS), grad=st.sampled_from(LAYOUTS),

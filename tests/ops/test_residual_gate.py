@@ -15,11 +15,9 @@ from op_cases import (
     LAYOUTS,
     MAPS,
     assert_dense,
-    case_id,
     compare,
     compute_dtype,
-    covering,
-    each_backend,
+    each_case,
     feature,
     random_small,
 )
@@ -39,25 +37,24 @@ AXES = {
 }
 
 
-@each_backend("residual_gate")
-@pytest.mark.parametrize("axes", covering(AXES), ids=case_id)
+@each_case("residual_gate", AXES, interpreted={"channels": (1, 20, 33), "size": MAPS[:9]})
 @pytest.mark.simd
-def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
+def test_any_combination(backend: str, case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    shape, dtype = (axes["batch"], axes["channels"], *axes["size"]), axes["dtype"]
+    shape, dtype = (case["batch"], case["channels"], *case["size"]), case["dtype"]
 
     def map_(name: str) -> Tensor:
-        return feature(shape, dtype, axes[f"{name}_layout"], generator=generator)
+        return feature(shape, dtype, case[f"{name}_layout"], generator=generator)
 
     h = random_small(*shape[:2], generator=generator, dtype=compute_dtype(dtype))
     inputs = {"u": map_("u"), "h": h, "shortcut": map_("shortcut")}
     (out,), gradients = compare(
-        "residual_gate", backend, inputs, {0: map_("grad")}, case=dtype, wants=axes["wants"]
+        "residual_gate", backend, inputs, {0: map_("grad")}, case=dtype, wants=case["wants"]
     )
-    assert_dense(out, axes["u_layout"], "out")
+    assert_dense(out, case["u_layout"], "out")
     for name in ("u", "shortcut"):
         if name in gradients:
-            assert_dense(gradients[name], axes["u_layout"], f"gradient of {name}")
+            assert_dense(gradients[name], case["u_layout"], f"gradient of {name}")
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.common import dense_format, empty_features
-from dla_kernels.ops.cpp_common import addresses, contiguous, dense
+from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features
+from dla_kernels.ops.cpp_common import addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import flags, sizes
 

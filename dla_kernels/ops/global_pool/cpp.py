@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.common import compute_dtype, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, address, dense
+from dla_kernels.ops.common import compute_dtype, dense, dense_format, empty_features
+from dla_kernels.ops.cpp_common import DTYPES, address
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.common import dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, addresses, dense
+from dla_kernels.ops.common import dense, dense_format, empty_features
+from dla_kernels.ops.cpp_common import DTYPES, addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 

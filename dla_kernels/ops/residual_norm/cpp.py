@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.common import compute_dtype, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, NORMS, addresses, contiguous, dense
+from dla_kernels.ops.common import (
+    compute_dtype,
+    contiguous,
+    dense,
+    dense_format,
+    empty_features,
+)
+from dla_kernels.ops.cpp_common import DTYPES, NORMS, addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 

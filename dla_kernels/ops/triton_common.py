@@ -1,0 +1,212 @@
+"""What the Triton kernels of several ops share: launches, tiles of planes, sums over planes.
+
+A dense map [B, C, H, W] is seen as groups of planes of ``area`` pixels: in NCHW one group of B * C
+planes, in channels_last B groups of C interleaved planes. A program takes a tile of planes and
+pixels; which of the two is contiguous is known when the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dla_kernels.ops.common import compute_dtype, dense_format
+
+# TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
+INTERPRETED = triton.knobs.runtime.interpret
+
+TILE, WARPS = 4096, 8  # elements and warps: 16 elements per thread
+# Pixels per program of a kernel that sums over planes. Fixed, so that a plane's sum does not depend
+# on the batch that it comes in; few enough that a small batch still makes many programs.
+SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve ``x``, or None."""
+    if x.is_cuda or (INTERPRETED and x.is_cpu):
+        return None
+    return f"Triton kernels run on GPUs, x is on {x.device} (TRITON_INTERPRET=1: slowly on CPUs)"
+
+
+def launch(kernel: Any, grid: tuple[int, ...] | Callable[..., Any], *args: Any, **options: Any):
+    """``kernel[grid](*args, **options)``. Only axis 0 of a grid may exceed 65535.
+
+    Products and sums contract to FMAs in every Triton version; the default changes in 3.10.
+    """
+    kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorator of a kernel: the fastest of a few configurations, measured once per ``key``.
+
+    Only where the choice matters and cannot change the order of a sum. ``key`` names arguments that
+    stand for a class of shapes, never the batch size. The first configuration is the default: it is
+    taken when the kernel is interpreted, and everywhere with DLA_AUTOTUNE=0.
+    """
+    fixed = INTERPRETED or os.environ.get("DLA_AUTOTUNE") == "0"
+    return triton.autotune(list(configs[:1] if fixed else configs), list(key), cache_results=True)
+
+
+def padded(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors as one kernel argument, repeated up to a power of two: few kernels to compile."""
+    missing = triton.next_power_of_2(len(tensors)) - len(tensors)
+    return (*tensors, *[tensors[-1]] * missing)
+
+
+@triton.jit
+def pick(tensors, index):
+    """``tensors[index]`` of a tuple of pointers, for an index known at run time."""
+    chosen = tensors[0]
+    for i in tl.static_range(1, len(tensors)):
+        chosen = tl.where(index == i, tensors[i], chosen)
+    return chosen
+
+
+class Tiles(NamedTuple):
+    """How programs cover the planes of a dense map."""
+
+    programs: int  # along axis 0 of the grid
+    chunks: int  # programs along a plane: the partial sums that a summing kernel leaves per plane
+    sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
+
+
+def tiles(x: Tensor, *, summing: bool = False) -> Tiles:
+    """One tile per program; for a kernel that sums over planes, a row of tiles."""
+    batch, channels, height, width = x.shape
+    return _tiles(batch, channels, height * width, dense_format(x), summing)
+
+
+@functools.lru_cache(1024)
+def _tiles(
+    batch: int, channels: int, area: int, layout: torch.memory_format, summing: bool
+) -> Tiles:
+    channels_last = layout is torch.channels_last
+    groups, planes = (batch, channels) if channels_last else (1, batch * channels)
+    if channels_last:
+        tile_planes = min(triton.next_power_of_2(channels), 64)
+        tile_pixels = min(triton.next_power_of_2(area), TILE // tile_planes)
+    else:
+        tile_pixels = min(triton.next_power_of_2(area), 512)
+        tile_planes = TILE // tile_pixels
+    chunk = max(tile_pixels, SUMMED_PIXELS[layout]) if summing else tile_pixels
+    chunks = triton.cdiv(area, chunk)
+    sizes = {
+        "planes": planes,
+        "area": area,
+        "PLANES": tile_planes,
+        "PIXELS": tile_pixels,
+        "CHUNK": chunk,
+        # Triton itself sees multiples of 16 only; 14x14 is one of 4.
+        "ALIGN": math.gcd(channels if channels_last else area, 16),
+        "CHANNELS_LAST": channels_last,
+        "num_warps": WARPS,
+    }
+    return Tiles(groups * triton.cdiv(planes, tile_planes) * chunks, chunks, sizes)
+
+
+@triton.jit
+def aligned(planes, area, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The same sizes; the compiler now knows that the contiguous one is a multiple of ALIGN."""
+    if CHANNELS_LAST:
+        return planes // ALIGN * ALIGN, area
+    return planes, area // ALIGN * ALIGN
+
+
+@triton.jit
+def place(
+    planes, area,
+    PLANES: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Where this program works.
+
+    Returns:
+        first: int64 offset of its first element.
+        row: [PLANES], index of its planes among those of all groups, so in a [B, C].
+        exists: [PLANES], whether there is such a plane.
+        slot: [PLANES], index of its chunk of each plane among all chunks of all planes.
+        pixels: how many there are from the beginning of that chunk.
+    """
+    planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
+    chunks = tl.cdiv(area, CHUNK)
+    blocks = tl.cdiv(planes, PLANES)
+    program = tl.program_id(0)
+    chunk = program % chunks
+    block = program // chunks
+    group = block // blocks
+    first_plane = block % blocks * PLANES
+    plane = first_plane + tl.arange(0, PLANES)
+    row = group * planes + plane
+    pixels = area - chunk * CHUNK
+    if CHANNELS_LAST:
+        first = (group.to(tl.int64) * area + chunk * CHUNK) * planes + first_plane
+    else:
+        first = (group.to(tl.int64) * planes + first_plane) * area + chunk * CHUNK
+    return first, row, plane < planes, row * chunks + chunk, pixels
+
+
+@triton.jit
+def tile(
+    start, pixels, exists, planes, area,
+    PLANES: tl.constexpr, PIXELS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask [PLANES, PIXELS] of the tile that begins at pixel ``start`` of a chunk."""
+    planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
+    plane = tl.arange(0, PLANES)[:, None]
+    pixel = start + tl.arange(0, PIXELS)[None, :]
+    inside = exists[:, None] & (pixel < pixels)
+    if CHANNELS_LAST:
+        return pixel * planes + plane, inside
+    return plane * area + pixel, inside
+
+
+def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
+    """Plane sums, over ``count``, of dense maps [B, C, H, W] of one shape, dtype and format.
+
+    Returns:
+        [B, C] for each map, in the compute dtype.
+    """
+    x = maps[0]
+    plan = tiles(x, summing=True)
+    sums = [new_sums(x, plan) for _ in maps]
+    over = count if plan.chunks == 1 else 1
+    grid = (plan.programs, len(maps))
+    launch(_sum_kernel, grid, padded(maps), padded(sums), over, **plan.sizes)
+    return finish(sums, count)
+
+
+def new_sums(x: Tensor, plan: Tiles) -> Tensor:
+    """Room for what a summing kernel leaves of a map: [B, C, chunks] in the compute dtype."""
+    return x.new_empty((*x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
+
+
+def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:
+    """Adds up what a kernel left for each chunk: tensors [B, C, chunks] of one shape to [B, C]."""
+    if sums[0].shape[2] == 1:
+        return [s[..., 0] for s in sums]
+    return plane_sums([s[..., None] for s in sums], count)
+
+
+@triton.jit
+def _sum_kernel(
+    maps, sums, count, planes, area,
+    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """sums[plane, chunk] = sum of the chunk's pixels / count, for the map on grid axis 1."""
+    x, out = pick(maps, tl.program_id(1)), pick(sums, tl.program_id(1))
+    first, _, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    total = tl.zeros((PLANES, PIXELS), out.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
+        offset, inside = tile(
+            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
+        )
+        total += tl.load(x + first + offset, inside, 0.0).to(total.dtype)
+    tl.store(out + slot, tl.sum(total, axis=1) / count, exists)

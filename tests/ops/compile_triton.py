@@ -1,0 +1,107 @@
+"""Compiles the Triton kernels of an op for GPUs that need not be there; prints what each one needs.
+
+Which kernels there are, and with which arguments, is found out by running sample calls whose
+launches only compile. For test_triton_compile.py, in a process of its own: this one must not
+interpret. ``python compile_triton.py gate`` prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from dla_kernels import use_backend
+from op_cases import DENSE, case_id, covering, run
+from op_samples import SAMPLES, sample
+
+AXES = {
+    "capability": (80, 90, 100),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "layout": DENSE,
+    "shape": ((2, 256, 28, 28), (2, 2048, 7, 7), (3, 33, 19, 17)),  # aligned, odd area, odd both
+}
+
+
+class Driver:
+    """Stands for a GPU of some compute capability, which is also its number."""
+
+    capability = 90
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def needs(compiled: Any) -> dict[str, Any]:
+    """Registers per thread, bytes of stack and spills per thread and of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    used = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", said)}
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def kernels(module: ModuleType) -> set[str]:
+    """Names of the module's own functions for launching: ``..._kernel``, by convention."""
+    functions = {name: getattr(value, "fn", None) for name, value in vars(module).items()}
+    return {
+        name
+        for name, function in functions.items()
+        if function and function.__module__ == module.__name__ and name.endswith("_kernel")
+    }
+
+
+def main(op: str) -> None:
+    """Compiles a covering set of dtypes, formats, shapes and GPUs for every variant of the op."""
+    module = importlib.import_module(f"dla_kernels.ops.{op}.triton")
+    module.unsupported = lambda x: None
+    gpu, jit_run = Driver(), JITFunction.run
+    driver.set_active(gpu)
+    found: dict[str, dict[str, Any]] = {}
+    launched: set[str] = set()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = jit_run(self, *args, grid=grid, warmup=True, **options)
+        launched.add(self.__name__)
+        if compiled.hash not in found:
+            found[compiled.hash] = {"kernel": self.__name__, "case": name, **needs(compiled)}
+
+    JITFunction.run = compile_only
+    for variant in SAMPLES[op]:
+        for case in covering(AXES):
+            name = f"{variant} {case_id(case)}".strip()
+            gpu.capability = case.pop("capability")
+            call = sample(op, variant, **case)
+            with use_backend("triton"):
+                run(call.function, call.inputs, call.cotangents, **call.options)
+    forgotten = sorted(kernels(module) - launched)
+    print(json.dumps({"compiled": list(found.values()), "forgotten": forgotten}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

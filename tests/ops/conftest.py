@@ -1,0 +1,22 @@
+"""Fixtures of the tests of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from op_cases import ON_GPU, device_of
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test's tensors are made where its ``backend`` works."""
+    test = getattr(request.node, "callspec", None)
+    backend = test.params.get("backend") if test else None
+    if backend not in ON_GPU:
+        yield
+        return
+    with torch.device(device_of(backend)):
+        yield
