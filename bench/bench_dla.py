@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1 ..; by default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, default="float32", help="feature dtype (autocast for models)")
     add("--shapes", type=shape, nargs="+", help="BxCxHxW .. for the suites layer and ops")
-    add("--backends", type=names, default=("auto",), help="of auto,cpp,cuda,triton,reference")
+    add("--backends", type=names, default=("auto",), help="of auto,all,cpp,cuda,triton,reference")
     add("--spec", choices=("official", "paper"), default="official", help="preset of DLA-L")
     add("--model", default="resnet56", help="family and depth of the suites model, family")
     add("--batch", type=positive, default=32, help="batch size of the networks")

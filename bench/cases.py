@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 import dla_kernels
 from dla.models import create_model
 from dla.nn import DLALayer, DLAState
+from dla_kernels.backend import implementations
 from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.cell.reference import cell as reference_cell
 from dla_kernels.ops.gate.reference import gate as reference_gate
@@ -102,7 +103,7 @@ class Source:
         self, settings: Settings, memory_format: torch.memory_format, training: bool
     ) -> None:
         self.settings, self.memory_format, self.training = settings, memory_format, training
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(settings.device).manual_seed(0)
 
     def place(self, make: Callable[[], Module]) -> Module:
         """A module with reproducible weights, in the case's mode, device, precision and format."""
@@ -118,15 +119,17 @@ class Source:
 
     def constant(self, shape: Shape) -> Tensor:
         """A feature map that does not, such as the gradient of an output."""
-        value = torch.randn(shape, generator=self.generator)
-        value = value.to(self.settings.device, self.settings.dtype)
+        value = self.normal(shape).to(self.settings.dtype)
         return value.contiguous(memory_format=self.memory_format)
 
     def small(self, *shape: int, scale: float = 1.0, constant: bool = False) -> Tensor:
         """Pooled values, states or weights, in the compute dtype."""
-        value = scale * torch.randn(shape, generator=self.generator)
-        value = value.to(self.settings.device, self.settings.compute_dtype)
+        value = scale * self.normal(shape).to(self.settings.compute_dtype)
         return value.requires_grad_(self.training and not constant)
+
+    def normal(self, shape: Shape) -> Tensor:
+        """Normally distributed float32 numbers, made on the device: on a CPU it takes seconds."""
+        return torch.randn(shape, generator=self.generator, device=self.settings.device)
 
 
 # --------------------------------------------------------------------------------- single ops
@@ -149,12 +152,14 @@ class Problem:
 class OpCase:
     """One op: how to build it and what it moves at best.
 
+    op: of `dla_kernels.ops`, that does the work.
     build: ``(source of inputs, shape, fused) -> Problem``.
     passes: per mode, the reads and writes of a whole feature map that cannot be avoided (forward
         and backward together); None where the op moves no feature maps.
     """
 
     name: str
+    op: str
     build: Callable[[Source, Shape, bool], Problem]
     passes: Callable[[Settings], Mapping[str, int]] | None
     formats: tuple[torch.memory_format, ...] = (NCHW, NHWC)
@@ -163,6 +168,17 @@ class OpCase:
         if self.passes is None:
             return None
         return self.passes(settings)[mode] * torch.Size(shape).numel() * settings.dtype.itemsize
+
+    def backends(self, settings: Settings) -> Sequence[str]:
+        """Those asked for; of "all", the kernels that the op has for the device."""
+        if settings.backends != ("all",):
+            return settings.backends
+        x = torch.empty(0, dtype=settings.dtype, device=settings.device)
+        return [
+            name
+            for name, module in implementations(self.op).items()
+            if name != "reference" and module.unsupported(x) is None
+        ]
 
     def contestants(self, settings: Settings, shape: Shape, mode: str) -> Iterator[Contestant]:
         """Ours by backend and format, eager by format, torch.compile, and the yardstick."""
@@ -179,7 +195,7 @@ class OpCase:
             step = on_backend(backend, op_step(problem, training, compile))
             return Peer(step, problem.leaves if training else ())
 
-        for backend in settings.backends:
+        for backend in self.backends(settings):
             label = "fused" if backend == "auto" else backend
             for memory_format in self.formats:
                 yield Contestant(
@@ -328,25 +344,37 @@ def build_residual_gate(source: Source, shape: Shape, fused: bool) -> Problem:
     return Problem(lambda *of: (function(*of),), inputs, [source.constant(shape)], inputs)
 
 
-LAYER = OpCase("DLA-L layer", build_layer, layer_passes)
+LAYER = OpCase("DLA-L layer", "light_attention", build_layer, layer_passes)
 OPS = [
     # mean; its gradient is one write
-    OpCase("global_pool", build_global_pool, lambda _: {"inference": 1, "training": 2}),
+    OpCase(
+        "global_pool", "global_pool", build_global_pool, lambda _: {"inference": 1, "training": 2}
+    ),
     # x -> x d; then x and the gradient are read and dx is written
     OpCase(
         f"gate ({GATED} maps)",
+        "gate",
         build_gate,
         lambda _: {"inference": 2 * GATED, "training": 5 * GATED},
     ),
     # x and the earlier values to out; then these and the gradient of out, and as many gradients
     OpCase(
         f"DLA-B layer ({EARLIER} earlier)",
+        "base_attention",
         build_base_layer,
         lambda _: {"inference": EARLIER + 2, "training": 3 * EARLIER + 5},
     ),
     # u and the shortcut to out; then u, out and the gradient to two gradients
-    OpCase("residual_gate", build_residual_gate, lambda _: {"inference": 3, "training": 8}),
-    *(OpCase(f"cell {kind}", partial(build_cell, kind), None, formats=(NCHW,)) for kind in CELLS),
+    OpCase(
+        "residual_gate",
+        "residual_gate",
+        build_residual_gate,
+        lambda _: {"inference": 3, "training": 8},
+    ),
+    *(
+        OpCase(f"cell {kind}", "cell", partial(build_cell, kind), None, formats=(NCHW,))
+        for kind in CELLS
+    ),
 ]
 
 
@@ -405,8 +433,9 @@ class Network:
         name = f"{settings.model}_{case.suffix}"
         self.model = source.place(lambda: create_model(name, num_classes=10, **case.options))
         self.x = source.constant((settings.batch, 3, 32, 32)).to(settings.compute_dtype)
-        target = torch.randint(10, (settings.batch,), generator=source.generator)
-        self.target = target.to(settings.device)
+        self.target = torch.randint(
+            10, (settings.batch,), generator=source.generator, device=settings.device
+        )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -434,11 +463,12 @@ class Network:
 
 
 def networks(settings: Settings) -> dict[str, tuple[ModelCase, str]]:
-    """All models to measure with their backends, ours once per backend."""
+    """All models to measure with their backends, ours once per backend; "all" is "auto" here."""
+    ours = ("auto",) if settings.backends == ("all",) else settings.backends
     return {
         name if backend == "auto" else f"{name} ({backend})": (case, backend)
         for name, case in model_cases(settings).items()
-        for backend in (settings.backends if case.role == "ours" else ("auto",))
+        for backend in (ours if case.role == "ours" else ("auto",))
     }
 
 

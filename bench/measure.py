@@ -33,28 +33,41 @@ TOLERANCE = {
 
 @dataclass
 class Sample:
-    """What was measured of one peer, step by step. ``memory``: see `timed`."""
+    """What was measured of one peer, step by step: see `timed`."""
 
     ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
 
+    def add(self, ms: float, host_ms: float, memory: int) -> None:
+        self.ms.append(ms)
+        self.host_ms.append(host_ms)
+        self.memory.append(memory)
+
     def row(self, device: torch.device) -> dict[str, Any]:
-        """Median, quartiles and extremes of the times; median of the memory figure."""
+        """Median, quartiles and extremes of the times; medians of the other figures."""
         first, median, third = np.percentile(self.ms, [25, 50, 75]).tolist()
-        return {
+        row = {
             "ms": median,
             "ms_quartiles": [first, third],
             "ms_range": [min(self.ms), max(self.ms)],
             "repeats": len(self.ms),
-            "step_bytes" if device.type == "cuda" else "page_faults": np.median(self.memory).item(),
         }
+        memory = np.median(self.memory).item()
+        if device.type == "cuda":
+            return row | {"host_ms": np.median(self.host_ms).item(), "step_bytes": memory}
+        return row | {"page_faults": memory}
 
 
-def timed(step: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Milliseconds of one step, and what it took of memory.
+SLEEP = 2_000_000  # cycles of a GPU, about a millisecond
 
-    On a GPU by CUDA events, with the peak of the bytes allocated during the step; on a CPU by the
-    wall clock, with the minor page faults.
+
+def timed(step: Callable[[], object], device: torch.device) -> tuple[float, float, int]:
+    """Milliseconds of one step, milliseconds that the host was busy, and what it took of memory.
+
+    On a GPU by CUDA events, with the peak of the bytes allocated during the step; the GPU sleeps
+    first, so that it need not wait for a host that launches within that time, as in a training
+    loop. On a CPU by the wall clock, with the minor page faults.
     """
     # `result` is held until the clock has stopped: freeing it is no part of the step.
     if device.type == "cuda":
@@ -62,8 +75,11 @@ def timed(step: Callable[[], object], device: torch.device) -> tuple[float, int]
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        torch.cuda._sleep(SLEEP)
         begin.record()
+        start = time.perf_counter()
         result = step()
+        host_ms = (time.perf_counter() - start) * 1e3
         end.record()
         end.synchronize()
         memory = torch.cuda.max_memory_allocated(device) - before
@@ -72,10 +88,10 @@ def timed(step: Callable[[], object], device: torch.device) -> tuple[float, int]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         result = step()
-        ms = (time.perf_counter() - start) * 1e3
+        ms = host_ms = (time.perf_counter() - start) * 1e3
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     del result
-    return ms, memory
+    return ms, host_ms, memory
 
 
 def interleaved(
@@ -92,9 +108,7 @@ def interleaved(
     try:
         for _ in range(repeats):
             for name in shuffle.sample(list(peers), len(peers)):
-                ms, memory = timed(peers[name].step, device)
-                samples[name].ms.append(ms)
-                samples[name].memory.append(memory)
+                samples[name].add(*timed(peers[name].step, device))
                 peers[name].reset()
                 tick()
     finally:

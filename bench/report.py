@@ -180,6 +180,7 @@ class View:
         first = rows[0]
         columns = dict(OP_COLUMNS)
         if first["device"].startswith("cuda"):
+            columns["host ms"] = "host_ms", 1, ".3f"
             columns["MiB/step"] = "step_bytes", 1 / MIB, ".0f"
         else:
             columns["faults/step"] = "page_faults", 1, ".0f"

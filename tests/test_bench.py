@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,24 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         bench_dla.parser().parse_args(arguments)
     assert arguments[1] in capsys.readouterr().err
+
+
+def test_all_backends_are_those_with_kernels_for_the_device() -> None:
+    chosen = cases.LAYER.backends(cases.Settings(CPU, backends=("all",)))
+    assert "cpp" in chosen and not {"reference", "cuda"} & set(chosen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_check_on_a_gpu_says_that_there_is_none(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(BENCH / "gpu_check.sh"), str(tmp_path / "results")],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "no GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
@@ -113,7 +132,7 @@ def test_page_faults_are_counted() -> None:
         memory.write(bytes(len(memory)))
         return memory
 
-    _, faults = measure.timed(touch_fresh_pages, CPU)
+    _, _, faults = measure.timed(touch_fresh_pages, CPU)
     assert faults >= 100
 
 

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.ops.common import compute_dtype, dense, dense_format
+from dla_kernels.ops.common import compute_dtype, dense_format
 
 # TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
 INTERPRETED = triton.knobs.runtime.interpret
 
-TILE = 4096  # elements: 32 per thread of 4 warps
+TILE, WARPS = 4096, 8  # elements and warps: 16 elements per thread
 # Pixels per program of a kernel that sums over planes. Fixed, so that a plane's sum does not depend
 # on the batch that it comes in; few enough that a small batch still makes many programs.
 SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
@@ -107,6 +107,7 @@ def _tiles(
         # Triton itself sees multiples of 16 only; 14x14 is one of 4.
         "ALIGN": math.gcd(channels if channels_last else area, 16),
         "CHANNELS_LAST": channels_last,
+        "num_warps": WARPS,
     }
     return Tiles(groups * triton.cdiv(planes, tile_planes) * chunks, chunks, sizes)
 
@@ -128,9 +129,9 @@ def place(
 
     Returns:
         first: int64 offset of its first element.
-        plane: [PLANES], index of its planes among those of all groups.
+        row: [PLANES], index of its planes among those of all groups, so in a [B, C].
         exists: [PLANES], whether there is such a plane.
-        chunk: which chunk of the planes it takes.
+        slot: [PLANES], index of its chunk of each plane among all chunks of all planes.
         pixels: how many there are from the beginning of that chunk.
     """
     planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
@@ -142,13 +143,13 @@ def place(
     group = block // blocks
     first_plane = block % blocks * PLANES
     plane = first_plane + tl.arange(0, PLANES)
-    exists = plane < planes
+    row = group * planes + plane
     pixels = area - chunk * CHUNK
     if CHANNELS_LAST:
         first = (group.to(tl.int64) * area + chunk * CHUNK) * planes + first_plane
     else:
         first = (group.to(tl.int64) * planes + first_plane) * area + chunk * CHUNK
-    return first, group * planes + plane, exists, chunk, pixels
+    return first, row, plane < planes, row * chunks + chunk, pixels
 
 
 @triton.jit
@@ -166,34 +167,46 @@ def tile(
     return plane * area + pixel, inside
 
 
-def plane_sums(x: Tensor, count: int = 1) -> Tensor:
-    """The sum of each plane of a map [B, C, H, W], over ``count``: [B, C] in the compute dtype."""
-    x = dense(x, dense_format(x))
+def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
+    """Plane sums, over ``count``, of dense maps [B, C, H, W] of one shape, dtype and format.
+
+    Returns:
+        [B, C] for each map, in the compute dtype.
+    """
+    x = maps[0]
     plan = tiles(x, summing=True)
-    out = x.new_empty((*x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
+    sums = [new_sums(x, plan) for _ in maps]
     over = count if plan.chunks == 1 else 1
-    launch(_sum_kernel, (plan.programs,), x, out, over, **plan.sizes)
-    return sum_of_chunks(out, count)
+    grid = (plan.programs, len(maps))
+    launch(_sum_kernel, grid, padded(maps), padded(sums), over, **plan.sizes)
+    return finish(sums, count)
 
 
-def sum_of_chunks(partial: Tensor, count: int = 1) -> Tensor:
-    """Finishes what a kernel with several chunks per plane began: [B, C, chunks] to [B, C]."""
-    return partial[..., 0] if partial.shape[2] == 1 else plane_sums(partial[..., None], count)
+def new_sums(x: Tensor, plan: Tiles) -> Tensor:
+    """Room for what a summing kernel leaves of a map: [B, C, chunks] in the compute dtype."""
+    return x.new_empty((*x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
+
+
+def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:
+    """Adds up what a kernel left for each chunk: tensors [B, C, chunks] of one shape to [B, C]."""
+    if sums[0].shape[2] == 1:
+        return [s[..., 0] for s in sums]
+    return plane_sums([s[..., None] for s in sums], count)
 
 
 @triton.jit
 def _sum_kernel(
-    x, out, count, planes, area,
+    maps, sums, count, planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """out[plane, chunk] = sum of the chunk's pixels / count."""
-    first, row, exists, chunk, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    sums = tl.zeros((PLANES, PIXELS), out.dtype.element_ty)
+    """sums[plane, chunk] = sum of the chunk's pixels / count, for the map on grid axis 1."""
+    x, out = pick(maps, tl.program_id(1)), pick(sums, tl.program_id(1))
+    first, _, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    total = tl.zeros((PLANES, PIXELS), out.dtype.element_ty)
     for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
         offset, inside = tile(
             start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
         )
-        sums += tl.load(x + first + offset, inside, 0.0).to(sums.dtype)
-    total = tl.sum(sums, axis=1) / count
-    tl.store(out + row * tl.cdiv(area, CHUNK) + chunk, total, exists)
+        total += tl.load(x + first + offset, inside, 0.0).to(total.dtype)
+    tl.store(out + slot, tl.sum(total, axis=1) / count, exists)

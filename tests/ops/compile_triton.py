@@ -29,7 +29,7 @@ AXES = {
     "capability": (80, 90, 100),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "layout": DENSE,
-    "shape": ((2, 256, 56, 56), (2, 1024, 14, 14), (2, 2048, 7, 7), (3, 33, 9, 11)),
+    "shape": ((2, 256, 28, 28), (2, 2048, 7, 7), (3, 33, 19, 17)),  # aligned, odd area, odd both
 }
 
 

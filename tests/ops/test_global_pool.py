@@ -92,10 +92,10 @@ def test_any_shape(backend: str, **case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_map(backend: str, layout: str, dtype: torch.dtype) -> None:
     """112x112 after ImageNet's stem: a running float32 sum would lose digits, blocks do not."""
-    check(backend, dtype, layout, 1, 40, (112, 112), "dense")
+    check(backend, dtype, layout, 1, 20, (112, 112), "dense")
 
 
-@each_backend("global_pool")
+@each_backend("global_pool", interpreted=False)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_long_sum_of_one_sign(backend: str, layout: str, generator: torch.Generator) -> None:
     """A million values near 1: naive float32 accumulation is off by 1e-4 to 1e-2."""

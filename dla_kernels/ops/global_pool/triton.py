@@ -4,14 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.ops.common import empty_features
+from dla_kernels.ops.common import dense, dense_format, empty_features
 from dla_kernels.ops.triton_common import launch, place, plane_sums, tile, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 
 def forward(x: Tensor) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool``."""
-    return plane_sums(x, x.shape[2] * x.shape[3])
+    (means,) = plane_sums([dense(x, dense_format(x))], x.shape[2] * x.shape[3])
+    return means
 
 
 def backward(grad: Tensor, x: Tensor) -> Tensor:

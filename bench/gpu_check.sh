@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in under 9 minutes: builds, tests the kernels on the device, measures them on
+# the stages of ResNet-50, looks for bad memory accesses.
+#
+#     bench/gpu_check.sh [FOLDER]       # default: gpu-check; PYTHON names another python3
+#
+# FOLDER then holds the logs of all steps, and of the benchmark JSON and PNG. The exit status is 0 if
+# every step passed. Needs torch, triton, cmake, ninja and pybind11 in the environment, and what the
+# extras 'test' and 'bench' name; pytest-xdist makes the tests faster.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=$(realpath -m "${1:-gpu-check}")
+deadline=530 # seconds; the last step gets what is left
+
+"$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
+  echo "gpu_check: torch finds no GPU here, and every check in this script needs one" >&2
+  exit 1
+}
+mkdir -p "$out"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 # this checkout, installed or not
+failed=()
+
+# step NAME SECONDS COMMAND...: runs it for so long at most, keeps what it says, shows the end.
+step() {
+  local name=$1 limit=$2 left=$((deadline - SECONDS))
+  shift 2
+  printf '\n==== %s (%d s)\n' "$name" "$SECONDS"
+  timeout -k 5 $((left < limit ? (left > 1 ? left : 1) : limit)) "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  tail -n 25 "$out/$name.log"
+  ((status == 0)) || failed+=("$name (exit status $status)")
+}
+
+build() {
+  cmake -S csrc -B build -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" && ninja -C build
+}
+export -f build
+export python
+
+tests=(-q -p no:cacheprovider tests/ops -k "triton or cuda")
+"$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
+"$python" -c 'import expecttest' 2>/dev/null || {
+  echo "expecttest is not installed: the schemas go untested (pip install expecttest)"
+  tests+=(--deselect tests/ops/test_every_op.py::test_schema_fake_and_autograd)
+}
+shapes=(128x256x56x56 128x512x28x28 128x1024x14x14 128x2048x7x7)
+# bench NAME OPTIONS...: NCHW and channels_last, all backends that have kernels for the device.
+bench() {
+  step "$1" 120 "$python" bench/bench_dla.py --device cuda --backends all --shapes "${shapes[@]}" \
+    --repeats 20 --json "$out/$1.json" --plot "$out/$1.png" "${@:2}"
+}
+
+step build 120 bash -c build
+step report 60 "$python" -m dla_kernels
+step tests 240 "$python" -m pytest "${tests[@]}"
+bench ops_bfloat16 --suite ops --no-compile --dtype bfloat16
+bench layer_bfloat16 --suite layer --dtype bfloat16 # with torch.compile, which takes its time
+bench float32 --suite layer,ops --no-compile --dtype float32
+if command -v compute-sanitizer >/dev/null; then
+  # The report's self-check is one small call of every op. Without torch's cache of memory, every
+  # tensor is an allocation of its own, whose bounds are seen.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck; do
+    step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 "$python" -m dla_kernels
+  done
+else
+  echo "no compute-sanitizer here: memory accesses go unchecked"
+fi
+
+printf '\n==== %d s; results in %s\n' "$SECONDS" "$out"
+((${#failed[@]} == 0)) || {
+  printf 'FAILED: %s\n' "${failed[@]}"
+  exit 1
+}
