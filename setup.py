@@ -1,4 +1,8 @@
-"""Builds the extension module `_dla_native` with CMake; everything else is in pyproject.toml."""
+"""Builds the extension modules with CMake; everything else is in pyproject.toml.
+
+``_dla_native`` is always built; ``_dla_native_cuda`` as the environment variable ``DLA_BUILD_CUDA``
+says: 1 it must, 0 it is not, unset if there is an nvcc that can (csrc/cuda.cmake).
+"""
 
 import os
 import subprocess
@@ -12,10 +16,24 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Drives csrc/CMakeLists.txt instead of the compiler."""
+    """Drives csrc/CMakeLists.txt instead of the compiler; all modules at once."""
 
-    def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+    def build_extensions(self) -> None:
+        try:
+            self.cmake()
+        except subprocess.CalledProcessError:
+            # The reason may be in the C++ sources: then this fails as well.
+            if os.environ.get("DLA_BUILD_CUDA"):
+                self.give_up()
+            print("dla-kernels: the build failed; trying again without CUDA kernels", flush=True)
+            try:
+                self.cmake("-DDLA_CUDA_FAILED=nvcc failed when dla-kernels was built")
+            except subprocess.CalledProcessError:
+                self.give_up()
+
+    def cmake(self, *options: str) -> None:
+        """Configures and builds."""
+        output = Path(self.get_ext_fullpath("_dla_native")).resolve().parent
         build = Path(self.build_temp).resolve()
         # cmake and ninja from the interpreter's own environment, activated or not.
         scripts = os.path.dirname(sys.executable)
@@ -24,12 +42,18 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build)]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DDLA_OUTPUT_DIR={output}"]
         try:
-            subprocess.run(configure, check=True, env=env)
+            subprocess.run([*configure, *options], check=True, env=env)
             subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
         except FileNotFoundError:
             sys.exit("dla-kernels: no cmake found; pip install cmake ninja pybind11 provides it")
-        except subprocess.CalledProcessError as error:
-            sys.exit(f"dla-kernels: cmake failed ({error.returncode}); the reason is above")
+
+    def give_up(self) -> None:
+        """Ends the installation."""
+        sys.exit("dla-kernels: cmake failed; the reason is above")
 
 
-setup(ext_modules=[Extension("_dla_native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    # Optional: it need not be there in the end.
+    ext_modules=[Extension("_dla_native", []), Extension("_dla_native_cuda", [], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,5 +1,6 @@
-// The Python module _dla_native. Tensors come as addresses: no torch headers, so one build serves
-// every torch. Callers are dla_kernels/ops/<op>/cpp.py.
+// The Python modules _dla_native (DLA_BACKEND=cpu) and _dla_native_cuda (DLA_BACKEND=cuda), which
+// offer the same functions. Tensors come as addresses: no torch headers, so one build serves every
+// torch. Callers are dla_kernels/ops/<op>/cpp.py.
 #include <pybind11/pybind11.h>
 
 #ifdef _OPENMP
@@ -22,11 +23,14 @@
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/op.h"
 #include "ops/residual_gate/op.h"
+#include "ops/residual_norm/op.h"
 
 namespace py = pybind11;
 
 namespace dla {
 namespace {
+
+#ifdef DLA_CPU
 
 Simd detect_simd() {
   Simd level = Simd::baseline;
@@ -61,6 +65,8 @@ int max_threads() {
 #endif
 }
 
+#endif  // DLA_CPU
+
 py::dict build_info() {
   py::dict info;
 #ifdef __clang__
@@ -68,6 +74,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "GCC " __VERSION__;
 #endif
+#ifdef DLA_CPU
   py::list isas;
   isas.append("baseline");
 #ifdef DLA_X86_ISAS
@@ -79,6 +86,10 @@ py::dict build_info() {
   info["openmp"] = true;
 #else
   info["openmp"] = false;
+#endif
+  info["without_cuda"] = DLA_WITHOUT_CUDA;  // why _dla_native_cuda was not built; "" if it was
+#else
+  info["targets"] = DLA_CUDA_TARGETS;
 #endif
   return info;
 }
@@ -148,7 +159,8 @@ Args from_keywords(const std::vector<NamedField<Args>>& fields, const py::kwargs
 template <class Args>
 void bind(py::module_& m, const char* function_name, void (*function)(const Args&),
           const char* struct_name, std::vector<NamedField<Args>> fields) {
-  py::class_<Args>(m, struct_name)
+  // Local: both modules may be loaded.
+  py::class_<Args>(m, struct_name, py::module_local())
       .def(py::init([fields = std::move(fields)](const py::kwargs& values) {
         return from_keywords(fields, values);
       }));
@@ -165,37 +177,46 @@ void bind(py::module_& m, const char* function_name, void (*function)(const Args
   named_field<&Struct::field, Struct>(#field)          \
   __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
 #define DLA_FIELD_AGAIN() DLA_FIELD
-#define DLA_BIND(m, function, Struct, ...)              \
-  bind<Struct>(m, #function, &cpu::function, #Struct,   \
+#define DLA_BIND(m, function, Struct, ...)                     \
+  bind<Struct>(m, #function, &DLA_BACKEND::function, #Struct,  \
                {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))})
 
 }  // namespace
 
+#ifdef DLA_CPU
 Simd simd_level() {
   static const Simd level = detect_simd();
   return level;
 }
+#endif
 
-PYBIND11_MODULE(_dla_native, m) {
+PYBIND11_MODULE(DLA_MODULE, m) {
   m.doc() = "Native kernels of dla-kernels; call them through dla_kernels.ops.";
-  m.def("simd_level", [] { return simd_name(simd_level()); });
-  m.def("max_threads", &max_threads);
   m.def("build_info", &build_info);
 
   DLA_BIND(m, global_pool_forward, GlobalPoolForward, x, out, batch, channels, area, dtype,
-           channels_last, threads);
+           channels_last, threads, stream);
   DLA_BIND(m, global_pool_backward, GlobalPoolBackward, grad, dx, batch, channels, area, dtype,
-           channels_last, threads);
+           channels_last, threads, stream);
+
+  DLA_BIND(m, gate_forward, GateForward, x, gates, out, batch, channels, area, channels_last, dtype,
+           threads, stream);
+  DLA_BIND(m, gate_backward, GateBackward, grad, x, gates, dx, dgates, batch, channels, area,
+           channels_last, dtype, threads, stream);
+
+  DLA_BIND(m, residual_gate_forward, ResidualGateForward, u, h, shortcut, out, batch, channels, area,
+           channels_last, dtype, threads, stream);
+  DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
+           batch, channels, area, channels_last, dtype, threads, stream);
+
+#ifdef DLA_CPU
+  m.def("simd_level", [] { return simd_name(simd_level()); });
+  m.def("max_threads", &max_threads);
 
   DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
            activation, dtype, threads);
   DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
            grad_params, batch, channels, hidden, kind, activation, dtype, threads);
-
-  DLA_BIND(m, gate_forward, GateForward, x, gates, out, batch, channels, area, channels_last, dtype,
-           threads);
-  DLA_BIND(m, gate_backward, GateBackward, grad, x, gates, dx, dgates, batch, channels, area,
-           channels_last, dtype, threads);
 
   DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
            cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
@@ -212,10 +233,12 @@ PYBIND11_MODULE(_dla_native, m) {
            dx, g, weights, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight, dk_weight,
            dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
 
-  DLA_BIND(m, residual_gate_forward, ResidualGateForward, u, h, shortcut, out, batch, channels, area,
-           channels_last, dtype, threads);
-  DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
-           batch, channels, area, channels_last, dtype, threads);
+  DLA_BIND(m, residual_norm_forward, ResidualNormForward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, shortcut, mean_in, var_in, out, mean,
+           var);
+  DLA_BIND(m, residual_norm_backward, ResidualNormBackward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, grad, out, mean, var, dx, dshortcut,
+           dweight, dbias);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
@@ -230,6 +253,7 @@ PYBIND11_MODULE(_dla_native, m) {
            eps, branch_eps, threads, grad_out, grad_o, grad_state, mean, var, branch_mean, branch_var,
            new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight, dprev_weight, dlam,
            dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias, dcell_params);
+#endif
 }
 
 }  // namespace dla

@@ -48,6 +48,9 @@ def facts() -> dict[str, str]:
         "triton": installed("triton"),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+    found["CUDA kernels"] = native.cuda_error() or (
+        f"for compute capability {native.load_cuda().build_info()['targets']}"
+    )
     if problem := native.error():
         return found | {"native module": problem}
     module = native.load()

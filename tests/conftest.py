@@ -9,9 +9,11 @@ import hypothesis
 import pytest
 import torch
 
-# Without a GPU Triton kernels are interpreted. Triton asks when it is imported: this comes first.
+# Without a GPU Triton kernels are interpreted and CUDA kernels emulated (tests/emulation). Triton
+# and dla_kernels.native ask when they are imported: this comes first.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["DLA_EMULATE_CUDA"] = "1"
 
 # The same examples every time. `pytest --hypothesis-profile=explore` looks elsewhere; what it finds
 # may just be a badly conditioned case.

@@ -14,3 +14,7 @@ enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 enum class Norm : int { none = 0, batch = 1, running = 2 };
 
 }  // namespace dla
+
+// Declares the CUDA version of an entry point, which ops/<op>/cuda.cu defines.
+#define DLA_CUDA_ENTRY(name, Args) \
+  namespace dla::cuda { void name(const Args&); }

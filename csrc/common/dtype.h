@@ -1,12 +1,31 @@
-// From the DType of an argument struct to the C++ type of its elements.
+// The C++ types of features, and the way to them from the DType of an argument struct.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 
 #include "args.h"
-#include "simd.h"
 
-namespace dla::DLA_ISA {
+namespace dla {
+
+// Storage-only feature types: arithmetic happens in Compute<T>.
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
 
 // Calls body(T{}) with T the element type of `dtype`.
 template <class Body>
@@ -20,4 +39,4 @@ void with_element_type(DType dtype, Body&& body) {
   throw std::invalid_argument("dtype: expected 0 (f32), 1 (f64), 2 (f16) or 3 (bf16)");
 }
 
-}  // namespace dla::DLA_ISA
+}  // namespace dla

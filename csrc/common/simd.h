@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "args.h"
+#include "dtype.h"
 
 namespace dla::DLA_ISA {
 
@@ -22,25 +22,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-// Storage-only feature types: arithmetic happens in Compute<T>.
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using Compute = typename ComputeOf<T>::type;
 
 template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));

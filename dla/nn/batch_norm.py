@@ -1,9 +1,13 @@
-"""What the fused steps need of the modules whose work they take over."""
+"""Batch norms of modules whose work fused ops take over."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import dla_kernels
+from dla.nn.checks import match_autocast
+from dla_kernels.ops.common import compute_dtype
 
 
 class BatchNormArguments(NamedTuple):
@@ -57,6 +61,22 @@ def track_statistics(norm: nn.BatchNorm2d | None, mean: Tensor, var: Tensor, x: 
     count = x.numel() // x.shape[1]
     unbiased = var * (count / (count - 1))
     norm.running_var.lerp_(cast(unbiased, norm.running_var.dtype), factor)
+
+
+def is_plain(norm: nn.Module | None) -> bool:
+    """Whether an op can do what calling this norm would do."""
+    return type(norm) is nn.BatchNorm2d and is_unhooked(norm)
+
+
+def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) -> Tensor:
+    """relu(norm(branch) + shortcut), all [B, C, H, W]: the end of a residual block."""
+    if not (fused and is_plain(norm)):
+        return torch.relu((branch if norm is None else norm(branch)) + shortcut)
+    shortcut = match_autocast(shortcut, branch)
+    mode, eps, *tensors = batch_norm_arguments(norm, branch, compute_dtype(branch.dtype))
+    out, mean, var = dla_kernels.residual_norm(branch, shortcut, *tensors, norm=mode, eps=eps)
+    track_statistics(norm, mean, var, branch)
+    return out
 
 
 def is_unhooked(module: nn.Module) -> bool:

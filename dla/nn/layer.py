@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import batch_norm_arguments, cast, is_unhooked, track_statistics
+from dla.nn.batch_norm import batch_norm_arguments, cast, is_plain, is_unhooked, track_statistics
+from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
 from dla.nn.checks import check_features, match_autocast, one_of, positive_int
 from dla.nn.drop import DropPath
@@ -203,10 +204,8 @@ class DLALayer(nn.Module):
             raise ValueError("prev: expected the shortcut that x is joined with, got None")
         if branch_norm is not None and not join:
             raise ValueError(f"branch_norm: expected None without join, got {branch_norm}")
-        if branch_norm is not None and not (self.fused and _is_plain(branch_norm)):
-            x, branch_norm = branch_norm(x), None
-        if join and not self._norm_and_drop_path_are_fused():
-            x = torch.relu((x if branch_norm is None else branch_norm(x)) + prev)
+        if join and not self._joins(branch_norm):
+            x = join_parts(x, branch_norm, prev, self.fused)
             join, branch_norm = False, None
         keep_output = keep_output and self.form.prev_from == "output"
         return self._light_step(x, prev, state, weights, prev_conv, keep_output, join, branch_norm)
@@ -354,9 +353,14 @@ class DLALayer(nn.Module):
     def _norm_and_drop_path_are_fused(self) -> bool:
         """Whether the op may stand for the modules: they do nothing that it would miss."""
         norm = self.norm
-        known = norm is None or _is_plain(norm)
+        known = norm is None or is_plain(norm)
         known = known and type(self.drop_path) is DropPath and is_unhooked(self.drop_path)
         return self.fused and known
+
+    def _joins(self, branch_norm: nn.Module | None) -> bool:
+        """Whether the op can form relu(branch_norm(x) + prev) where it reads it."""
+        known = branch_norm is None or is_plain(branch_norm)
+        return known and self._norm_and_drop_path_are_fused()
 
     def _start(self, x: Tensor, cell: Cell | None) -> DLAState:
         """The state before the first layer of a stage."""
@@ -405,11 +409,6 @@ class DLALayer(nn.Module):
                 f"prev: expected shape, dtype and device of x, {describe(x)}, got {describe(prev)}"
             )
         return prev
-
-
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether an op can do what calling this norm would do."""
-    return type(norm) is nn.BatchNorm2d and is_unhooked(norm)
 
 
 class MRLALayer(DLALayer):

@@ -1,6 +1,11 @@
-"""What the ``cpp.py`` adapters share: tensors to addresses, dtype codes."""
+"""What the ``cpp.py`` adapters share: tensors to addresses, dtype codes.
 
-from collections.abc import Mapping
+The module of the CUDA kernels has the same structs and functions as that of the CPU kernels. An
+adapter takes ``load``, which says which of them it works on: `cuda_common.on_cuda`.
+"""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -9,6 +14,11 @@ from dla_kernels import native
 
 # DType of csrc/common/args.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Norm of csrc/common/args.h.
+NORMS = {"none": 0, "batch": 1, "running": 2}
+
+
+Loader = Callable[[], ModuleType]
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -26,3 +36,9 @@ def address(x: Tensor | None) -> int | None:
 def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:
     """Fields of a native struct that hold these tensors; they must outlive the native call."""
     return {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+
+
+def execution(x: Tensor) -> dict[str, int]:
+    """Fields of a native struct that say where the work on ``x`` is done."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return {"threads": torch.get_num_threads(), "stream": stream}

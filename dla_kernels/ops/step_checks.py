@@ -30,10 +30,8 @@ def check_map(x: Tensor, head_dim: int, *norms: str) -> None:
     channels = x.shape[1]
     if head_dim < 1 or channels % head_dim:
         raise ValueError(f"head_dim: expected a divisor of {channels} channels, got {head_dim}")
-    if "batch" in norms and x.numel() == channels:
-        raise ValueError(
-            f"x: expected more than one value per channel for norm='batch', got {list(x.shape)}"
-        )
+    if "batch" in norms:
+        checks.more_than_one_per_channel("x", x)
 
 
 def check_cell(

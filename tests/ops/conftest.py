@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from op_cases import ON_GPU, device_of
+import build_emulation
+from op_cases import EMULATED, ON_GPU, device_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,5 +19,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
     if backend not in ON_GPU:
         yield
         return
+    if backend == "cuda" and EMULATED:
+        build_emulation.build()
     with torch.device(device_of(backend)):
         yield

@@ -64,14 +64,17 @@ class Case:
     def valid(self) -> bool:
         """Whether the op is defined for this combination, and can be compared.
 
-        A batch norm makes any two values -1 and 1: all gradients before it are rounding noise.
+        A batch norm makes any two values -1 and 1: all gradients before it are rounding noise. The
+        same goes for values that are equal in pairs, as in a batch of one expanded sample.
         """
         batch, channels, height, width = self.shape
         statistics_exist = (
             "batch" not in (self.norm, self.branch_norm) or batch * height * width > 2
         )
+        equal = self.x_layout == "expanded" and self.branch_norm == "batch" and height * width <= 2
         return (
             channels % self.head_dim == 0
+            and not equal
             and statistics_exist
             and (self.has_p or not (self.has_prev or self.join))
             and (self.join or self.branch_norm == "none")

@@ -30,6 +30,8 @@ from tolerances import assert_close, assert_gradients_close
 ON_GPU = ("cuda", "triton")
 # Triton without a GPU: see tests/conftest.py. Slow, hence fewer cases (`each_case`).
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# CUDA without a GPU.
+EMULATED = os.environ.get("DLA_EMULATE_CUDA") == "1"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Sizes of [C] and [H, W]. Channels: 1 (degenerate), 3 and 5 (less than a vector), 20 (vector of 16
@@ -60,10 +62,10 @@ def backends(op: str) -> list[Any]:
 
 def skips(backend: str) -> list[pytest.MarkDecorator]:
     """Marks of tests of a backend."""
-    no_gpu = not torch.cuda.is_available()
+    nothing = EMULATED and not sys.platform.startswith("linux")
     no_triton = importlib.util.find_spec("triton") is None
     return {
-        "cuda": [pytest.mark.skipif(no_gpu, reason="needs a CUDA GPU")],
+        "cuda": [pytest.mark.skipif(nothing, reason="needs a CUDA GPU, or Linux to emulate one")],
         "triton": [pytest.mark.skipif(no_triton, reason="needs triton, which runs on Linux")],
     }.get(backend, [])
 
@@ -363,12 +365,12 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``python -c code`` or ``python *args`` in a fresh process and returns what it said.
 
-    Triton is not interpreted there.
+    Triton is not interpreted there, nor CUDA emulated.
     """
     args = ["-c", code_or_args] if isinstance(code_or_args, str) else list(code_or_args)
     return subprocess.run(
         [sys.executable, *args],
-        env={**os.environ, "TRITON_INTERPRET": "0", **(env or {})},
+        env={**os.environ, "TRITON_INTERPRET": "0", "DLA_EMULATE_CUDA": "0", **(env or {})},
         cwd=cwd,
         capture_output=True,
         text=True,

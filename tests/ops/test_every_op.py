@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import dla_kernels
 from dla_kernels import use_backend
-from op_cases import backends, device_of, flatten, mapped, op_names, reference, run
+from op_cases import EMULATED, backends, device_of, flatten, mapped, op_names, reference, run
 from op_samples import NAMES, SMALL, Call, sample
 from tolerances import assert_gradients_close
 
@@ -40,6 +40,7 @@ def each(cases: list[tuple[str, str, Any]]) -> pytest.MarkDecorator:
 EACH = each(CASES)
 # PyTorch does not promise that its own results are the same for any number of threads.
 EACH_CPU_KERNEL = each([case for case in CASES if case[2].values == ("cpp",)])
+EACH_CUDA_KERNEL = each([case for case in CASES if case[2].values == ("cuda",)])
 EACH_SAMPLE = pytest.mark.parametrize(("op", "variant"), NAMES)
 
 Result = tuple[list[Tensor], dict[str, Tensor | None]]
@@ -173,6 +174,23 @@ def test_thread_count_does_not_matter(
     results = []
     for count in (1, 2, 3, 4):
         torch.set_num_threads(count)
+        with use_backend(backend):
+            results.append(run_call(call))
+    for other in results[1:]:
+        assert_identical(results[0], other)
+
+
+@EACH_CUDA_KERNEL
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.skipif(not EMULATED, reason="needs a machine without a GPU: the emulation's orders")
+def test_order_of_gpu_threads_does_not_matter(
+    op: str, variant: str, backend: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and threads in any order: bitwise equality."""
+    call = sample(op, variant, layout=layout)
+    results = []
+    for seed in ("1", "2", "3"):
+        monkeypatch.setenv("DLA_EMULATION_SEED", seed)
         with use_backend(backend):
             results.append(run_call(call))
     for other in results[1:]:

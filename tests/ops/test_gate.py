@@ -121,6 +121,17 @@ def test_transposed_and_expanded_gates(
 
 
 @each_backend("gate")
+@pytest.mark.parametrize("layout", DENSE)
+def test_long_list(backend: str, layout: str, generator: torch.Generator) -> None:
+    """More features than one launch of a GPU kernel takes."""
+    shapes = [(2, 3 + i % 4, 1 + i % 5, 4) for i in range(35)]
+    features = [feature(s, torch.float32, layout, generator=generator) for s in shapes]
+    gates = [random_small(*s[:2], generator=generator, dtype=torch.float32) for s in shapes]
+    inputs = {"features": features, "gates": gates}
+    compare("gate", backend, inputs, dict(enumerate(features)), case=torch.float32)
+
+
+@each_backend("gate")
 def test_same_feature_twice(backend: str, generator: torch.Generator) -> None:
     """Gradients of one tensor that is gated twice add up."""
     x = feature((2, 3, 4, 4), torch.float64, "nchw", generator=generator).requires_grad_()

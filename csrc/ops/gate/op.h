@@ -17,6 +17,7 @@ struct GateShapes {
   std::vector<int> channels_last;
   DType dtype;
   int threads;
+  void* stream = nullptr;  // cudaStream_t
 };
 
 struct GateForward : GateShapes {
@@ -33,3 +34,5 @@ struct GateBackward : GateShapes {
 
 DLA_CPU_ENTRY(gate_forward, GateForward)
 DLA_CPU_ENTRY(gate_backward, GateBackward)
+DLA_CUDA_ENTRY(gate_forward, GateForward)
+DLA_CUDA_ENTRY(gate_backward, GateBackward)

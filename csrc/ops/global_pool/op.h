@@ -14,6 +14,7 @@ struct GlobalPoolForward {
   DType dtype;
   bool channels_last;
   int threads;
+  void* stream = nullptr;  // cudaStream_t
 };
 
 struct GlobalPoolBackward {
@@ -23,9 +24,12 @@ struct GlobalPoolBackward {
   DType dtype;
   bool channels_last;
   int threads;
+  void* stream = nullptr;  // cudaStream_t
 };
 
 }  // namespace dla
 
 DLA_CPU_ENTRY(global_pool_forward, GlobalPoolForward)
 DLA_CPU_ENTRY(global_pool_backward, GlobalPoolBackward)
+DLA_CUDA_ENTRY(global_pool_forward, GlobalPoolForward)
+DLA_CUDA_ENTRY(global_pool_backward, GlobalPoolBackward)

@@ -1,10 +1,10 @@
 #include "ops/light_attention/op.h"
 
+#include "common/branch_norm.h"
 #include "common/scratch.h"
 #include "common/vmath.h"
 #include "ops/cell/cell.h"
 #include "ops/global_pool/op.h"
-#include "ops/light_attention/branch_norm.h"
 #include "ops/light_attention/passes.h"
 #include "ops/light_attention/scores.h"
 #include "ops/light_attention/statistics.h"
@@ -214,7 +214,7 @@ struct ForwardStep : Step<A> {
   void batch_statistics(PlaneTable<A> table, const Summary<const A>& summary,
                         const ChannelLanes& c) const {
     RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) moments.add(this->statistics(table, summary, b, c));
+    for (int64_t b = 0; b < shape.batch; ++b) this->statistics(table, summary, b, c).join(moments);
     c.store(small(args.mean), moments.mean());
     c.store(small(args.var), moments.variance());
   }
@@ -280,7 +280,7 @@ struct BackwardStep : Step<A> {
   // over whole planes, which may be large.
   Doubles batch_mean(PlaneTable<A> table, const ChannelLanes& c) const {
     RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) moments.add(this->statistics(table, summary, b, c));
+    for (int64_t b = 0; b < shape.batch; ++b) this->statistics(table, summary, b, c).join(moments);
     return moments.mean();
   }
 

@@ -7,9 +7,9 @@
 // o is never stored unless asked for; every pass recomputes it from x and p.
 #pragma once
 
+#include "common/branch_norm.h"
 #include "common/stencil.h"
 #include "common/units.h"
-#include "ops/light_attention/branch_norm.h"
 #include "ops/light_attention/plane_table.h"
 
 namespace dla::DLA_ISA {

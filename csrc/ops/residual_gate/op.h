@@ -16,6 +16,7 @@ struct ResidualGateInputs {
   bool channels_last;
   DType dtype;
   int threads;
+  void* stream = nullptr;  // cudaStream_t
 };
 
 struct ResidualGateForward : ResidualGateInputs {
@@ -32,3 +33,5 @@ struct ResidualGateBackward : ResidualGateInputs {
 
 DLA_CPU_ENTRY(residual_gate_forward, ResidualGateForward)
 DLA_CPU_ENTRY(residual_gate_backward, ResidualGateBackward)
+DLA_CUDA_ENTRY(residual_gate_forward, ResidualGateForward)
+DLA_CUDA_ENTRY(residual_gate_backward, ResidualGateBackward)

@@ -7,16 +7,18 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, address
+from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
-def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+def forward(
+    features: Sequence[Tensor], gates: Sequence[Tensor], load: Loader = native.load
+) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::gate``."""
     features = [dense(x, dense_format(x)) for x in features]
     gates = [d.contiguous() for d in gates]
     outs = [empty_features(x) for x in features]
-    module = native.load()
+    module = load()
     module.gate_forward(
         module.GateForward(
             **_inputs(features, gates),
@@ -27,7 +29,10 @@ def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]
 
 
 def backward(
-    grads: Sequence[Tensor], features: Sequence[Tensor], gates: Sequence[Tensor]
+    grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    load: Loader = native.load,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::gate_backward``: of all features, then all gates."""
     features = [dense(x, dense_format(x)) for x in features]
@@ -35,7 +40,7 @@ def backward(
     gates = [d.contiguous() for d in gates]
     dx = [empty_features(x) for x in features]
     dgates = [torch.empty_like(d) for d in gates]
-    module = native.load()
+    module = load()
     module.gate_backward(
         module.GateBackward(
             **_inputs(features, gates),
@@ -57,5 +62,5 @@ def _inputs(features: Sequence[Tensor], gates: Sequence[Tensor]) -> dict[str, ob
         "area": [x.shape[2] * x.shape[3] for x in features],
         "channels_last": [dense_format(x) is torch.channels_last for x in features],
         "dtype": DTYPES[features[0].dtype],
-        "threads": torch.get_num_threads(),
+        **execution(features[0]),
     }

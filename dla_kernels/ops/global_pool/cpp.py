@@ -5,25 +5,25 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import compute_dtype, dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, address
+from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
-def forward(x: Tensor) -> Tensor:
+def forward(x: Tensor, load: Loader = native.load) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool``."""
     x = dense(x, dense_format(x))
     out = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
-    module = native.load()
+    module = load()
     module.global_pool_forward(
         module.GlobalPoolForward(x=address(x), out=address(out), **_sizes(x))
     )
     return out
 
 
-def backward(grad: Tensor, x: Tensor) -> Tensor:
+def backward(grad: Tensor, x: Tensor, load: Loader = native.load) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
     grad, dx = grad.contiguous(), empty_features(x)
-    module = native.load()
+    module = load()
     module.global_pool_backward(
         module.GlobalPoolBackward(grad=address(grad), dx=address(dx), **_sizes(dx))
     )
@@ -39,5 +39,5 @@ def _sizes(x: Tensor) -> dict[str, object]:
         "area": height * width,
         "dtype": DTYPES[x.dtype],
         "channels_last": dense_format(x) is torch.channels_last,
-        "threads": torch.get_num_threads(),
+        **execution(x),
     }

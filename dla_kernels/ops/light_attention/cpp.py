@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import address, addresses
+from dla_kernels.ops.cpp_common import NORMS, address, addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
-from dla_kernels.ops.step_cpp import NORMS, flags, sizes
+from dla_kernels.ops.step_cpp import flags, sizes
 
 
 def forward(

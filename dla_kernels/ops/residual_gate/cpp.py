@@ -5,22 +5,24 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, addresses
+from dla_kernels.ops.cpp_common import DTYPES, Loader, addresses, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
-def forward(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:
+def forward(u: Tensor, h: Tensor, shortcut: Tensor, load: Loader = native.load) -> Tensor:
     """Arguments and result of ``dla_kernels::residual_gate``."""
     layout = dense_format(u)
     u, shortcut, h = dense(u, layout), dense(shortcut, layout), h.contiguous()
     out = empty_features(u)
     tensors = addresses({"u": u, "h": h, "shortcut": shortcut, "out": out})
-    module = native.load()
+    module = load()
     module.residual_gate_forward(module.ResidualGateForward(**tensors, **_sizes(u, layout)))
     return out
 
 
-def backward(grad: Tensor, u: Tensor, h: Tensor, out: Tensor) -> list[Tensor]:
+def backward(
+    grad: Tensor, u: Tensor, h: Tensor, out: Tensor, load: Loader = native.load
+) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::residual_gate_backward``: of u, h and shortcut."""
     layout = dense_format(u)
     grad, u, out = (dense(t, layout) for t in (grad, u, out))
@@ -28,7 +30,7 @@ def backward(grad: Tensor, u: Tensor, h: Tensor, out: Tensor) -> list[Tensor]:
     du, dh, dshortcut = empty_features(u), torch.empty_like(h), empty_features(u)
     tensors = {"grad": grad, "u": u, "h": h, "out": out}
     tensors |= {"du": du, "dh": dh, "dshortcut": dshortcut}
-    module = native.load()
+    module = load()
     module.residual_gate_backward(
         module.ResidualGateBackward(**addresses(tensors), **_sizes(u, layout))
     )
@@ -43,5 +45,5 @@ def _sizes(u: Tensor, layout: torch.memory_format) -> dict[str, object]:
         "area": u.shape[2] * u.shape[3],
         "channels_last": layout is torch.channels_last,
         "dtype": DTYPES[u.dtype],
-        "threads": torch.get_num_threads(),
+        **execution(u),
     }

@@ -4,9 +4,9 @@
 // all samples of a few channels finds their planes still in the cache.
 #pragma once
 
+#include "common/moments.h"
 #include "common/stencil.h"
 #include "common/units.h"
-#include "ops/light_attention/statistics.h"
 
 namespace dla::DLA_ISA {
 

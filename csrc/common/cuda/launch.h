@@ -1,0 +1,91 @@
+// How host code starts a kernel: on the caller's stream, without waiting, and without anything that
+// could not be captured in a CUDA graph.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "common/cuda/device.h"
+
+namespace dla::cuda {
+
+// What a launch is for, should it fail: the op and the sizes of its first tensor.
+struct Call {
+  const char* op;
+  std::int64_t batch, channels, area;
+  void* stream;
+
+  std::string text() const {
+    return std::string(op) + " on [batch " + std::to_string(batch) + ", channels " +
+           std::to_string(channels) + ", area " + std::to_string(area) + "]";
+  }
+};
+
+// A grid in one dimension.
+struct Grid {
+  std::int64_t blocks;
+  int threads;
+  std::size_t shared_bytes = 0;
+};
+
+#ifdef DLA_CUDA_EMULATED
+
+template <class... P>
+void start(const Call&, void (*kernel)(P...), const Grid& grid, P... args) {
+  emulation::Machine::instance().run({static_cast<unsigned>(grid.blocks)},
+                                     {static_cast<unsigned>(grid.threads)}, grid.shared_bytes,
+                                     [=] { kernel(args...); });
+}
+
+#else
+
+inline const char* remedy(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return "the kernels were not built for this GPU: reinstall with its architecture in "
+             "DLA_CUDA_ARCHS (pip install .)";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoDevice: return "install a newer NVIDIA driver";
+    default:
+      return "an earlier kernel may be the cause: run with CUDA_LAUNCH_BLOCKING=1; "
+             "dla_kernels.use_backend('triton') or 'reference' does without this kernel";
+  }
+}
+
+inline void check(cudaError_t error, const Call& call) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(call.text() + ": " + cudaGetErrorString(error) + "; " + remedy(error));
+}
+
+template <class... P>
+void start(const Call& call, void (*kernel)(P...), const Grid& grid, P... args) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  if (grid.shared_bytes > kWithoutAsking)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared_bytes)),
+          call);
+  void* addresses[] = {&args...};
+  check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.blocks)),
+                         dim3(static_cast<unsigned>(grid.threads)), addresses, grid.shared_bytes,
+                         static_cast<cudaStream_t>(call.stream)),
+        call);
+}
+
+#endif
+
+// Starts kernel(args...) with grid.blocks times grid.threads threads.
+template <class... P>
+void launch(const Call& call, void (*kernel)(P...), const Grid& grid,
+            std::type_identity_t<P>... args) {
+  constexpr std::int64_t kMostBlocks = 0x7fffffff;
+  if (grid.blocks < 1 || grid.blocks > kMostBlocks)
+    throw std::runtime_error(call.text() + ": too large for one launch; split the batch");
+  start<P...>(call, kernel, grid, args...);
+}
+
+}  // namespace dla::cuda

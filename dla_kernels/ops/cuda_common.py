@@ -1,0 +1,26 @@
+"""What the ``cuda.py`` adapters share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_kernels import native
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the compiled CUDA kernels cannot serve ``x``, or None."""
+    if torch.version.hip:
+        return "the compiled CUDA kernels are for NVIDIA GPUs; this torch is for AMD's"
+    if not x.is_cuda and not (native.EMULATE_CUDA and x.is_cpu):
+        return f"the compiled CUDA kernels run on NVIDIA GPUs, x is on {x.device}"
+    return native.cuda_error()
+
+
+def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` or ``backward`` of a ``cpp.py`` with the functions of the CUDA module."""
+    return functools.partial(function, load=native.load_cuda)

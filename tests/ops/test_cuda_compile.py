@@ -1,0 +1,81 @@
+"""CUDA kernels compiled without a GPU: no spills, 16 bytes at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+OPS = sorted(path.parent.name for path in CSRC.glob("ops/*/cuda.cu"))
+CAPABILITIES = (80, 90, 100)
+IN_FLIGHT = 4  # kInFlight of csrc/common/cuda/map.h
+
+# Maps that a kernel reads and writes.
+PASSES = {
+    "global_pool": {"mean_kernel": (1, 0), "spread_kernel": (0, 1)},
+    "gate": {"scale_kernel": (1, 1), "gradient_kernel": (2, 1)},
+    "residual_gate": {"join_kernel": (2, 1), "gradient_kernel": (3, 2)},
+}
+
+
+def nvcc() -> str | None:
+    places = (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
+    return next(filter(None, (shutil.which(place) for place in places if place)), None)
+
+
+def cuobjdump() -> str | None:
+    """That of a CUDA toolkit, or the one that triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    own = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else ""
+    return shutil.which("cuobjdump") or shutil.which(own)
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (CUDA 12.8 or newer)")
+needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump (CUDA, triton)")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(op, marks=needs_nvcc) for op in OPS])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, Path, str]:
+    """Name of an op, its object file for all capabilities, and what ptxas said about it."""
+    op = request.param
+    out = tmp_path_factory.mktemp(op) / "cuda.o"
+    targets = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in CAPABILITIES]
+    command = [nvcc(), "-std=c++20", "-O3", f"-I{CSRC}", *targets, "-Xptxas", "-v"]
+    command += ["-c", CSRC / "ops" / op / "cuda.cu", "-o", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return op, out, done.stderr
+
+
+def test_nothing_spills(compiled: tuple[str, Path, str]) -> None:
+    """Registers suffice; float64 serves gradcheck only and may be slow."""
+    said = compiled[2]
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes spill stores", said, re.S
+    )
+    assert {int(capability) for _, capability, _ in kernels} == set(CAPABILITIES), said
+    for name, capability, spilled in kernels:
+        of_doubles = re.search(r"kernelI\w*?dE", name)
+        assert spilled == "0" or of_doubles, f"{name} for sm_{capability}: {spilled} bytes"
+
+
+@needs_cuobjdump
+def test_maps_move_in_16_bytes(compiled: tuple[str, Path, str]) -> None:
+    op, binary, _ = compiled
+    if op not in PASSES:
+        pytest.skip(f"needs a kernel of {op} that only passes over maps")
+    arguments = [cuobjdump(), "-sass", "-arch", "sm_90", binary]
+    sass = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"Function : ", sass)[1:]
+    assert len(functions) == 4 * len(PASSES[op])  # of four dtypes
+    for text in functions:
+        name = text.split()[0]
+        read, written = PASSES[op][re.search(r"[a-z]+_kernel", name).group()]
+        loads, stores = (len(re.findall(rf"{i}\.E\.128", text)) for i in ("LDG", "STG"))
+        assert loads >= read * IN_FLIGHT and stores >= written, f"{name}: {loads}, {stores}"
