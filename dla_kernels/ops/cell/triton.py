@@ -1,310 +1,526 @@
-"""``cell`` in Triton: which kernels of ``triton_kernels.py`` are launched, and with which tiles."""
+"""``cell`` in Triton: products in a scaffold that all kinds share, and a pointwise tail for each.
+
+Gates are sums of products of y and of the context (slot 0 of the state), each on a `Side` of its
+own. In a kernel they are a tuple of tiles [ROWS, CHANNELS]: as many of i, f, c~, o as the kind has,
+before their activations. Tiles of products have at least 16 elements a side, so all is masked.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.ops.cell.reference import CELLS
-from dla_kernels.ops.cell.triton_kernels import (
-    Gradients,
-    Plan,
-    Side,
-    Sizes,
-    Trace,
-    forward_kernel,
-    gate_gradients_kernel,
-    gradients_kernel,
-    hidden_kernel,
-)
-from dla_kernels.ops.triton_common import launch
+from dla_kernels.ops.triton_common import launch, pick
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 GATES = {"dsu": 3, "dsu_split": 3, "dia": 4, "lstm": 4, "rnn": 1}
-WITHOUT_HIDDEN_LAYER = ("lstm", "rnn")
-PROGRAMS = 256  # that keep a GPU busy
-PARTS = 8  # terms of a sum that may be left to every program that reads it
-# There are fewer programs than a GPU holds: registers are free, while ptxas would rather spill.
-REGISTERS = 255
+# The tiles: samples; channels or weights; hidden units, or what else is summed up per step.
+ROWS, CHANNELS, UNITS = tl.constexpr(16), tl.constexpr(32), tl.constexpr(16)
+# A sum over channels is cut into at most so many parts, of at least so many terms each.
+PARTS, PART = 8, 256
+
+
+class Side(NamedTuple):
+    """The way of x [B, C] to the gates: w2 ReLU(w1 x + b1) + b2, or w2 x + b2 (no w1).
+
+    "dsu" has one hidden layer for both sides, ReLU(w1 y + w1 f(c)); its w2 is on the side of y.
+    """
+
+    x: Any
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
+
+
+class Sizes(NamedTuple):
+    """B, C, h; of how many parts the sums of a hidden layer consist; distance of rows of w1."""
+
+    batch: int
+    channels: int
+    hidden: int
+    parts: int
+    stride: int
 
 
 def forward(
     y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
 ) -> Tensor:
     """Arguments and result of ``dla_kernels::cell``."""
-    cell = _Evaluation(y[None], state, params, kind, activation)
-    return cell.forward(torch.empty_like(cell.state), output_only=False)
+    cell = _Cell(y, state, params, kind, activation)
+    out = torch.empty_like(cell.state)
+    launch(_forward_kernel, cell.grid, *cell.inputs(), *_slots(out), cell.sizes, **cell.flags)
+    return out
 
 
 def backward(
-    grad: Tensor,
-    y: Tensor,
-    state: Tensor,
-    params: Sequence[Tensor],
-    kind: str,
-    activation: str,
-    *,
-    plus_y: Tensor | None = None,
-    add_to: Sequence[Tensor] | None = None,
+    grad: Tensor, y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::cell_backward``.
-
-    plus_y: is added to the gradient of y. add_to: those of the parameters are added to these.
-    """
-    cell = _Evaluation(y[None], state, params, kind, activation)
-    grad_y, *rest = cell.backward(grad, output_only=False, plus_y=plus_y, add_to=add_to)
-    return [grad_y[0], *rest]
-
-
-def evaluate(
-    inputs: Tensor,
-    state: Tensor,
-    params: Sequence[Tensor],
-    kind: str,
-    activation: str,
-    first_sample: bool,
-) -> Tensor:
-    """Outputs [M, B, C] of the cell for inputs [M, B, C] under one state [slots, B, C].
-
-    first_sample: all of them read row 0 of the state.
-    """
-    cell = _Evaluation(inputs, state, params, kind, activation, first_sample)
-    return cell.forward(torch.empty_like(cell.y), output_only=True)
+    """Arguments and results of ``dla_kernels::cell_backward``."""
+    cell = _Cell(y, state, params, kind, activation)
+    grad_y, grad_state = torch.empty_like(cell.y), torch.empty_like(cell.state)
+    dgates, hidden = cell.gate_gradients(grad.contiguous(), grad_state)
+    dhidden = cell.input_gradients(dgates, hidden, grad_y, grad_state)
+    return [grad_y, grad_state, *cell.weight_gradients(dgates, hidden, dhidden)]
 
 
-def evaluate_backward(
-    grad: Tensor,
-    inputs: Tensor,
-    state: Tensor,
-    params: Sequence[Tensor],
-    kind: str,
-    activation: str,
-    first_sample: bool,
-    *,
-    plus_state: Tensor | None = None,
-) -> list[Tensor]:
-    """Gradients of the inputs, of the state (``plus_state`` added), and of each parameter."""
-    cell = _Evaluation(inputs, state, params, kind, activation, first_sample)
-    return cell.backward(grad, output_only=True, plus_state=plus_state)
-
-
-def hidden_splits(repeats: int, batch: int, channels: int, hidden: int, itemsize: int) -> int:
-    """Into how many sums the hidden layer is cut by a kernel of its own; 0: it has none.
-
-    Then every program that makes gates forms the hidden layer for itself. That spares a launch,
-    and costs no time while the layer is small and all programs run at once.
-    """
-    weights = 2 * channels * hidden * itemsize
-    if repeats == 1 and hidden <= 32 and weights <= 64 * 1024 and batch * channels <= 64 * 1024:
-        return 0
-    return min(8, triton.next_power_of_2(triton.cdiv(channels, 256)))
-
-
-class _Grid(NamedTuple):
-    """How a cell is cut up: for the kernels that make gates, and for `gradients_kernel`."""
-
-    sizes: Sizes
-    plan: Plan
-    gradient_plan: Plan
-    gates: tuple[int, int, int]
-    gradients: tuple[int, int, int]
-
-
-@functools.lru_cache(1024)
-def _grid(
-    kind: str,
-    activation: str,
-    first_sample: bool,
-    repeats: int,
-    batch: int,
-    channels: int,
-    hidden: int,
-    itemsize: int,
-    precision: str,
-) -> _Grid:
-    line = 128 // itemsize  # channels that a program takes
-    if channels % line:
-        line = 16
-    rows = 16
-    samples, lines = triton.cdiv(batch, rows), triton.cdiv(channels, line)
-    length = triton.cdiv(repeats, max(1, PROGRAMS // (samples * lines)))
-    chunks = triton.cdiv(repeats, length)
-
-    def plan(splits: int, channels: int, units: int) -> Plan:
-        return Plan(
-            kind=kind,
-            gates=GATES[kind],
-            slots=CELLS[kind].slots,
-            activation=activation if kind == "dsu" else "identity",
-            first_sample=first_sample,
-            splits=splits,
-            precision=precision,
-            rows=rows,
-            channels=channels,
-            units=units,
-            depth=channels,
-        )
-
-    splits = hidden_splits(repeats, batch, channels, hidden, itemsize) if hidden else 0
-    wide = plan(splits, 2 * line, 32)
-    across = triton.cdiv(channels, wide.channels)
-    units = triton.cdiv(hidden, wide.units)
-    gate_tiles = triton.cdiv(GATES[kind] * channels, wide.depth)
-    tasks = max(triton.cdiv(repeats * batch, rows) * across, gate_tiles * (units or across))
-    return _Grid(
-        Sizes(batch, channels, hidden, chunks, length),
-        plan(splits, line, 16),
-        wide,
-        (samples, lines, chunks),
-        (max(tasks, units * across), 2, 3 if hidden else 2),
-    )
-
-
-class _Evaluation:
-    """A cell for M inputs [M, B, C] that share a state [slots, B, C]."""
+class _Cell:
+    """The tensors of a call, made contiguous, and the launches that it consists of."""
 
     def __init__(
-        self,
-        inputs: Tensor,
-        state: Tensor,
-        params: Sequence[Tensor],
-        kind: str,
-        activation: str,
-        first_sample: bool = False,
+        self, y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
     ) -> None:
         self.kind = kind
-        self.y, self.state = inputs.contiguous(), state.contiguous()
+        self.y, self.state = y.contiguous(), state.contiguous()
         self.params = [w.contiguous() for w in params]
-        hidden = 0 if kind in WITHOUT_HIDDEN_LAYER else params[0].shape[0]
-        what = kind, activation, first_sample, *inputs.shape, hidden
-        self.grid = _grid(*what, inputs.element_size(), _precision())
-        self.sizes, self.plan, *_ = self.grid
-        self.sides = self._sides()
+        self.sides = self.split(self.params)
+        self.layers = {"dsu": 1, "lstm": 0, "rnn": 0}.get(kind, 2)
+        hidden = params[0].shape[0] if self.layers else 0
+        self.sizes = Sizes(*y.shape, hidden, 0, params[0].shape[1])
+        self.grid = (triton.cdiv(y.shape[0], ROWS.value), triton.cdiv(y.shape[1], CHANNELS.value))
+        # Of the context, on its way into the hidden layer.
+        self.activation = activation if kind == "dsu" else "identity"
+        self.precision = {"PRECISION": _precision()}
+        self.flags = {"KIND": kind, "GATES": GATES[kind], **self.precision}
 
-    def forward(self, out: Tensor, output_only: bool) -> Tensor:
-        """``out``: the new state [slots, B, C] (M = 1), or the outputs alone [M, B, C]."""
+    def split(self, params: Sequence[Tensor]) -> tuple[Side, Side]:
+        """The parameters, or what has their shapes, on the sides of y and of the context."""
+        y, context = self.y, self.state[0]
+        if self.kind == "dsu":
+            w1, w2, b2 = params
+            w1_context, w1_y = w1.chunk(2, dim=1)
+            return Side(y, w1_y, None, w2, b2), Side(context, w1_context, None, None, None)
+        if self.kind in ("lstm", "rnn"):
+            w_y, w_h, b_y, b_h = params
+            return Side(y, None, None, w_y, b_y), Side(context, None, None, w_h, b_h)
+        return Side(y, *params[:4]), Side(context, *params[4:])
+
+    def inputs(self) -> tuple[Any, ...]:
+        """What the kernels that make gates read; launches the sums of the hidden layers."""
+        parts = None
+        if self.layers:
+            inputs = tuple(side.x for side in self.sides)
+            weights = tuple(side.w1 for side in self.sides)
+            parts = self.sums(inputs, weights, self.sizes.stride, transposed=True)
+        return (*self.sides, parts, self.state[-1])
+
+    def sums(
+        self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], stride: int, transposed: bool
+    ) -> Tensor:
+        """Products of inputs [B, n] with weights [n, h] in parts: [layers * parts, B, h].
+
+        transposed: weights are [h, n], and the second input passes the activation.
+        """
+        depth = inputs[0].shape[1]
+        cuts = min(PARTS, triton.cdiv(depth, PART))
+        length = triton.cdiv(depth, cuts * CHANNELS.value) * CHANNELS.value
+        parts = self.y.new_empty((len(inputs) * cuts, self.sizes.batch, self.sizes.hidden))
+        self.sizes = self.sizes._replace(parts=len(parts) // self.layers)
         launch(
-            forward_kernel,
-            self.grid.gates,
-            *(self.y, self.state, out, *self.sides, self.sizes),
-            output_only=output_only,
-            plan=self.plan,
-            maxnreg=REGISTERS,
+            _sums_kernel,
+            (self.grid[0], triton.cdiv(self.sizes.hidden, UNITS.value), len(parts)),
+            *(inputs, weights, stride, parts, depth, cuts, length, self.sizes),
+            ACTIVATION=self.activation if transposed else "identity",
+            TRANSPOSED=transposed,
+            **self.precision,
         )
-        return out
+        return parts
 
-    def backward(
-        self,
-        grad: Tensor,
-        output_only: bool,
-        plus_y: Tensor | None = None,
-        plus_state: Tensor | None = None,
-        add_to: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
-        """Gradients of inputs, state and parameters from that of `forward`'s result."""
-        grad_y, grad_state = torch.empty_like(self.y), torch.empty_like(self.state)
-        grad_params = [torch.empty_like(w) for w in self.params] if add_to is None else add_to
-        to_y, to_context = (Gradients(*weights) for weights in _split(self.kind, grad_params))
-        *traces, grad_memory = self._trace(grad.contiguous(), output_only)
+    def gate_gradients(self, grad: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the gates [B, gates * C], and the hidden layers [layers, B, h].
+
+        Writes to the last slot of ``grad_state`` what comes straight from the new memory.
+        """
+        inputs = self.inputs()
+        dgates = self.y.new_empty((self.sizes.batch, GATES[self.kind] * self.sizes.channels))
+        hidden = self.y.new_empty((self.layers, self.sizes.batch, self.sizes.hidden))
         launch(
-            gradients_kernel,
-            self.grid.gradients,
-            *(self.y, self.state, grad_y, grad_state, plus_y, plus_state, grad_memory),
-            *(*self.sides, *traces, to_y, to_context, self.sizes),
-            add=add_to is not None,
-            plan=self.grid.gradient_plan,
-            maxnreg=REGISTERS,
+            _gate_gradients_kernel,
+            self.grid,
+            *(*inputs, *_slots(grad), hidden, dgates, grad_state[-1], self.sizes),
+            **self.flags,
         )
-        return [grad_y, grad_state, *grad_params]
+        return dgates, hidden
 
-    def _sides(self) -> tuple[Side, Side]:
-        """The weights of y and of the context, and the hidden layer if it has its own kernel."""
-        batch, channels, hidden, *_ = self.sizes
-        rows, splits = (len(self.y) * batch, batch), self.plan.splits
-        stride = self.params[0].shape[1]
-        weights = _split(self.kind, self.params)
-        sums = [self._empty(splits, n, hidden) if splits else None for n in rows]
-        y, context = (Side(*weights[i], stride, sums[i], rows[i]) for i in (0, 1))
-        if splits:
-            blocks = triton.cdiv(channels, self.plan.depth)
-            length = triton.cdiv(blocks, splits) * self.plan.depth
-            tiles = sum(triton.cdiv(n, self.plan.rows) for n in rows)
-            launch(
-                hidden_kernel,
-                (tiles, triton.cdiv(hidden, self.plan.units), splits),
-                *(self.y, self.state, y, context, self.sizes, length),
-                plan=self.plan,
-            )
-        return y, context
-
-    def _trace(self, grad: Tensor, output_only: bool) -> tuple[Trace, Trace, Tensor | None]:
-        """Gradients of gates and hidden layers on both sides, and that of the old memory."""
-        batch, channels, hidden, chunks, length = self.sizes
-        gates, parts = self.plan.gates * channels, self.grid.gates[1]
-        rows, own_rows = len(self.y) * batch, chunks * batch
-        joint = self.kind == "dsu"  # both sides end in one hidden layer
-        step = rows if joint else rows + own_rows
-        dhidden = self._empty(parts, step, hidden) if hidden else None
-        y = Trace(
-            rows,
-            self._empty(rows, hidden) if hidden else None,
-            dhidden,
-            parts,
-            step,
-            self._empty(rows, gates),
-        )
-        context = Trace(
-            own_rows,
-            self._empty(own_rows, hidden) if hidden and not joint else None,
-            dhidden[:, rows:] if hidden and not joint else None,
-            parts,
-            step,
-            None if joint or length == 1 else self._empty(own_rows, gates),
-        )
-        memory = None if self.kind == "rnn" else self._empty(chunks, batch, channels)
+    def input_gradients(
+        self, dgates: Tensor, hidden: Tensor, grad_y: Tensor, grad_state: Tensor
+    ) -> Tensor:
+        """Writes the gradients of y and context; returns those of hidden layers before the ReLU."""
+        parts, dhidden = None, torch.empty_like(hidden)
+        if self.layers:
+            weights = tuple(side.w2 for side in self.sides if side.w2 is not None)
+            parts = self.sums((dgates,) * self.layers, weights, self.sizes.hidden, transposed=False)
         launch(
-            gate_gradients_kernel,
-            self.grid.gates,
-            *(grad, self.y, self.state, *self.sides, y, context, memory, self.sizes),
-            output_only=output_only,
-            plan=self.plan,
-            maxnreg=REGISTERS,
+            _input_gradients_kernel,
+            (*self.grid, 2),
+            *(*self.sides, dgates, parts, hidden, dhidden, grad_y, grad_state, self.sizes),
+            ACTIVATION=self.activation,
+            **self.flags,
         )
-        if hidden and parts > PARTS:
-            dhidden = dhidden.sum(0, keepdim=True)
-            y = y._replace(dhidden=dhidden, parts=1)
-            context = context._replace(dhidden=None if joint else dhidden[:, rows:], parts=1)
-        if joint:
-            return y, y, memory
-        if length == 1:  # then every input has its own sum over inputs
-            context = context._replace(dgates=y.dgates)
-        return y, context, memory
+        return dhidden
 
-    def _empty(self, *shape: int) -> Tensor:
-        return self.y.new_empty(shape)
+    def weight_gradients(self, dgates: Tensor, hidden: Tensor, dhidden: Tensor) -> list[Tensor]:
+        """Those of the parameters: products over the samples, all in one launch."""
+        grads = [torch.empty_like(w) for w in self.params]
+        no_bias = self.y.new_empty(self.sizes.hidden)  # written in place of what "dsu" lacks
+        products = []
+        for number, (x, w1, b1, w2, b2) in enumerate(self.split(grads)):
+            if w2 is not None:
+                products.append((dgates, hidden[number] if self.layers else x, w2, b2))
+            if w1 is not None:
+                layer = dhidden[min(number, self.layers - 1)]
+                products.append((layer, x, w1, no_bias if b1 is None else b1))
+        left, right, weights, biases = zip(*products, strict=True)
+        heights, widths = zip(*(w.shape for w in weights), strict=True)
+        tiles = [
+            triton.cdiv(w.shape[0], CHANNELS.value) * triton.cdiv(w.shape[1], CHANNELS.value)
+            for w in weights
+        ]
+        launch(
+            _weight_gradients_kernel,
+            (max(tiles), len(products)),
+            *(left, right, weights, biases, heights, widths),
+            *(tuple(w.stride(0) for w in weights), self.sizes.batch),
+            ACTIVATION=self.activation,
+            **self.precision,
+        )
+        return grads
 
 
-_Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _split(kind: str, params: Sequence[Tensor]) -> tuple[_Weights, _Weights]:
-    """The parameters as w1, b1, w2, b2 (see `Side`) of y and of the context."""
-    if kind == "dsu":
-        w_hidden, w_gates, b_gates = params
-        channels = w_hidden.shape[1] // 2
-        y, context = w_hidden[:, channels:], w_hidden[:, :channels]
-        return (y, None, w_gates, b_gates), (context, None, None, None)
-    if kind in WITHOUT_HIDDEN_LAYER:
-        w_y, w_h, b_y, b_h = params
-        return (None, None, w_y, b_y), (None, None, w_h, b_h)
-    return tuple(params[:4]), tuple(params[4:])
+def _slots(state: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The output and, where it is not the same, the memory of a new state."""
+    return state[0], state[1] if len(state) == 2 else None
 
 
 def _precision() -> str:
     """Of products of float32: TF32 only if the user allowed it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@triton.jit
+def _sums_kernel(
+    inputs, weights, stride, parts, depth, cuts, length, size,
+    ACTIVATION: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of a product: terms [cut length, (cut + 1) length) of the sums over ``depth``.
+
+    Grid: tiles of samples; tiles of units; the parts, those of an input one after the other.
+    """
+    side, cut = tl.program_id(2) // cuts, tl.program_id(2) % cuts
+    x, w = pick(inputs, side), pick(weights, side)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    total = tl.zeros((ROWS, UNITS), parts.dtype.element_ty)
+    for first in range(cut * length, tl.minimum((cut + 1) * length, depth), CHANNELS):
+        k = first + tl.arange(0, CHANNELS)
+        a = _load(x, row, size.batch, k, depth, depth)
+        a = tl.where(side == 1, _activate(a, ACTIVATION), a)
+        if TRANSPOSED:
+            b = tl.trans(_load(w, unit, size.hidden, k, depth, stride))
+        else:
+            b = _load(w, k, depth, unit, size.hidden, stride)
+        total = _dot(a, b, total, PRECISION)
+    out = _layer(parts, tl.program_id(2), size)
+    _store(total, out, row, size.batch, unit, size.hidden, size.hidden)
+
+
+@triton.jit
+def _forward_kernel(
+    of_y, of_context, parts, memory, out, out_memory, size,
+    KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the new state. Grid: tiles of samples; tiles of channels."""
+    row, channel = _place()
+    gates = _gates(of_y, of_context, parts, None, row, channel, size, GATES, PRECISION)
+    old = _load(memory, row, size.batch, channel, size.channels, size.channels)
+    output, new = _tail(gates, old, KIND)
+    _store(output, out, row, size.batch, channel, size.channels, size.channels)
+    if out_memory is not None:
+        _store(new, out_memory, row, size.batch, channel, size.channels, size.channels)
+
+
+@triton.jit
+def _gate_gradients_kernel(
+    of_y, of_context, parts, memory, grad, grad_memory, hidden, dgates, dmemory, size,
+    KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the new state to a tile of those of the gates and of the old memory.
+
+    Also leaves the hidden layers. Grid: tiles of samples; tiles of channels.
+    """
+    row, channel = _place()
+    gates = _gates(of_y, of_context, parts, hidden, row, channel, size, GATES, PRECISION)
+    old = _load(memory, row, size.batch, channel, size.channels, size.channels)
+    grad_output = _load(grad, row, size.batch, channel, size.channels, size.channels)
+    grad_new = tl.zeros_like(old)
+    if grad_memory is not None:
+        grad_new = _load(grad_memory, row, size.batch, channel, size.channels, size.channels)
+    found, grad_old = _tail_gradients(grad_output, grad_new, gates, old, KIND)
+    for gate in tl.static_range(GATES):
+        to = dgates + gate * size.channels
+        _store(found[gate], to, row, size.batch, channel, size.channels, GATES * size.channels)
+    if KIND != "rnn":
+        _store(grad_old, dmemory, row, size.batch, channel, size.channels, size.channels)
+
+
+@triton.jit
+def _input_gradients_kernel(
+    of_y, of_context, dgates, parts, hidden, dhidden, grad_y, grad_context, size,
+    ACTIVATION: tl.constexpr, KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of y or of the context; also leaves those before the ReLU.
+
+    Grid: tiles of samples; tiles of channels; sides.
+    """
+    row, channel = _place()
+    side = tl.program_id(2)
+    layer = 0 if KIND == "dsu" else side
+    grad = tl.zeros((ROWS, CHANNELS), grad_y.dtype.element_ty)
+    if parts is None:
+        w = pick((of_y.w2, of_context.w2), side)
+        depth = GATES * size.channels
+    else:
+        w = pick((of_y.w1, of_context.w1), side)
+        depth = size.hidden
+    for first in range(0, depth, UNITS):
+        k = first + tl.arange(0, UNITS)
+        if parts is None:
+            a = _load(dgates, row, size.batch, k, depth, depth)
+        else:
+            passed = _load(_layer(hidden, layer, size), row, size.batch, k, depth, depth) > 0
+            a = tl.where(passed, _sum(parts, layer, row, k, size), 0.0)
+            if (tl.program_id(1) == 0) & (side == layer):
+                _store(a, _layer(dhidden, layer, size), row, size.batch, k, depth, depth)
+        b = _load(w, k, depth, channel, size.channels, size.stride)
+        grad = _dot(a, b, grad, PRECISION)
+    if side == 0:
+        _store(grad, grad_y, row, size.batch, channel, size.channels, size.channels)
+    else:
+        if KIND == "dsu":
+            x = _load(of_context.x, row, size.batch, channel, size.channels, size.channels)
+            grad *= _slope(_activate(x, ACTIVATION), ACTIVATION)
+            # The context is the memory too.
+            grad += _load(grad_context, row, size.batch, channel, size.channels, size.channels)
+        _store(grad, grad_context, row, size.batch, channel, size.channels, size.channels)
+
+
+@triton.jit
+def _weight_gradients_kernel(
+    left, right, weights, biases, heights, widths, strides, batch,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient left^T right of a weight; sums of ``left`` for the bias.
+
+    The activation is that of the last product. Grid: tiles of the largest weight; products.
+    """
+    number = tl.program_id(1)
+    height, width, stride = pick(heights, number), pick(widths, number), pick(strides, number)
+    tiles = tl.cdiv(width, CHANNELS)
+    first_out = tl.program_id(0) // tiles * CHANNELS
+    first_in = tl.program_id(0) % tiles * CHANNELS
+    if first_out < height:
+        unit = first_out + tl.arange(0, CHANNELS)
+        k = first_in + tl.arange(0, CHANNELS)
+        grad = tl.zeros((CHANNELS, CHANNELS), weights[0].dtype.element_ty)
+        bias = tl.zeros((CHANNELS,), grad.dtype)
+        for first in range(0, batch, ROWS):
+            row = first + tl.arange(0, ROWS)
+            a = _load(pick(left, number), row, batch, unit, height, height)
+            b = _load(pick(right, number), row, batch, k, width, width)
+            b = tl.where(number == len(weights) - 1, _activate(b, ACTIVATION), b)
+            grad = _dot(tl.trans(a), b, grad, PRECISION)
+            bias += tl.sum(a, axis=0)
+        _store(grad, pick(weights, number), unit, height, k, width, stride)
+        if first_in == 0:
+            tl.store(pick(biases, number) + unit, bias, unit < height)
+
+
+@triton.jit
+def _place():
+    """The samples and channels of a program that makes a tile of a state."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    return row, channel
+
+
+@triton.jit
+def _gates(
+    of_y, of_context, parts, hidden, row, channel, size,
+    GATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gates of a tile. The hidden layers of its samples go to ``hidden``."""
+    gates = ()
+    for gate in tl.static_range(GATES):
+        at = gate * size.channels + channel
+        bias = tl.load(of_y.b2 + at, channel < size.channels, 0.0)
+        if of_context.b2 is not None:
+            bias += tl.load(of_context.b2 + at, channel < size.channels, 0.0)
+        gates = gates + (tl.zeros((ROWS, 1), bias.dtype) + bias[None, :],)
+    depth = size.channels if parts is None else size.hidden
+    for first in range(0, depth, UNITS):
+        k = first + tl.arange(0, UNITS)
+        gates = _add_side(gates, of_y, 0, parts, hidden, row, channel, k, depth, size, PRECISION)
+        if of_context.w2 is not None:
+            gates = _add_side(
+                gates, of_context, 1, parts, hidden, row, channel, k, depth, size, PRECISION
+            )
+    return gates
+
+
+@triton.jit
+def _add_side(
+    gates, side, layer, parts, hidden, row, channel, k, depth, size, PRECISION: tl.constexpr
+):
+    """gates + the terms ``k`` of what a side adds to them."""
+    if parts is None:
+        a = _load(side.x, row, size.batch, k, depth, depth)
+    else:
+        a = _sum(parts, layer, row, k, size)
+        if side.b1 is not None:
+            a += tl.load(side.b1 + k, k < depth, 0.0)[None, :]
+        a = tl.where(a < 0, 0.0, a)
+        if hidden is not None:
+            if tl.program_id(1) == 0:
+                _store(a, _layer(hidden, layer, size), row, size.batch, k, depth, depth)
+    sums = ()
+    for gate in tl.static_range(len(gates)):
+        w = side.w2 + tl.cast(size.channels, tl.int64) * depth * gate
+        b = tl.trans(_load(w, channel, size.channels, k, depth, depth))
+        sums = sums + (_dot(a, b, gates[gate], PRECISION),)
+    return sums
+
+
+@triton.jit
+def _sum(parts, layer, row, k, size):
+    """A tile [ROWS, UNITS] of a product that `_sums_kernel` left in parts."""
+    total = tl.zeros((ROWS, UNITS), parts.dtype.element_ty)
+    for part in range(layer * size.parts, (layer + 1) * size.parts):
+        total += _load(_layer(parts, part, size), row, size.batch, k, size.hidden, size.hidden)
+    return total
+
+
+@triton.jit
+def _layer(matrices, number, size):
+    """Where one of many [B, h] begins."""
+    return matrices + tl.cast(size.batch, tl.int64) * size.hidden * number
+
+
+@triton.jit
+def _load(matrix, row, rows, column, columns, stride):
+    """A tile of a matrix [rows, columns] whose rows are ``stride`` apart; zeros beyond its ends."""
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * stride + column[None, :], there, 0.0)
+
+
+@triton.jit
+def _store(value, matrix, row, rows, column, columns, stride):
+    """Writes a tile of such a matrix."""
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(matrix + row.to(tl.int64)[:, None] * stride + column[None, :], value, there)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _tail(gates, memory, kind: tl.constexpr):
+    """Output and new memory."""
+    if kind == "rnn":
+        output = _tanh(gates[0])
+        return output, output
+    else:
+        new = _sigmoid(gates[1]) * memory + _sigmoid(gates[0]) * _tanh(gates[2])
+        return _output(new, gates, kind), new
+
+
+@triton.jit
+def _tail_gradients(grad, grad_memory, gates, memory, kind: tl.constexpr):
+    """Gradients of the gates and of the old memory, from those of output and new memory."""
+    if kind == "rnn":
+        return (grad * _slope(_tanh(gates[0]), "tanh"),), tl.zeros_like(memory)
+    else:
+        i, f, candidate = _sigmoid(gates[0]), _sigmoid(gates[1]), _tanh(gates[2])
+        through, grad_o = _output_gradients(grad, f * memory + i * candidate, gates, kind)
+        new = grad_memory + through
+        grad_i = new * candidate * _slope(i, "sigmoid")
+        grad_f = new * memory * _slope(f, "sigmoid")
+        grad_candidate = new * i * _slope(candidate, "tanh")
+        return (grad_i, grad_f, grad_candidate) + grad_o, new * f
+
+
+@triton.jit
+def _output(memory, gates, kind: tl.constexpr):
+    """The output of a cell with a memory."""
+    if kind == "dsu":
+        return memory
+    elif kind == "dsu_split":
+        return _sigmoid(memory)
+    elif kind == "dia":
+        return _sigmoid(gates[3]) * _sigmoid(memory)
+    else:
+        return _sigmoid(gates[3]) * _tanh(memory)
+
+
+@triton.jit
+def _output_gradients(grad, memory, gates, kind: tl.constexpr):
+    """Gradients of the memory and, in a tuple, of the gates that the output passes."""
+    if kind == "dsu":
+        return grad, ()
+    elif kind == "dsu_split":
+        return grad * _slope(_sigmoid(memory), "sigmoid"), ()
+    else:
+        squash: tl.constexpr = "sigmoid" if kind == "dia" else "tanh"
+        o, squashed = _sigmoid(gates[3]), _activate(memory, squash)
+        grad_o = grad * squashed * _slope(o, "sigmoid")
+        return grad * o * _slope(squashed, squash), (grad_o,)
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _tanh(x):
+    """By its series near 0, where the difference of exponentials would cancel."""
+    square = x * x
+    series = 62 / 2835 - square * (1382 / 155925)
+    series = -17 / 315 + square * series
+    series = 2 / 15 + square * series
+    series = -1 / 3 + square * series
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(square < 0.01, x + x * square * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _activate(x, activation: tl.constexpr):
+    if activation == "sigmoid":
+        return _sigmoid(x)
+    elif activation == "tanh":
+        return _tanh(x)
+    elif activation == "relu":
+        return tl.where(x < 0, 0.0, x)
+    else:
+        return x
+
+
+@triton.jit
+def _slope(a, activation: tl.constexpr):
+    """Derivative of the activation where its value is a."""
+    if activation == "sigmoid":
+        return a * (1.0 - a)
+    elif activation == "tanh":
+        return 1.0 - a * a
+    elif activation == "relu":
+        return tl.where(a <= 0, 0.0, 1.0)
+    else:
+        return 1.0
