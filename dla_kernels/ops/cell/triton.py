@@ -1,12 +1,13 @@
 """``cell`` in Triton: products in a scaffold that all kinds share, and a pointwise tail for each.
 
 Gates are sums of products of y and of the context (slot 0 of the state), each on a `Side` of its
-own. In a kernel they are a tuple of tiles [ROWS, CHANNELS]: as many of i, f, c~, o as the kind has,
+own. In a kernel they are a tuple of tiles [TILE, TILE]: as many of i, f, c~, o as the kind has,
 before their activations. Tiles of products have at least 16 elements a side, so all is masked.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,10 @@ from dla_kernels.ops.triton_common import launch, pick
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 GATES = {"dsu": 3, "dsu_split": 3, "dia": 4, "lstm": 4, "rnn": 1}
-# The tiles: samples; channels or weights; hidden units, or what else is summed up per step.
-ROWS, CHANNELS, UNITS = tl.constexpr(16), tl.constexpr(32), tl.constexpr(16)
-# A sum over channels is cut into at most so many parts, of at least so many terms each.
-PARTS, PART = 8, 256
+TILE = tl.constexpr(16)  # side of all tiles: the least that a product takes, for many programs
+STEP = tl.constexpr(32)  # terms per step of a long sum
+PARTS, PART = 8, 256  # into so many parts it is cut at most, of so many terms at least
+REGISTERS = 255  # that a thread may use: ptxas by itself stops earlier, and spills some
 
 
 class Side(NamedTuple):
@@ -39,13 +40,18 @@ class Side(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """B, C, h; of how many parts the sums of a hidden layer consist; distance of rows of w1."""
+    """B, C and h (0: the kind has no hidden layer)."""
 
     batch: int
     channels: int
     hidden: int
-    parts: int
-    stride: int
+
+
+class Parts(NamedTuple):
+    """Hidden layers before the ReLU, or their gradients, as sums: [layers, count, B, h]."""
+
+    values: Any
+    count: int
 
 
 def forward(
@@ -64,9 +70,9 @@ def backward(
     """Arguments and results of ``dla_kernels::cell_backward``."""
     cell = _Cell(y, state, params, kind, activation)
     grad_y, grad_state = torch.empty_like(cell.y), torch.empty_like(cell.state)
-    dgates, hidden = cell.gate_gradients(grad.contiguous(), grad_state)
-    dhidden = cell.input_gradients(dgates, hidden, grad_y, grad_state)
-    return [grad_y, grad_state, *cell.weight_gradients(dgates, hidden, dhidden)]
+    dgates, layers = cell.gate_gradients(grad.contiguous(), grad_state)
+    dlayers = cell.input_gradients(dgates, layers, grad_y, grad_state)
+    return [grad_y, grad_state, *cell.weight_gradients(dgates, layers, dlayers)]
 
 
 class _Cell:
@@ -78,15 +84,15 @@ class _Cell:
         self.kind = kind
         self.y, self.state = y.contiguous(), state.contiguous()
         self.params = [w.contiguous() for w in params]
-        self.sides = self.split(self.params)
         self.layers = {"dsu": 1, "lstm": 0, "rnn": 0}.get(kind, 2)
-        hidden = params[0].shape[0] if self.layers else 0
-        self.sizes = Sizes(*y.shape, hidden, 0, params[0].shape[1])
-        self.grid = (triton.cdiv(y.shape[0], ROWS.value), triton.cdiv(y.shape[1], CHANNELS.value))
+        self.sides = self.split(self.params)
+        self.sizes = Sizes(*y.shape, params[0].shape[0] if self.layers else 0)
+        self.grid = _tiles(*y.shape)
         # Of the context, on its way into the hidden layer.
         self.activation = activation if kind == "dsu" else "identity"
-        self.precision = {"PRECISION": _precision()}
-        self.flags = {"KIND": kind, "GATES": GATES[kind], **self.precision}
+        self.precision = _precision()
+        self.flags = {"KIND": kind, "GATES": GATES[kind], "PRECISION": self.precision}
+        self.flags["maxnreg"] = REGISTERS
 
     def split(self, params: Sequence[Tensor]) -> tuple[Side, Side]:
         """The parameters, or what has their shapes, on the sides of y and of the context."""
@@ -95,7 +101,7 @@ class _Cell:
             w1, w2, b2 = params
             w1_context, w1_y = w1.chunk(2, dim=1)
             return Side(y, w1_y, None, w2, b2), Side(context, w1_context, None, None, None)
-        if self.kind in ("lstm", "rnn"):
+        if not self.layers:
             w_y, w_h, b_y, b_h = params
             return Side(y, None, None, w_y, b_y), Side(context, None, None, w_h, b_h)
         return Side(y, *params[:4]), Side(context, *params[4:])
@@ -104,92 +110,93 @@ class _Cell:
         """What the kernels that make gates read; launches the sums of the hidden layers."""
         parts = None
         if self.layers:
-            inputs = tuple(side.x for side in self.sides)
-            weights = tuple(side.w1 for side in self.sides)
-            parts = self.sums(inputs, weights, self.sizes.stride, transposed=True)
+            weights = [side.w1 for side in self.sides]
+            parts = self.sums([side.x for side in self.sides], weights, self.activation)
         return (*self.sides, parts, self.state[-1])
 
     def sums(
-        self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], stride: int, transposed: bool
-    ) -> Tensor:
-        """Products of inputs [B, n] with weights [n, h] in parts: [layers * parts, B, h].
+        self, inputs: Sequence[Tensor], weights: Sequence[Tensor], activation: str | None = None
+    ) -> Parts:
+        """Products of inputs [B, n] with weights [n, h].
 
-        transposed: weights are [h, n], and the second input passes the activation.
+        activation: of the second input, towards the hidden layer; then the weights are [h, n].
         """
-        depth = inputs[0].shape[1]
+        depth, (batch, _, hidden) = inputs[0].shape[1], self.sizes
         cuts = min(PARTS, triton.cdiv(depth, PART))
-        length = triton.cdiv(depth, cuts * CHANNELS.value) * CHANNELS.value
-        parts = self.y.new_empty((len(inputs) * cuts, self.sizes.batch, self.sizes.hidden))
-        self.sizes = self.sizes._replace(parts=len(parts) // self.layers)
+        length = triton.cdiv(depth, cuts * STEP.value) * STEP.value
+        values = self.y.new_empty((len(inputs) * cuts, batch, hidden))
         launch(
             _sums_kernel,
-            (self.grid[0], triton.cdiv(self.sizes.hidden, UNITS.value), len(parts)),
-            *(inputs, weights, stride, parts, depth, cuts, length, self.sizes),
-            ACTIVATION=self.activation if transposed else "identity",
-            TRANSPOSED=transposed,
-            **self.precision,
+            (*_tiles(batch, hidden), len(values)),
+            *(tuple(inputs), tuple(weights), weights[0].stride(0), values),
+            *(depth, cuts, length, self.sizes),
+            ACTIVATION=activation or "identity",
+            TRANSPOSED=activation is not None,
+            PRECISION=self.precision,
         )
-        return parts
+        return Parts(values, len(values) // self.layers)
 
-    def gate_gradients(self, grad: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gate_gradients(self, grad: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the gates [B, gates * C], and the hidden layers [layers, B, h].
 
         Writes to the last slot of ``grad_state`` what comes straight from the new memory.
         """
-        inputs = self.inputs()
-        dgates = self.y.new_empty((self.sizes.batch, GATES[self.kind] * self.sizes.channels))
-        hidden = self.y.new_empty((self.layers, self.sizes.batch, self.sizes.hidden))
+        batch, channels, hidden = self.sizes
+        dgates = self.y.new_empty((batch, GATES[self.kind] * channels))
+        layers = self.y.new_empty((self.layers, batch, hidden))
         launch(
             _gate_gradients_kernel,
             self.grid,
-            *(*inputs, *_slots(grad), hidden, dgates, grad_state[-1], self.sizes),
+            *(*self.inputs(), *_slots(grad), layers, dgates, grad_state[-1], self.sizes),
             **self.flags,
         )
-        return dgates, hidden
+        return dgates, layers
 
     def input_gradients(
-        self, dgates: Tensor, hidden: Tensor, grad_y: Tensor, grad_state: Tensor
+        self, dgates: Tensor, layers: Tensor, grad_y: Tensor, grad_state: Tensor
     ) -> Tensor:
         """Writes the gradients of y and context; returns those of hidden layers before the ReLU."""
-        parts, dhidden = None, torch.empty_like(hidden)
+        parts, dlayers = None, torch.empty_like(layers)
         if self.layers:
-            weights = tuple(side.w2 for side in self.sides if side.w2 is not None)
-            parts = self.sums((dgates,) * self.layers, weights, self.sizes.hidden, transposed=False)
+            weights = [side.w2 for side in self.sides][: self.layers]
+            parts = self.sums([dgates] * self.layers, weights)
         launch(
             _input_gradients_kernel,
             (*self.grid, 2),
-            *(*self.sides, dgates, parts, hidden, dhidden, grad_y, grad_state, self.sizes),
+            *(*self.sides, self.params[0].shape[1], dgates, parts, layers, dlayers),
+            *(grad_y, grad_state, self.sizes),
             ACTIVATION=self.activation,
             **self.flags,
         )
-        return dhidden
+        return dlayers
 
-    def weight_gradients(self, dgates: Tensor, hidden: Tensor, dhidden: Tensor) -> list[Tensor]:
+    def weight_gradients(self, dgates: Tensor, layers: Tensor, dlayers: Tensor) -> list[Tensor]:
         """Those of the parameters: products over the samples, all in one launch."""
         grads = [torch.empty_like(w) for w in self.params]
         no_bias = self.y.new_empty(self.sizes.hidden)  # written in place of what "dsu" lacks
         products = []
         for number, (x, w1, b1, w2, b2) in enumerate(self.split(grads)):
             if w2 is not None:
-                products.append((dgates, hidden[number] if self.layers else x, w2, b2))
+                products.append((dgates, layers[number] if self.layers else x, w2, b2))
             if w1 is not None:
-                layer = dhidden[min(number, self.layers - 1)]
-                products.append((layer, x, w1, no_bias if b1 is None else b1))
+                dlayer = dlayers[min(number, self.layers - 1)]
+                products.append((dlayer, x, w1, no_bias if b1 is None else b1))
         left, right, weights, biases = zip(*products, strict=True)
         heights, widths = zip(*(w.shape for w in weights), strict=True)
-        tiles = [
-            triton.cdiv(w.shape[0], CHANNELS.value) * triton.cdiv(w.shape[1], CHANNELS.value)
-            for w in weights
-        ]
         launch(
             _weight_gradients_kernel,
-            (max(tiles), len(products)),
+            (max(math.prod(_tiles(*w.shape)) for w in weights), len(products)),
             *(left, right, weights, biases, heights, widths),
             *(tuple(w.stride(0) for w in weights), self.sizes.batch),
             ACTIVATION=self.activation,
-            **self.precision,
+            PRECISION=self.precision,
         )
         return grads
+
+
+def _tiles(rows: int, columns: int) -> tuple[int, int]:
+    """How many there are of a matrix, along and across."""
+    return triton.cdiv(rows, TILE.value), triton.cdiv(columns, TILE.value)
 
 
 def _slots(state: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +211,7 @@ def _precision() -> str:
 
 @triton.jit
 def _sums_kernel(
-    inputs, weights, stride, parts, depth, cuts, length, size,
+    inputs, weights, stride, sums, depth, cuts, length, size,
     ACTIVATION: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of a product: terms [cut length, (cut + 1) length) of the sums over ``depth``.
@@ -213,11 +220,11 @@ def _sums_kernel(
     """
     side, cut = tl.program_id(2) // cuts, tl.program_id(2) % cuts
     x, w = pick(inputs, side), pick(weights, side)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    total = tl.zeros((ROWS, UNITS), parts.dtype.element_ty)
-    for first in range(cut * length, tl.minimum((cut + 1) * length, depth), CHANNELS):
-        k = first + tl.arange(0, CHANNELS)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    unit = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE, TILE), sums.dtype.element_ty)
+    for first in range(cut * length, tl.minimum((cut + 1) * length, depth), STEP):
+        k = first + tl.arange(0, STEP)
         a = _load(x, row, size.batch, k, depth, depth)
         a = tl.where(side == 1, _activate(a, ACTIVATION), a)
         if TRANSPOSED:
@@ -225,7 +232,7 @@ def _sums_kernel(
         else:
             b = _load(w, k, depth, unit, size.hidden, stride)
         total = _dot(a, b, total, PRECISION)
-    out = _layer(parts, tl.program_id(2), size)
+    out = _layer(sums, tl.program_id(2), size)
     _store(total, out, row, size.batch, unit, size.hidden, size.hidden)
 
 
@@ -246,7 +253,7 @@ def _forward_kernel(
 
 @triton.jit
 def _gate_gradients_kernel(
-    of_y, of_context, parts, memory, grad, grad_memory, hidden, dgates, dmemory, size,
+    of_y, of_context, parts, memory, grad, grad_memory, layers, dgates, dmemory, size,
     KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the new state to a tile of those of the gates and of the old memory.
@@ -254,7 +261,7 @@ def _gate_gradients_kernel(
     Also leaves the hidden layers. Grid: tiles of samples; tiles of channels.
     """
     row, channel = _place()
-    gates = _gates(of_y, of_context, parts, hidden, row, channel, size, GATES, PRECISION)
+    gates = _gates(of_y, of_context, parts, layers, row, channel, size, GATES, PRECISION)
     old = _load(memory, row, size.batch, channel, size.channels, size.channels)
     grad_output = _load(grad, row, size.batch, channel, size.channels, size.channels)
     grad_new = tl.zeros_like(old)
@@ -270,33 +277,33 @@ def _gate_gradients_kernel(
 
 @triton.jit
 def _input_gradients_kernel(
-    of_y, of_context, dgates, parts, hidden, dhidden, grad_y, grad_context, size,
+    of_y, of_context, stride, dgates, parts, layers, dlayers, grad_y, grad_context, size,
     ACTIVATION: tl.constexpr, KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of y or of the context; also leaves those before the ReLU.
 
-    Grid: tiles of samples; tiles of channels; sides.
+    ``stride``: of the rows of the weights. Grid: tiles of samples; tiles of channels; sides.
     """
     row, channel = _place()
     side = tl.program_id(2)
     layer = 0 if KIND == "dsu" else side
-    grad = tl.zeros((ROWS, CHANNELS), grad_y.dtype.element_ty)
+    grad = tl.zeros((TILE, TILE), grad_y.dtype.element_ty)
     if parts is None:
         w = pick((of_y.w2, of_context.w2), side)
         depth = GATES * size.channels
     else:
         w = pick((of_y.w1, of_context.w1), side)
         depth = size.hidden
-    for first in range(0, depth, UNITS):
-        k = first + tl.arange(0, UNITS)
+    for first in range(0, depth, TILE):
+        k = first + tl.arange(0, TILE)
         if parts is None:
             a = _load(dgates, row, size.batch, k, depth, depth)
         else:
-            passed = _load(_layer(hidden, layer, size), row, size.batch, k, depth, depth) > 0
-            a = tl.where(passed, _sum(parts, layer, row, k, size), 0.0)
+            hidden = _load(_layer(layers, layer, size), row, size.batch, k, depth, depth)
+            a = tl.where(hidden <= 0, 0.0, _sum(parts, layer, row, k, size))
             if (tl.program_id(1) == 0) & (side == layer):
-                _store(a, _layer(dhidden, layer, size), row, size.batch, k, depth, depth)
-        b = _load(w, k, depth, channel, size.channels, size.stride)
+                _store(a, _layer(dlayers, layer, size), row, size.batch, k, depth, depth)
+        b = _load(w, k, depth, channel, size.channels, stride)
         grad = _dot(a, b, grad, PRECISION)
     if side == 0:
         _store(grad, grad_y, row, size.batch, channel, size.channels, size.channels)
@@ -320,16 +327,16 @@ def _weight_gradients_kernel(
     """
     number = tl.program_id(1)
     height, width, stride = pick(heights, number), pick(widths, number), pick(strides, number)
-    tiles = tl.cdiv(width, CHANNELS)
-    first_out = tl.program_id(0) // tiles * CHANNELS
-    first_in = tl.program_id(0) % tiles * CHANNELS
+    tiles = tl.cdiv(width, TILE)
+    first_out = tl.program_id(0) // tiles * TILE
+    first_in = tl.program_id(0) % tiles * TILE
     if first_out < height:
-        unit = first_out + tl.arange(0, CHANNELS)
-        k = first_in + tl.arange(0, CHANNELS)
-        grad = tl.zeros((CHANNELS, CHANNELS), weights[0].dtype.element_ty)
-        bias = tl.zeros((CHANNELS,), grad.dtype)
-        for first in range(0, batch, ROWS):
-            row = first + tl.arange(0, ROWS)
+        unit = first_out + tl.arange(0, TILE)
+        k = first_in + tl.arange(0, TILE)
+        grad = tl.zeros((TILE, TILE), weights[0].dtype.element_ty)
+        bias = tl.zeros((TILE,), grad.dtype)
+        for first in range(0, batch, TILE):
+            row = first + tl.arange(0, TILE)
             a = _load(pick(left, number), row, batch, unit, height, height)
             b = _load(pick(right, number), row, batch, k, width, width)
             b = tl.where(number == len(weights) - 1, _activate(b, ACTIVATION), b)
@@ -343,64 +350,62 @@ def _weight_gradients_kernel(
 @triton.jit
 def _place():
     """The samples and channels of a program that makes a tile of a state."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
     return row, channel
 
 
 @triton.jit
 def _gates(
-    of_y, of_context, parts, hidden, row, channel, size,
+    of_y, of_context, parts, layers, row, channel, size,
     GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gates of a tile. The hidden layers of its samples go to ``hidden``."""
+    """The gates of a tile. The hidden layers of its samples go to ``layers``."""
     gates = ()
     for gate in tl.static_range(GATES):
         at = gate * size.channels + channel
         bias = tl.load(of_y.b2 + at, channel < size.channels, 0.0)
         if of_context.b2 is not None:
             bias += tl.load(of_context.b2 + at, channel < size.channels, 0.0)
-        gates = gates + (tl.zeros((ROWS, 1), bias.dtype) + bias[None, :],)
-    depth = size.channels if parts is None else size.hidden
-    for first in range(0, depth, UNITS):
-        k = first + tl.arange(0, UNITS)
-        gates = _add_side(gates, of_y, 0, parts, hidden, row, channel, k, depth, size, PRECISION)
-        if of_context.w2 is not None:
-            gates = _add_side(
-                gates, of_context, 1, parts, hidden, row, channel, k, depth, size, PRECISION
-            )
+        gates = gates + (tl.zeros((TILE, 1), bias.dtype) + bias[None, :],)
+    gates = _add_side(gates, of_y, 0, parts, layers, row, channel, size, PRECISION)
+    if of_context.w2 is not None:
+        gates = _add_side(gates, of_context, 1, parts, layers, row, channel, size, PRECISION)
     return gates
 
 
 @triton.jit
-def _add_side(
-    gates, side, layer, parts, hidden, row, channel, k, depth, size, PRECISION: tl.constexpr
-):
-    """gates + the terms ``k`` of what a side adds to them."""
-    if parts is None:
-        a = _load(side.x, row, size.batch, k, depth, depth)
-    else:
-        a = _sum(parts, layer, row, k, size)
-        if side.b1 is not None:
-            a += tl.load(side.b1 + k, k < depth, 0.0)[None, :]
-        a = tl.where(a < 0, 0.0, a)
-        if hidden is not None:
-            if tl.program_id(1) == 0:
-                _store(a, _layer(hidden, layer, size), row, size.batch, k, depth, depth)
-    sums = ()
-    for gate in tl.static_range(len(gates)):
-        w = side.w2 + tl.cast(size.channels, tl.int64) * depth * gate
-        b = tl.trans(_load(w, channel, size.channels, k, depth, depth))
-        sums = sums + (_dot(a, b, gates[gate], PRECISION),)
-    return sums
+def _add_side(gates, side, layer, parts, layers, row, channel, size, PRECISION: tl.constexpr):
+    """gates + what a side adds to them."""
+    depth = size.channels if parts is None else size.hidden
+    for first in range(0, depth, TILE):
+        k = first + tl.arange(0, TILE)
+        if parts is None:
+            a = _load(side.x, row, size.batch, k, depth, depth)
+        else:
+            a = _sum(parts, layer, row, k, size)
+            if side.b1 is not None:
+                a += tl.load(side.b1 + k, k < depth, 0.0)[None, :]
+            a = tl.where(a < 0, 0.0, a)
+            if layers is not None:
+                if tl.program_id(1) == 0:
+                    _store(a, _layer(layers, layer, size), row, size.batch, k, depth, depth)
+        sums = ()
+        for gate in tl.static_range(len(gates)):
+            w = side.w2 + tl.cast(size.channels, tl.int64) * depth * gate
+            b = tl.trans(_load(w, channel, size.channels, k, depth, depth))
+            sums = sums + (_dot(a, b, gates[gate], PRECISION),)
+        gates = sums
+    return gates
 
 
 @triton.jit
 def _sum(parts, layer, row, k, size):
-    """A tile [ROWS, UNITS] of a product that `_sums_kernel` left in parts."""
-    total = tl.zeros((ROWS, UNITS), parts.dtype.element_ty)
-    for part in range(layer * size.parts, (layer + 1) * size.parts):
-        total += _load(_layer(parts, part, size), row, size.batch, k, size.hidden, size.hidden)
+    """A tile of a hidden layer (or its gradient) from its parts."""
+    total = tl.zeros((TILE, TILE), parts.values.dtype.element_ty)
+    for part in range(layer * parts.count, (layer + 1) * parts.count):
+        one = _layer(parts.values, part, size)
+        total += _load(one, row, size.batch, k, size.hidden, size.hidden)
     return total
 
 
