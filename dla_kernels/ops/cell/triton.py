@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 class Parts(NamedTuple):
     """Hidden layers before the ReLU, or their gradients, as sums: [layers, count, B, h]."""
 
-    values: Any
+    sums: Any
     count: int
 
 
@@ -402,9 +402,9 @@ def _add_side(gates, side, layer, parts, layers, row, channel, size, PRECISION: 
 @triton.jit
 def _sum(parts, layer, row, k, size):
     """A tile of a hidden layer (or its gradient) from its parts."""
-    total = tl.zeros((TILE, TILE), parts.values.dtype.element_ty)
+    total = tl.zeros((TILE, TILE), parts.sums.dtype.element_ty)
     for part in range(layer * parts.count, (layer + 1) * parts.count):
-        one = _layer(parts.values, part, size)
+        one = _layer(parts.sums, part, size)
         total += _load(one, row, size.batch, k, size.hidden, size.hidden)
     return total
 
