@@ -75,7 +75,10 @@ def check(
     assert outputs[0].dtype == dtype
 
 
-INTERPRETED = {"batch": [1, 20], "channels": [1, 5, 33], "hidden": [1, 20]}
+INTERPRETED = {
+    "batch": [1, 20], "channels": [1, 5, 33], "hidden": [1, 20],
+    "strides": ["dense", "expanded"], "wants": [None],
+}  # fmt: skip
 
 
 @each_case("cell", AXES, interpreted=INTERPRETED)

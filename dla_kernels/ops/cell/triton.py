@@ -20,8 +20,8 @@ from dla_kernels.ops.triton_common import launch, pick
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 GATES = {"dsu": 3, "dsu_split": 3, "dia": 4, "lstm": 4, "rnn": 1}
-TILE = tl.constexpr(16)  # side of all tiles: the least that a product takes, for many programs
-STEP = tl.constexpr(32)  # terms per step of a long sum
+TILE = tl.constexpr(16)  # side of a tile: the least that a product takes, for many programs
+WIDE = tl.constexpr(32)  # side of a tile of weights; terms per step of a long sum
 PARTS, PART = 8, 256  # into so many parts it is cut at most, of so many terms at least
 REGISTERS = 255  # that a thread may use: ptxas by itself stops earlier, and spills some
 
@@ -123,7 +123,7 @@ class _Cell:
         """
         depth, (batch, _, hidden) = inputs[0].shape[1], self.sizes
         cuts = min(PARTS, triton.cdiv(depth, PART))
-        length = triton.cdiv(depth, cuts * STEP.value) * STEP.value
+        length = triton.cdiv(depth, cuts * WIDE.value) * WIDE.value
         values = self.y.new_empty((len(inputs) * cuts, batch, hidden))
         launch(
             _sums_kernel,
@@ -185,7 +185,7 @@ class _Cell:
         heights, widths = zip(*(w.shape for w in weights), strict=True)
         launch(
             _weight_gradients_kernel,
-            (max(math.prod(_tiles(*w.shape)) for w in weights), len(products)),
+            (max(math.prod(_tiles(*w.shape, WIDE)) for w in weights), len(products)),
             *(left, right, weights, biases, heights, widths),
             *(tuple(w.stride(0) for w in weights), self.sizes.batch),
             ACTIVATION=self.activation,
@@ -194,9 +194,9 @@ class _Cell:
         return grads
 
 
-def _tiles(rows: int, columns: int) -> tuple[int, int]:
+def _tiles(rows: int, columns: int, side: tl.constexpr = TILE) -> tuple[int, int]:
     """How many there are of a matrix, along and across."""
-    return triton.cdiv(rows, TILE.value), triton.cdiv(columns, TILE.value)
+    return triton.cdiv(rows, side.value), triton.cdiv(columns, side.value)
 
 
 def _slots(state: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -223,8 +223,8 @@ def _sums_kernel(
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     unit = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros((TILE, TILE), sums.dtype.element_ty)
-    for first in range(cut * length, tl.minimum((cut + 1) * length, depth), STEP):
-        k = first + tl.arange(0, STEP)
+    for first in range(cut * length, tl.minimum((cut + 1) * length, depth), WIDE):
+        k = first + tl.arange(0, WIDE)
         a = _load(x, row, size.batch, k, depth, depth)
         a = tl.where(side == 1, _activate(a, ACTIVATION), a)
         if TRANSPOSED:
@@ -327,14 +327,14 @@ def _weight_gradients_kernel(
     """
     number = tl.program_id(1)
     height, width, stride = pick(heights, number), pick(widths, number), pick(strides, number)
-    tiles = tl.cdiv(width, TILE)
-    first_out = tl.program_id(0) // tiles * TILE
-    first_in = tl.program_id(0) % tiles * TILE
+    tiles = tl.cdiv(width, WIDE)
+    first_out = tl.program_id(0) // tiles * WIDE
+    first_in = tl.program_id(0) % tiles * WIDE
     if first_out < height:
-        unit = first_out + tl.arange(0, TILE)
-        k = first_in + tl.arange(0, TILE)
-        grad = tl.zeros((TILE, TILE), weights[0].dtype.element_ty)
-        bias = tl.zeros((TILE,), grad.dtype)
+        unit = first_out + tl.arange(0, WIDE)
+        k = first_in + tl.arange(0, WIDE)
+        grad = tl.zeros((WIDE, WIDE), weights[0].dtype.element_ty)
+        bias = tl.zeros((WIDE,), grad.dtype)
         for first in range(0, batch, TILE):
             row = first + tl.arange(0, TILE)
             a = _load(pick(left, number), row, batch, unit, height, height)
