@@ -208,14 +208,14 @@ PYBIND11_MODULE(DLA_MODULE, m) {
   DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
            batch, channels, area, channels_last, dtype, threads, stream);
 
+  DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
+           activation, dtype, threads, stream);
+  DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
+           grad_params, scratch, batch, channels, hidden, kind, activation, dtype, threads, stream);
+
 #ifdef DLA_CPU
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("max_threads", &max_threads);
-
-  DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
-           activation, dtype, threads);
-  DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
-           grad_params, batch, channels, hidden, kind, activation, dtype, threads);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,

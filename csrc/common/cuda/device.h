@@ -1,6 +1,6 @@
 // What kernels are written with: element types, 16-byte accesses, shared memory, sums over lanes.
-// Included in .cu files only. nvcc compiles them for GPUs; the tests compile the same sources as C++
-// against tests/emulation/cuda_emulation.h, which knows no more of CUDA than what is used so far.
+// Included in .cu files only. nvcc compiles them for GPUs; the tests compile the same sources as
+// C++ against tests/emulation/cuda_emulation.h, which knows no more of CUDA than is used so far.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +11,18 @@
 #ifdef DLA_CUDA_EMULATED
 #include "cuda_emulation.h"
 // Arrays in shared memory, `T name[count]`, and the dynamic shared memory of a launch.
-#define DLA_SHARED(T, name, count)                                \
+#define DLA_SHARED(T, name, count)                                     \
   static thread_local emulation::SharedMemory<T> name##_memory(count); \
   const emulation::Shared<T> name(&name##_memory)
 #define DLA_DYNAMIC_SHARED(T, name) const auto name = emulation::dynamic_shared<T>()
 #else
 #define DLA_SHARED(T, name, count) __shared__ T name[count]
-#define DLA_DYNAMIC_SHARED(T, name)                  \
-  extern __shared__ uint4 dla_dynamic_shared[];      \
+#define DLA_DYNAMIC_SHARED(T, name)             \
+  extern __shared__ uint4 dla_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(dla_dynamic_shared)
 #endif
+
+#define DLA_ISA cuda  // headers that CPU kernels use, too, put what is in them into dla::cuda
 
 namespace dla::cuda {
 
@@ -93,8 +95,8 @@ struct alignas(16) Pack {
   T of[kPack<T>];
 };
 
-// Written out as instructions: a plain copy may be taken apart. What a kernel reads this way it must
-// not write.
+// Written out as instructions: a plain copy may be taken apart. What a kernel reads this way it
+// must not write.
 template <class T>
 __device__ inline Pack<T> load_pack(const T* p) {
   Pack<T> pack;

@@ -1,8 +1,8 @@
 // How the threads of a grid share out a dense feature map, for kernels that pass over it once. They
 // are written without regard to its memory format: a thread walks over packs of 16 bytes, and holds
 // one factor and one sum for each element of a pack.
-//   NCHW           a group of threads (a part of a warp, a warp or a block) walks along a plane; the
-//                  elements of all its packs belong to that plane;
+//   NCHW           a group of threads (a part of a warp, a warp or a block) walks along a plane;
+//                  the elements of all its packs belong to that plane;
 //   channels_last  kRowLanes threads side by side take as many packs of channels, and walk down the
 //                  pixels; an element of a pack always belongs to the same channel.
 #pragma once
@@ -49,8 +49,8 @@ inline int lanes_for(Size packs) {
   return lanes;
 }
 
-// `maps` are the maps of this shape that the kernel reads and writes. A kernel that sums over planes
-// leaves each to one block, others cut long ones.
+// `maps` are the maps of this shape that the kernel reads and writes. A kernel that sums over
+// planes leaves each to one block, others cut long ones.
 template <class T>
 Cut cut_map(Size batch, Size channels, Size area, bool channels_last, bool sums,
             std::initializer_list<const void*> maps) {
@@ -102,7 +102,8 @@ struct Part {
     const int groups = kThreads / cut.lanes;
     if (cut.rows) {
       const Size tile = block % static_cast<unsigned>(cut.tiles);
-      take_rows(cut, block / static_cast<unsigned>(cut.tiles), (tile * kRowLanes + lane) * kPack<T>);
+      const Size sample = block / static_cast<unsigned>(cut.tiles);
+      take_rows(cut, sample, (tile * kRowLanes + lane) * kPack<T>);
       first = chunk * cut.chunk + group;
       stride = groups;
     } else {
@@ -178,7 +179,8 @@ template <class T, int maps>
 using Values = Compute<T>[maps][kPack<T>];
 
 template <class T, int maps, class Body>
-__device__ inline void call_with(const Body& body, const Place& place, const Pack<T> (&packs)[maps]) {
+__device__ inline void call_with(const Body& body, const Place& place,
+                                 const Pack<T> (&packs)[maps]) {
   Values<T, maps> values;
 #pragma unroll
   for (int m = 0; m < maps; ++m)

@@ -1,13 +1,13 @@
 """``cell`` on the compiled CPU kernels (``csrc/ops/cell``)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.cell.reference import CELLS
-from dla_kernels.ops.cpp_common import DTYPES, address
+from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 # CellKind and Activation of csrc/ops/cell/op.h.
@@ -16,13 +16,18 @@ ACTIVATIONS = {"sigmoid": 0, "tanh": 1, "relu": 2, "identity": 3}
 
 
 def forward(
-    y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+    y: Tensor,
+    state: Tensor,
+    params: Sequence[Tensor],
+    kind: str,
+    activation: str,
+    load: Loader = native.load,
 ) -> Tensor:
     """Arguments and result of ``dla_kernels::cell``."""
     y, state = y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
     out = torch.empty_like(state)
-    module = native.load()
+    module = load()
     module.cell_forward(
         module.CellForward(**_inputs(y, state, params, kind, activation), out=address(out))
     )
@@ -36,12 +41,18 @@ def backward(
     params: Sequence[Tensor],
     kind: str,
     activation: str,
+    load: Loader = native.load,
+    new_gradient: Callable[[Tensor], Tensor] = torch.zeros_like,
+    scratch: Tensor | None = None,
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::cell_backward``."""
+    """Arguments and results of ``dla_kernels::cell_backward``.
+
+    new_gradient: the CPU kernel adds to the gradients, that of GPUs writes them. scratch: for GPUs.
+    """
     grad, y, state = grad.contiguous(), y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
-    grads = [torch.zeros_like(t) for t in (y, state, *params)]  # the kernel adds to them
-    module = native.load()
+    grads = [new_gradient(t) for t in (y, state, *params)]
+    module = load()
     module.cell_backward(
         module.CellBackward(
             **_inputs(y, state, params, kind, activation),
@@ -49,6 +60,7 @@ def backward(
             grad_y=address(grads[0]),
             grad_state=address(grads[1]),
             grad_params=[address(g) for g in grads[2:]],
+            scratch=address(scratch),
         )
     )
     return grads
@@ -69,5 +81,5 @@ def _inputs(
         "kind": KINDS[kind],
         "activation": ACTIVATIONS[activation],
         "dtype": DTYPES[y.dtype],
-        "threads": torch.get_num_threads(),
+        **execution(y),
     }
