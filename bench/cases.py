@@ -24,6 +24,7 @@ from dla_kernels.ops.cell.reference import cell as reference_cell
 from dla_kernels.ops.gate.reference import gate as reference_gate
 from dla_kernels.ops.global_pool.reference import global_pool as reference_global_pool
 from dla_kernels.ops.residual_gate.reference import residual_gate as reference_residual_gate
+from dla_kernels.ops.residual_norm.reference import residual_norm as reference_residual_norm
 
 Shape = tuple[int, ...]
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -344,6 +345,14 @@ def build_residual_gate(source: Source, shape: Shape, fused: bool) -> Problem:
     return Problem(lambda *of: (function(*of),), inputs, [source.constant(shape)], inputs)
 
 
+def build_residual_norm(source: Source, shape: Shape, fused: bool) -> Problem:
+    x, shortcut = source.features(shape), source.features(shape)
+    weight, bias = source.small(shape[1]), source.small(shape[1])
+    function = dla_kernels.residual_norm if fused else reference_residual_norm
+    inputs = (x, shortcut, weight, bias)
+    return Problem(lambda *of: function(*of)[:1], inputs, [source.constant(shape)], inputs)
+
+
 LAYER = OpCase("DLA-L layer", "light_attention", build_layer, layer_passes)
 OPS = [
     # mean; its gradient is one write
@@ -369,6 +378,13 @@ OPS = [
         "residual_gate",
         "residual_gate",
         build_residual_gate,
+        lambda _: {"inference": 3, "training": 8},
+    ),
+    # x and the shortcut to out; then x, out and the gradient to two gradients
+    OpCase(
+        "residual_norm",
+        "residual_norm",
+        build_residual_norm,
         lambda _: {"inference": 3, "training": 8},
     ),
     *(

@@ -23,6 +23,7 @@
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/op.h"
 #include "ops/residual_gate/op.h"
+#include "ops/residual_norm/op.h"
 
 namespace py = pybind11;
 
@@ -217,18 +218,6 @@ PYBIND11_MODULE(DLA_MODULE, m) {
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("max_threads", &max_threads);
 
-  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
-           height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, mean_in, var_in,
-           out, o, new_state, mean, var, summary);
-  DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, drop_scale, batch, channels,
-           height, width, head_dim, kernel_size, hidden, dtype, cell, activation, norm,
-           channels_last, sigmoid_gate, first_sample, residual, join, eps, threads, grad_out, grad_o,
-           grad_state, mean, var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight,
-           dprev_weight, dlam, dnorm_weight, dnorm_bias, dcell_params);
-
   DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
            cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
@@ -243,6 +232,27 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            grad_pooled_v, grad_pooled_x, later_grads, later_weights, mean, var, scores, pooled_x,
            dx, g, weights, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight, dk_weight,
            dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
+
+  DLA_BIND(m, residual_norm_forward, ResidualNormForward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, shortcut, mean_in, var_in, out, mean,
+           var);
+  DLA_BIND(m, residual_norm_backward, ResidualNormBackward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, grad, out, mean, var, dx, dshortcut,
+           dweight, dbias);
+
+  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, mean_in, var_in, branch_mean_in, branch_var_in, out, o,
+           new_state, mean, var, branch_mean, branch_var, summary);
+  DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, grad_out, grad_o, grad_state, mean, var, branch_mean, branch_var,
+           new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight, dprev_weight, dlam,
+           dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias, dcell_params);
 #endif
 }
 

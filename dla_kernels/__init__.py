@@ -9,6 +9,7 @@ from dla_kernels.ops.gate import gate
 from dla_kernels.ops.global_pool import global_pool
 from dla_kernels.ops.light_attention import light_attention
 from dla_kernels.ops.residual_gate import residual_gate
+from dla_kernels.ops.residual_norm import residual_norm
 
 try:
     __version__ = version("dla-kernels")
@@ -23,5 +24,6 @@ __all__ = [
     "global_pool",
     "light_attention",
     "residual_gate",
+    "residual_norm",
     "use_backend",
 ]

@@ -195,18 +195,6 @@ inline void with_storage(DType dtype, const Body& body) {
   }
 }
 
-// What is left of v in the storage type.
-template <class T, class A>
-inline Vec<A> rounded(Vec<A> v) {
-  if constexpr (sizeof(T) == sizeof(A)) {
-    return v;
-  } else {
-    T stored[kLanes<A>];
-    store(stored, v);
-    return load(stored);
-  }
-}
-
 // Copies between a feature and dense working memory. Full blocks of a transpose are kept apart: with
 // all indices constant they stay in registers.
 template <class T, class A>
@@ -311,9 +299,10 @@ struct Place {
     return window;
   }
 
-  // ReLU(branch + shortcut), rounded as features are, with up to `halo` rows above and below, in
-  // `memory`. The shortcut has been opened with as many; both are fetched a plane ahead from now on.
-  [[gnu::noinline]] In open_joined(Feature branch, In& shortcut, int64_t halo, A* memory) const {
+  // ReLU(scale branch + shift + shortcut) with up to `halo` rows above and below, in `memory`. The
+  // shortcut has been opened with as many; both are fetched a plane ahead from now on.
+  [[gnu::noinline]] In open_joined(Feature branch, In& shortcut, Vec<A> scale, Vec<A> shift,
+                                   int64_t halo, A* memory) const {
     const In from = open(branch, halo, memory);
     const Strip rows = around(halo);
     Out to = on_memory(memory, rows.first);
@@ -325,28 +314,25 @@ struct Place {
                  reinterpret_cast<const char*>(memory) + plane;
       shortcut.ahead = plane;
     }
-    with_storage<A>(branch.dtype, [&](auto element) {
-      using T = decltype(element);
-      const auto joined = [](Vec<A> one, Vec<A> other) {
-        const Vec<A> sum = one + other;
-        return rounded<T, A>(sum < A(0) ? Vec<A>{} : sum);  // NaN stays
-      };
-      if (grid.shape.channels_last && in_place(branch.dtype)) {
-        const Mask<A> own = grid.channel_mask(group);
-        for (int64_t row = rows.first; row < rows.last; ++row)
-          for (int64_t k = 0; k < grid.vectors; ++k)
-            store(to.at(row, k), joined(load_masked<A>(from.at(row, k), own),
-                                        load_masked<A>(shortcut.at(row, k), own)));
-        return;
-      }
-      const A *one = from.at(rows.first, 0), *other = shortcut.at(rows.first, 0);
-      const int64_t count = (rows.last - rows.first) * grid.row_stride();
-      int64_t i = 0;
-      for (; i + kLanes<A> <= count; i += kLanes<A>)
-        store(memory + i, joined(load(one + i), load(other + i)));
-      const int n = static_cast<int>(count - i);
-      if (n > 0) store_n(memory + i, joined(load_n(one + i, n), load_n(other + i, n)), n);
-    });
+    const auto joined = [&](Vec<A> one, Vec<A> other) {
+      const Vec<A> sum = scale * one + (shift + other);
+      return sum < A(0) ? Vec<A>{} : sum;  // NaN stays
+    };
+    if (grid.shape.channels_last && in_place(branch.dtype)) {
+      const Mask<A> own = grid.channel_mask(group);
+      for (int64_t row = rows.first; row < rows.last; ++row)
+        for (int64_t k = 0; k < grid.vectors; ++k)
+          store(to.at(row, k), joined(load_masked<A>(from.at(row, k), own),
+                                      load_masked<A>(shortcut.at(row, k), own)));
+      return to;
+    }
+    const A *one = from.at(rows.first, 0), *other = shortcut.at(rows.first, 0);
+    const int64_t count = (rows.last - rows.first) * grid.row_stride();
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>)
+      store(memory + i, joined(load(one + i), load(other + i)));
+    const int n = static_cast<int>(count - i);
+    if (n > 0) store_n(memory + i, joined(load_n(one + i, n), load_n(other + i, n)), n);
     return to;
   }
 
@@ -404,6 +390,15 @@ template <class A>
 inline Vec<A> channel_vector(const A* per_channel, const Grid<A>& grid, int64_t group) {
   return grid.channel_lanes ? load_n(per_channel + group * grid.planes, grid.lanes(group))
                                   : splat(per_channel[group]);
+}
+
+// Writes back what channel_vector reads.
+template <class A>
+inline void store_channel_vector(A* per_channel, Vec<A> v, const Grid<A>& grid, int64_t group) {
+  if (grid.channel_lanes)
+    store_n(per_channel + group * grid.planes, v, grid.lanes(group));
+  else
+    per_channel[group] = v[0];
 }
 
 // Writes a vector of sums to per-channel numbers: over the lanes, or lane by lane.

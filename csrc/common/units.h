@@ -1,10 +1,16 @@
 // How passes over whole feature maps are cut into work for the threads.
 #pragma once
 
+#include <type_traits>
+
 #include "common/map.h"
 #include "common/parallel.h"
 
 namespace dla::DLA_ISA {
+
+struct ChannelRange {
+  int64_t first, last;
+};
 
 // Work is cut into units of some planes by some samples, whatever the number of threads: a unit's
 // result depends on nothing else, so results are the same for any number of threads.
@@ -12,10 +18,28 @@ template <class A>
 struct Units {
   int64_t groups_per_unit, samples_per_unit, group_units, batch_units;
 
-  explicit Units(const Grid<A>& grid) {
+  explicit Units(const Grid<A>& grid) : Units(grid, 16 * 1024) {}
+  // With all samples of its channels in every unit, if that leaves enough units to share out.
+  static Units of_whole_batches(const Grid<A>& grid) {
+    Units units(grid, 4 * 1024);
+    if (units.group_units < 16) return Units(grid);
+    units.samples_per_unit = grid.shape.batch;
+    units.batch_units = 1;
+    return units;
+  }
+  bool have_whole_batches() const { return batch_units == 1; }
+  int64_t count() const { return group_units * batch_units; }
+  int64_t first_group(int64_t unit) const { return unit % group_units * groups_per_unit; }
+  ChannelRange channels(const Grid<A>& grid, int64_t unit) const {
+    const int64_t first = first_group(unit) * grid.planes;
+    return {first, std::min(grid.shape.channels, first + groups_per_unit * grid.planes)};
+  }
+
+ private:
+  Units(const Grid<A>& grid, int64_t bytes_of_sample) {
     const int64_t group_bytes =
         grid.shape.pixels() * grid.planes * static_cast<int64_t>(sizeof(A));
-    const int64_t wanted = std::max(16 * 1024 / group_bytes, grid.together);
+    const int64_t wanted = std::max(bytes_of_sample / group_bytes, grid.together);
     groups_per_unit = std::min(wanted, grid.groups);
     group_units = ceil_div(grid.groups, groups_per_unit);
     // Enough units to share out; few, since each leaves its own partial weight gradients.
@@ -23,8 +47,6 @@ struct Units {
     samples_per_unit = ceil_div(batch, std::min(batch, ceil_div(32, group_units)));
     batch_units = ceil_div(batch, samples_per_unit);
   }
-  int64_t count() const { return group_units * batch_units; }
-  int64_t first_group(int64_t unit) const { return unit % group_units * groups_per_unit; }
 };
 
 constexpr int kMostTogether = 4;  // bound of Grid::together
@@ -59,12 +81,18 @@ template <class A>
   for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
 }
 
+// Calls body with a constant that says whether the strides along a row are known to the compiler.
+template <class A, class Body>
+void with_strides(const Grid<A>& grid, const Body& body) {
+  if constexpr (kTuned<A>)
+    if (!grid.channel_lanes) return body(std::true_type{});
+  body(std::false_type{});
+}
+
 // Runs a pass over the grid.
 template <template <class, bool> class Pass, class A, class... Fields>
 void run_pass(int threads, const Grid<A>& grid, const Fields&... fields) {
-  if constexpr (kTuned<A>)
-    if (!grid.channel_lanes) return Pass<A, true>{grid, fields...}.run(threads);
-  Pass<A, false>{grid, fields...}.run(threads);
+  with_strides(grid, [&](auto fixed) { Pass<A, fixed>{grid, fields...}.run(threads); });
 }
 
 }  // namespace dla::DLA_ISA

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """``relu(branch(x) + shortcut(x))``; subclasses define ``branch`` and ``expansion``.
+    """``relu(last_norm(branch(x)) + shortcut(x))``; subclasses define these and ``expansion``.
 
     Args:
         in_channels: channels of the input.
@@ -30,14 +30,24 @@ class ResidualBlock(nn.Module):
             )
 
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch, before the addition. [B, C_in, H, W] -> [B, C_out, H', W']."""
+        """The residual branch, before its last norm. [B, C_in, H, W] -> [B, C_out, H', W']."""
         raise NotImplementedError
 
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C_in, H, W] -> (branch, shortcut), both [B, C_out, H', W'], for those who join them
-        themselves: the output is relu(branch + shortcut)."""
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """What the branch passes before the addition."""
+        raise NotImplementedError
+
+    def raw_parts(self, x: Tensor) -> tuple[Tensor, nn.BatchNorm2d, Tensor]:
+        """[B, C_in, H, W] -> (branch, norm, shortcut), both [B, C_out, H', W'], for those who join
+        them themselves: the output is relu(norm(branch) + shortcut)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.branch(x), shortcut
+        return self.branch(x), self.last_norm, shortcut
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `raw_parts`, with the branch behind its norm."""
+        branch, norm, shortcut = self.raw_parts(x)
+        return norm(branch), shortcut
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C_in, H, W] -> (output, shortcut), both [B, C_out, H', W']."""
@@ -60,7 +70,11 @@ class BasicBlock(ResidualBlock):
 
     def branch(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.bn2(self.conv2(x))
+        return self.conv2(x)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn2
 
 
 class Bottleneck(ResidualBlock):
@@ -80,7 +94,11 @@ class Bottleneck(ResidualBlock):
     def branch(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        return self.bn3(self.conv3(x))
+        return self.conv3(x)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn3
 
 
 BLOCKS: dict[str, type[ResidualBlock]] = {"bottleneck": Bottleneck, "basic": BasicBlock}

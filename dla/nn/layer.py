@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import batch_norm_arguments, cast, is_unhooked, track_statistics
+from dla.nn.batch_norm import batch_norm_arguments, cast, is_plain, is_unhooked, track_statistics
+from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
 from dla.nn.checks import check_features, match_autocast, one_of, positive_int
 from dla.nn.drop import DropPath
@@ -163,6 +164,7 @@ class DLALayer(nn.Module):
         prev_conv: nn.Conv2d | None = None,
         keep_output: bool = True,
         join: bool = False,
+        branch_norm: nn.Module | None = None,
     ) -> tuple[Tensor, DLAState]:
         """One layer step.
 
@@ -176,7 +178,9 @@ class DLALayer(nn.Module):
             keep_output: False if no later layer will read what this one adds to the state: it may
                 then be left out of it, which spares writing it.
             join: x is the residual branch of the layer's block and ``prev`` its shortcut, not yet
-                joined: relu(x + prev) takes x's place, in the same pass. "light" only.
+                joined: relu(x + prev) takes x's place, formed where it is read. "light" only.
+            branch_norm: the module that x has yet to pass before it is joined. A plain
+                torch.nn.BatchNorm2d without hooks becomes part of the fused step.
 
         Returns:
             out like x, and the state for the next layer of the stage.
@@ -198,10 +202,13 @@ class DLALayer(nn.Module):
         prev = self._previous(x, prev, state)
         if join and prev is None:
             raise ValueError("prev: expected the shortcut that x is joined with, got None")
-        if join and not self._norm_and_drop_path_are_fused():
-            x, join = torch.relu(x + prev), False
+        if branch_norm is not None and not join:
+            raise ValueError(f"branch_norm: expected None without join, got {branch_norm}")
+        if join and not self._joins(branch_norm):
+            x = join_parts(x, branch_norm, prev, self.fused)
+            join, branch_norm = False, None
         keep_output = keep_output and self.form.prev_from == "output"
-        return self._light_step(x, prev, state, weights, prev_conv, keep_output, join)
+        return self._light_step(x, prev, state, weights, prev_conv, keep_output, join, branch_norm)
 
     def _light_step(
         self,
@@ -212,8 +219,10 @@ class DLALayer(nn.Module):
         prev_conv: nn.Conv2d | None,
         keep_output: bool,
         join: bool,
+        branch_norm: nn.BatchNorm2d | None,
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else light_reference).light_attention
+        branch = batch_norm_arguments(branch_norm, x, state.context.dtype)
         q_weight, k_weight, v_weight = self._filters(state.context.dtype)
         has_conv = prev_conv is not None and prev is not None
         attend = functools.partial(
@@ -227,10 +236,20 @@ class DLALayer(nn.Module):
             v_weight,
             cast(prev_conv.weight, state.context.dtype) if has_conv else None,
             cast(self.lam, state.context.dtype),
+            branch_weight=branch.weight,
+            branch_bias=branch.bias,
+            branch_mean_in=branch.mean,
+            branch_var_in=branch.var,
             join=join,
+            branch_norm=branch.mode,
+            branch_eps=branch.eps,
         )
         if self._norm_and_drop_path_are_fused():
-            out, o, context, *_, summary = self._finished_by_op(x, attend, return_o=keep_output)
+            out, o, context, *statistics, summary = self._finished_by_op(
+                x, attend, return_o=keep_output
+            )
+            track_statistics(self.norm, *statistics[:2], x)
+            track_statistics(branch_norm, *statistics[2:], x)
         else:
             o, _, context, *_, summary = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
@@ -264,6 +283,8 @@ class DLALayer(nn.Module):
         if self._norm_and_drop_path_are_fused():
             results = self._finished_by_op(x, attend, relu=True)
             out = results[0]
+            *_, mean, var, _ = results
+            track_statistics(self.norm, mean, var, x)
         else:
             results = self._attention_alone(attend, relu=False)
             out = self._finished_by_modules(x, results[0])
@@ -305,29 +326,25 @@ class DLALayer(nn.Module):
         """Results of the op that does everything up to the residual."""
         norm = batch_norm_arguments(self.norm, x, compute_dtype(x.dtype))
         scale = self.drop_path.scale(x)
-        results = attend(
-            norm.weight,
-            norm.bias,
-            norm.mean,
-            norm.var,
-            None if scale is None else scale.flatten(),
+        return attend(
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            mean_in=norm.mean,
+            var_in=norm.var,
+            drop_scale=None if scale is None else scale.flatten(),
             **self._flags(),
             norm=norm.mode,
             eps=norm.eps,
             residual=True,
             **flags,
         )
-        if norm.mode == "batch":
-            *_, mean, var, _ = results
-            track_statistics(self.norm, mean, var, x.numel() // self.channels)
-        return results
 
     def _attention_alone(
         self, attend: Callable[..., tuple[Tensor, ...]], **flags: bool
     ) -> tuple[Tensor, ...]:
         """Results of the op that stops at o, its first."""
-        nothing = (None,) * 5
-        return attend(*nothing, **self._flags(), norm="none", eps=0.0, residual=False, **flags)
+        nothing = dict.fromkeys(("norm_weight", "norm_bias", "mean_in", "var_in", "drop_scale"))
+        return attend(**nothing, **self._flags(), norm="none", eps=0.0, residual=False, **flags)
 
     def _finished_by_modules(self, x: Tensor, o: Tensor) -> Tensor:
         branch = o if self.norm is None else self.norm(o)
@@ -336,9 +353,14 @@ class DLALayer(nn.Module):
     def _norm_and_drop_path_are_fused(self) -> bool:
         """Whether the op may stand for the modules: they do nothing that it would miss."""
         norm = self.norm
-        known = norm is None or (type(norm) is nn.BatchNorm2d and is_unhooked(norm))
+        known = norm is None or is_plain(norm)
         known = known and type(self.drop_path) is DropPath and is_unhooked(self.drop_path)
         return self.fused and known
+
+    def _joins(self, branch_norm: nn.Module | None) -> bool:
+        """Whether the op can form relu(branch_norm(x) + prev) where it reads it."""
+        known = branch_norm is None or is_plain(branch_norm)
+        return known and self._norm_and_drop_path_are_fused()
 
     def _start(self, x: Tensor, cell: Cell | None) -> DLAState:
         """The state before the first layer of a stage."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dla.nn.batch_norm import is_unhooked
+from dla.nn.batch_norm import is_unhooked, join
 from dla.nn.cells import CELLS
 from dla.nn.channel import DIALayer
 from dla.nn.form import STATIC, shared_parts
@@ -17,9 +17,10 @@ class DLAStage(nn.Module):
 
     A block maps x to its output, or to (output, shortcut). The shortcut, which layers with
     ``prev_from="shortcut"`` attend to, has the shape of the output; it is the block's input unless
-    the block returns it. A block with a method ``parts(x) -> (branch, shortcut)``, whose output is
-    relu(branch + shortcut), may leave that sum to such a layer, which then reads and writes its map
-    less often. The recurrent state starts anew in every call.
+    the block returns it. A block may have a method ``raw_parts(x) -> (branch, norm, shortcut)``;
+    its output is then relu(norm(branch) + shortcut), norm a module or None, and left to fused
+    operations: to the layer's own step if that reads the shortcut. The recurrent state starts anew
+    in every call.
 
     Args:
         blocks: at least one; all put out ``channels`` channels at one resolution.
@@ -89,9 +90,13 @@ class DLAStage(nn.Module):
         last = len(self.layers) - 1
         for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             reads_shortcut = layer.form.prev_from == "shortcut"
-            join = reads_shortcut and hasattr(block, "parts") and is_unhooked(block)
-            if join:
-                out, shortcut = block.parts(x)
+            options = {}
+            if hasattr(block, "raw_parts") and is_unhooked(block):
+                out, norm, shortcut = block.raw_parts(x)
+                if reads_shortcut:
+                    options = {"join": True, "branch_norm": norm}
+                else:
+                    out = join(out, norm, shortcut, layer.fused)
             else:
                 result = block(x)
                 out, shortcut = result if isinstance(result, tuple) else (result, x)
@@ -102,7 +107,7 @@ class DLAStage(nn.Module):
                 cell=self.cell,
                 prev_conv=self.prev_conv,
                 keep_output=index < last,
-                join=join,
+                **options,
             )
         return x
 

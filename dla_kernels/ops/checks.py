@@ -47,6 +47,21 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
 
 
+def more_than_one_per_channel(name: str, x: Tensor) -> None:
+    """What statistics of the batch need."""
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            f"{name}: expected more than one value per channel for norm='batch', "
+            f"got {list(x.shape)}"
+        )
+
+
+def at_least_zero(name: str, value: float) -> None:
+    """No negative number."""
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
 def a_list(name: str, value: object) -> None:
     """A list or tuple; torch itself would take one tensor for a list."""
     if not isinstance(value, list | tuple):

@@ -14,6 +14,8 @@ from dla_kernels import native
 
 # DType of csrc/common/args.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Norm of csrc/common/args.h.
+NORMS = {"none": 0, "batch": 1, "running": 2}
 
 
 Loader = Callable[[], ModuleType]

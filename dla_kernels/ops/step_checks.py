@@ -1,6 +1,6 @@
 """Flags of light_attention and base_attention, the steps of a layer, and the checks they share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,20 +21,17 @@ def check_flags(cell: str, activation: str, gate: str, context: str, norm: str, 
     checks.one_of("gate", gate, GATES)
     checks.one_of("context", context, CONTEXTS)
     checks.one_of("norm", norm, NORMS)
-    if eps < 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+    checks.at_least_zero("eps", eps)
 
 
-def check_map(x: Tensor, head_dim: int, norm: str) -> None:
-    """Raises unless ``x`` is a feature map that these heads and this norm can work on."""
+def check_map(x: Tensor, head_dim: int, *norms: str) -> None:
+    """Raises unless ``x`` is a feature map that these heads and norms can work on."""
     checks.features("x", x)
     channels = x.shape[1]
     if head_dim < 1 or channels % head_dim:
         raise ValueError(f"head_dim: expected a divisor of {channels} channels, got {head_dim}")
-    if norm == "batch" and x.numel() == channels:
-        raise ValueError(
-            f"x: expected more than one value per channel for norm='batch', got {list(x.shape)}"
-        )
+    if "batch" in norms:
+        checks.more_than_one_per_channel("x", x)
 
 
 def check_cell(
@@ -73,30 +70,35 @@ def check_convolutions(
     checks.like("v_weight", v_weight, (channels, 1, 3, 3), dtype, device)
 
 
-def check_norm_and_drop(
+def check_norm(
+    name: str,
     norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean_in: Tensor | None,
-    var_in: Tensor | None,
-    drop_scale: Tensor | None,
-    batch: int,
+    affine: Mapping[str, Tensor | None],
+    statistics: Mapping[str, Tensor | None],
     channels: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Raises unless the tensors of the norm [C] and of the drop path [B] fit."""
-    vector = (channels,)
-    if (norm_weight is None) != (norm_bias is None):
-        missing = "norm_weight" if norm_weight is None else "norm_bias"
-        raise ValueError(f"{missing}: expected norm_weight and norm_bias both or neither, got None")
-    if norm_weight is not None and norm_bias is not None:
-        checks.like("norm_weight", norm_weight, vector, dtype, device)
-        checks.like("norm_bias", norm_bias, vector, dtype, device)
-    if norm == "running":
-        for name, value in (("mean_in", mean_in), ("var_in", var_in)):
-            if value is None:
-                raise ValueError(f"{name}: expected [{channels}] for norm='running', got None")
-            checks.like(name, value, vector, dtype, device)
+    """Raises unless the tensors [C] of the norm that is given as ``name`` fit: weight and bias both
+    or neither, the statistics if they are what it takes."""
+    given = [value is not None for value in affine.values()]
+    if any(given) and not all(given):
+        missing = next(key for key, value in affine.items() if value is None)
+        raise ValueError(f"{missing}: expected {' and '.join(affine)} both or neither, got None")
+    for key, value in affine.items():
+        if value is not None:
+            checks.like(key, value, (channels,), dtype, device)
+    if norm != "running":
+        return
+    for key, value in statistics.items():
+        if value is None:
+            raise ValueError(f"{key}: expected [{channels}] for {name}='running', got None")
+        checks.like(key, value, (channels,), dtype, device)
+
+
+def check_drop(
+    drop_scale: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises unless there is a factor for every sample, or none at all."""
     if drop_scale is not None:
         checks.like("drop_scale", drop_scale, (batch,), dtype, device)

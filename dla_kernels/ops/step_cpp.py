@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
-from dla_kernels.ops.cpp_common import DTYPES
-
-# Norm of csrc/common/args.h.
-NORMS = {"none": 0, "batch": 1, "running": 2}
+from dla_kernels.ops.cpp_common import DTYPES, NORMS
 
 
 def sizes(

@@ -12,8 +12,9 @@ from op_cases import compute_dtype, feature, label, random_small
 
 # Slots of the state of each kind of cell.
 SLOTS = {"none": 0, "dsu": 1, "dsu_split": 2, "dia": 2, "lstm": 2, "rnn": 1}
-OUTPUTS = ("out", "o", "state", "mean", "var", "summary")
-CONSTANT = ("mean_in", "var_in", "drop_scale")  # never differentiated
+OUTPUTS = ("out", "o", "state", "mean", "var", "branch_mean", "branch_var", "summary")
+# Never differentiated.
+CONSTANT = ("mean_in", "var_in", "branch_mean_in", "branch_var_in", "drop_scale")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Case:
     affine: bool = True
     residual: bool = True
     join: bool = False
+    branch_norm: str = "none"
     return_o: bool = False
     has_p: bool = True
     has_prev: bool = True
@@ -62,14 +64,20 @@ class Case:
     def valid(self) -> bool:
         """Whether the op is defined for this combination, and can be compared.
 
-        A batch norm makes any two values -1 and 1: all gradients before it are rounding noise.
+        A batch norm makes any two values -1 and 1: all gradients before it are rounding noise. The
+        same goes for values that are equal in pairs, as in a batch of one expanded sample.
         """
         batch, channels, height, width = self.shape
-        statistics_exist = self.norm != "batch" or batch * height * width > 2
+        statistics_exist = (
+            "batch" not in (self.norm, self.branch_norm) or batch * height * width > 2
+        )
+        equal = self.x_layout == "expanded" and self.branch_norm == "batch" and height * width <= 2
         return (
             channels % self.head_dim == 0
+            and not equal
             and statistics_exist
             and (self.has_p or not (self.has_prev or self.join))
+            and (self.join or self.branch_norm == "none")
         )
 
     def flags(self) -> dict[str, Any]:
@@ -77,7 +85,7 @@ class Case:
             "cell": self.cell, "activation": self.activation, "gate": self.gate,
             "context": self.context, "head_dim": self.head_dim, "norm": self.norm,
             "eps": self.eps, "residual": self.residual, "join": self.join,
-            "return_o": self.return_o,
+            "branch_norm": self.branch_norm, "branch_eps": self.eps, "return_o": self.return_o,
         }  # fmt: skip
 
     def inputs(self, generator: torch.Generator) -> dict[str, Any]:
@@ -96,16 +104,20 @@ class Case:
             return scale
 
         def map_(layout: str) -> Tensor:
-            values = feature(self.shape, self.dtype, layout, generator=generator)
-            if self.join and self.dtype.itemsize == 2:
-                # x + p is then exact: its rounding, right as it is, would hide other errors.
-                whole = torch.empty(0, dtype=self.dtype).set_(values.untyped_storage())
-                whole.mul_(16).round_().clamp_(-32, 32).div_(16)
-            return values
+            return feature(self.shape, self.dtype, layout, generator=generator)
 
-        normed, running = self.norm != "none" and self.affine, self.norm == "running"
+        def affine(norm: str) -> tuple[Tensor | None, Tensor | None]:
+            if norm == "none" or not self.affine:
+                return None, None
+            return 1.0 + small(channels, scale=0.3), small(channels)
+
+        def statistics(norm: str) -> tuple[Tensor | None, Tensor | None]:
+            if norm != "running":
+                return None, None
+            return small(channels), small(channels).abs() + 0.5
+
         slots = SLOTS[self.cell]
-        return {
+        made = {
             "x": map_(self.x_layout),
             "p": map_(self.p_layout) if self.has_p else None,
             "state": small(slots, self.shape[0], channels),
@@ -115,12 +127,12 @@ class Case:
             "v_weight": small(channels, 1, 3, 3, scale=0.5),
             "prev_weight": small(channels, 1, 3, 3, scale=0.5) if self.has_prev else None,
             "lam": small(channels),
-            "norm_weight": 1.0 + small(channels, scale=0.3) if normed else None,
-            "norm_bias": small(channels) if normed else None,
-            "mean_in": small(channels) if running else None,
-            "var_in": small(channels).abs() + 0.5 if running else None,
-            "drop_scale": drop_scale(),
         }
+        made["norm_weight"], made["norm_bias"] = affine(self.norm)
+        made["branch_weight"], made["branch_bias"] = affine(self.branch_norm)
+        made["mean_in"], made["var_in"] = statistics(self.norm)
+        made["branch_mean_in"], made["branch_var_in"] = statistics(self.branch_norm)
+        return {**made, "drop_scale": drop_scale()}
 
     def cotangents(self, generator: torch.Generator) -> dict[int, Tensor]:
         """Gradients arriving at the outputs, by number of the output."""

@@ -92,13 +92,31 @@ def attention(y: Array, q_weight: Array, k_weight: Array, head_dim: int) -> Arra
     return a
 
 
+def normalised(x, norm, weight, bias, mean, var, eps):
+    """x after a norm, and the statistics of the batch if it took them."""
+    nothing = np.zeros(0)
+    found = nothing, nothing
+    if norm == "none":
+        return x, *found
+    if norm == "batch":
+        mean, var = found = x.mean(axis=(0, 2, 3)), x.var(axis=(0, 2, 3))
+    n = (x - mean[:, None, None]) / np.sqrt(var[:, None, None] + eps)
+    if weight is not None:
+        n = n * weight[:, None, None] + bias[:, None, None]
+    return n, *found
+
+
 def light_attention(
     x, p, state, cell_params, q_weight, k_weight, v_weight, prev_weight, lam,
-    norm_weight, norm_bias, mean_in, var_in, drop_scale,
-    *, cell, activation, gate, context, head_dim, norm, eps, residual, join, return_o,
+    norm_weight, norm_bias, branch_weight, branch_bias,
+    mean_in, var_in, branch_mean_in, branch_var_in, drop_scale,
+    *, cell, activation, gate, context, head_dim, norm, eps, residual, join,
+    branch_norm, branch_eps, return_o,
 ):  # fmt: skip
     """All arguments and results as for the op, as NumPy arrays."""
     batch = x.shape[0]
+    affine = branch_weight, branch_bias, branch_mean_in, branch_var_in
+    x, *branch_statistics = normalised(x, branch_norm, *affine, branch_eps)
     x = np.maximum(x + p, 0) if join else x
     y = x.mean(axis=(2, 3))
     gated = p is not None and cell != "none"
@@ -121,19 +139,10 @@ def light_attention(
             history = history + depthwise(p[b : b + 1], prev_weight)[0]
         o[b] += lam[:, None, None] * history
 
-    nothing = np.zeros(0)
-    mean = var = nothing
-    n = o
-    if norm != "none":
-        used_mean, used_var = mean_in, var_in
-        if norm == "batch":
-            mean, var = o.mean(axis=(0, 2, 3)), o.var(axis=(0, 2, 3))
-            used_mean, used_var = mean, var
-        n = (o - used_mean[:, None, None]) / np.sqrt(used_var[:, None, None] + eps)
-        if norm_weight is not None:
-            n = n * norm_weight[:, None, None] + norm_bias[:, None, None]
+    n, mean, var = normalised(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
     if drop_scale is not None:
         n = drop_scale[:, None, None, None] * n
     out = x + n if residual else n
     summary = np.stack([y, pooled_p, a, gates])
-    return out, o if return_o else nothing, new_state, mean, var, summary
+    kept = o if return_o else np.zeros(0)
+    return out, kept, new_state, mean, var, *branch_statistics, summary

@@ -80,6 +80,20 @@ def residual_gate(
     return Call(dla_kernels.residual_gate, inputs, {0: grad}, {})
 
 
+def residual_norm(norm: str) -> Make:
+    def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
+        x, shortcut, grad = (feature(shape, dtype, layout, generator=generator) for _ in range(3))
+        like = {"generator": generator, "dtype": compute_dtype(dtype)}
+        weight, bias, mean = (random_small(shape[1], **like) for _ in range(3))
+        var = random_small(shape[1], **like).abs() + 0.5
+        inputs = {"x": x, "shortcut": shortcut, "weight": weight, "bias": bias}
+        constant = {"mean_in": mean, "var_in": var} if norm == "running" else {}
+        flags = {"norm": norm}
+        return Call(dla_kernels.residual_norm, inputs | constant, {0: grad}, flags, tuple(constant))
+
+    return make
+
+
 def light_attention(**changes: Any) -> Make:
     def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
         channels = shape[1]
@@ -124,12 +138,14 @@ SAMPLES: dict[str, dict[str, Make]] = {
     "cell": {kind: cell(kind, slots) for kind, slots in SLOTS.items() if kind != "none"},
     "gate": {"": gate},
     "residual_gate": {"": residual_gate},
+    "residual_norm": {norm: residual_norm(norm) for norm in ("batch", "running")},
     "light_attention": {
         "official": light_attention(drop="some"),
         "paper": light_attention(cell="dsu", has_prev=False, return_o=True),
         "first_layer": light_attention(cell="dsu", has_p=False, has_prev=False, return_o=True),
         "evaluation": light_attention(norm="running", context="first_sample"),
         "static": light_attention(cell="none", has_prev=False),
+        "whole_block": light_attention(join=True, branch_norm="batch"),
         "own_norm": light_attention(cell="dsu", gate="sigmoid", norm="none", residual=False),
     },
     "base_attention": {

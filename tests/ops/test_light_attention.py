@@ -88,6 +88,7 @@ AXES: dict[str, Any] = {
     "arrives": ARRIVES,
     "wants": WANTS,
     "join": [False, True],
+    "branch_norm": ["none", "batch", "running"],
 }
 
 
@@ -138,6 +139,7 @@ def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
 PRESETS = {
     "official": Case(),
     "official_joined": Case(join=True),
+    "official_block": Case(join=True, branch_norm="batch"),
     "official_dsu": Case(cell="dsu", gate="sigmoid"),
     "official_defect": Case(context="first_sample", drop="some"),
     "paper": Case(cell="dsu", has_prev=False, return_o=True, drop="some"),
@@ -147,6 +149,7 @@ PRESETS = {
     "frozen": Case(norm="running"),
     "inference": Case(norm="running", wants=()),
     "inference_joined": Case(norm="running", wants=(), join=True),
+    "inference_block": Case(norm="running", wants=(), join=True, branch_norm="running"),
     "paper_inference": Case(cell="dsu", has_prev=False, return_o=True, norm="running", wants=()),
     "paper_first_inference": Case(
         cell="dsu", has_p=False, has_prev=False, return_o=True, norm="running", wants=()
@@ -243,6 +246,7 @@ def any_case(draw: st.DrawFn) -> Case:
     sizes = st.integers(1, 18)
     axes = {name: draw(st.sampled_from(values)) for name, values in AXES.items() if name != "where"}
     axes["has_prev"] &= axes["has_p"]
+    axes["branch_norm"] = axes["branch_norm"] if axes["join"] else "none"
     return Case(
         shape=(draw(st.integers(1, 4)), heads * head_dim, draw(sizes), draw(sizes)),
         head_dim=head_dim, kernel=draw(st.sampled_from([1, 3, 5, 7])),
@@ -273,11 +277,11 @@ def test_mean_a_thousand_times_the_deviation(
     inputs["p"] += 1e3  # o = a DW(x) + d lam p, with a deviation of about d lam
     inputs["lam"] = torch.ones(6) + inputs["lam"].abs()
     exact = in_float64(list(inputs.values()))
-    want_out, want_o, _, want_mean, want_var, _ = reference("light_attention")(
+    want_out, want_o, _, want_mean, want_var, *_ = reference("light_attention")(
         *exact, **case.flags()
     )
     with use_backend(backend):
-        out, o, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
+        out, o, _, mean, var, *_ = dla_kernels.light_attention(*inputs.values(), **case.flags())
     ratio = want_o.mean((2, 3)).abs() / want_o.std((2, 3))
     assert ratio.median() > 100, "the case is not what it is for"
     assert_close(o, want_o, name="o", dtype=case.dtype)
@@ -305,7 +309,7 @@ def test_constant_map(backend: str, layout: str, generator: torch.Generator) -> 
     inputs["v_weight"].zero_()
     inputs["p"].fill_(1e3)
     with use_backend(backend):
-        out, _, _, mean, var, _ = dla_kernels.light_attention(*inputs.values(), **case.flags())
+        out, _, _, mean, var, *_ = dla_kernels.light_attention(*inputs.values(), **case.flags())
     assert (var >= 0).all() and (var <= 1e-6).all()
     assert out.isfinite().all()
     assert_close(mean, 1e3 * inputs["lam"], name="mean")

@@ -28,6 +28,7 @@ AXES = {
     "affine": [True, False],
     "residual": [True, False],
     "join": [True, False],
+    "branch_norm": ["none", "batch", "running"],
     "return_o": [True, False],
     "has_p": [True, False],
     "has_prev": [True, False],

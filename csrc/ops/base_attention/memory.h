@@ -338,7 +338,7 @@ struct LayerMemory {
       std::fill_n(grads.state, slots() * planes, A(0));
     if (layers > 0) factor_cell_gradients(to, of, grads, dparams);
     cell_backward<A>(cell, {small(to.pooled_x), small(args.state), batch}, grads.state, false, dy,
-                     small(to.dstate), dparams, args.threads);
+                     small(to.dstate), dparams, layers == 0, args.threads);
   }
 
   void factor_cell_gradients(const BaseAttentionBackward& to, const Recall<A>& of,
@@ -346,7 +346,7 @@ struct LayerMemory {
     std::fill_n(grads.inputs, rows_asked() * channels, A(0));
     std::fill_n(grads.repeated_state, slots() * rows_asked() * channels, A(0));
     cell_backward<A>(cell, {of.inputs, of.repeated_state, rows_asked()}, grads.factors, true,
-                     grads.inputs, grads.repeated_state, dparams, args.threads);
+                     grads.inputs, grads.repeated_state, dparams, true, args.threads);
     for_state_rows([&](int64_t own, int64_t repeated) {
       for (int64_t c = 0; c < channels; ++c)
         grads.state[own + c] += grads.repeated_state[repeated + c];

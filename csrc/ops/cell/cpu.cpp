@@ -34,14 +34,14 @@ void cell_forward(const CellWeights<A>& cell, const CellInputs<A>& in, A* out, b
 template <class A>
 void cell_backward(const CellWeights<A>& cell, const CellInputs<A>& in, const A* grad_out,
                    bool output_only, A* grad_y, A* grad_state,
-                   A* const grad_params[kMaxCellParams], int threads) {
+                   A* const grad_params[kMaxCellParams], bool fresh_params, int threads) {
   using namespace cell_detail;
   with_tail(cell.kind, [&](auto tail) {
     using Tail = decltype(tail);
     thread_local Workspace workspace;
     Evaluation<A> evaluation(cell, Tail::layout, in, workspace);
     evaluation.keep_rows(workspace);
-    const CellGradients<A> to{grad_y, grad_state, grad_params};
+    const CellGradients<A> to{grad_y, grad_state, grad_params, fresh_params};
     Gradients<A>(evaluation, grad_out, output_only, to, workspace).template run<Tail>(threads);
   });
 }
@@ -49,7 +49,7 @@ void cell_backward(const CellWeights<A>& cell, const CellInputs<A>& in, const A*
 #define DLA_INSTANTIATE(A)                                                                        \
   template void cell_forward<A>(const CellWeights<A>&, const CellInputs<A>&, A*, bool, int);      \
   template void cell_backward<A>(const CellWeights<A>&, const CellInputs<A>&, const A*, bool, A*, \
-                                 A*, A* const[kMaxCellParams], int);
+                                 A*, A* const[kMaxCellParams], bool, int);
 DLA_INSTANTIATE(float)
 DLA_INSTANTIATE(double)
 #undef DLA_INSTANTIATE
@@ -94,9 +94,13 @@ void backward(const CellBackward& args) {
   A* grad_params[kMaxCellParams] = {};
   for (std::size_t i = 0; i < args.grad_params.size() && i < kMaxCellParams; ++i)
     grad_params[i] = static_cast<A*>(args.grad_params[i]);
-  cell_backward(cell, inputs_of<A>(args), static_cast<const A*>(args.grad_out), false,
-                static_cast<A*>(args.grad_y), static_cast<A*>(args.grad_state), grad_params,
-                args.threads);
+  A* grad_y = static_cast<A*>(args.grad_y);
+  A* grad_state = static_cast<A*>(args.grad_state);
+  const Size size = args.batch * args.channels;
+  std::fill_n(grad_y, size, A(0));
+  std::fill_n(grad_state, cell_slots(args.kind) * size, A(0));
+  cell_backward(cell, inputs_of<A>(args), static_cast<const A*>(args.grad_out), false, grad_y,
+                grad_state, grad_params, true, args.threads);
 }
 
 }  // namespace

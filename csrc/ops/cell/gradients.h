@@ -11,6 +11,7 @@ template <class A>
 struct CellGradients {
   A *y, *state;
   A* const* params;
+  bool fresh_params;
 };
 
 template <class A>
@@ -94,8 +95,8 @@ class Gradients {
       return own;
     } else {
       const Vec<A> squashed = load(block.squashed + at);
-      const Vec<A> grad = Tail::output_backward(gate, squashed,
-                                                            load(block.grad_state + at), grad_gate);
+      const Vec<A> grad =
+          Tail::output_backward(gate, squashed, load(block.grad_state + at), grad_gate);
       return own + activation_gradient<A>(Tail::squash, squashed, grad);
     }
   }
@@ -157,6 +158,9 @@ class Gradients {
     }
   }
 
+  // Whether the sums over the rows begin with this group.
+  bool starts(Size group) const { return group == 0 && to_.fresh_params; }
+
   // Sums over the rows: a task takes all groups.
   template <class Body>
   auto all_groups(const Stage<Body>& stage) const {
@@ -190,11 +194,16 @@ class Gradients {
     if (A* weights = to_.params[branch.w1])
       for (int i = 0; i < branch.sources; ++i) {
         const Rows<const A> input = cell_.rows(branch.source[i], group).from(c);
+        A* block = weights + i * channels() + c;
+        if (starts(group))
+          for (Size unit = 0; unit < hidden(); ++unit) std::fill_n(block + unit * stride, n, A(0));
         multiply_add<A>(hidden(), n, rows, {hidden_[b].of(group), width(), 1}, input.data,
-                        input.stride, weights + i * channels() + c, stride);
+                        input.stride, block, stride);
       }
-    if (A* bias = c == 0 && branch.b1 >= 0 ? to_.params[branch.b1] : nullptr)
+    if (A* bias = c == 0 && branch.b1 >= 0 ? to_.params[branch.b1] : nullptr) {
+      if (starts(group)) std::fill_n(bias, hidden(), A(0));
       add_row_sums(hidden_[b].of(group), hidden(), width(), bias);
+    }
   }
 
   auto gate_weights_loop() const {
@@ -210,6 +219,7 @@ class Gradients {
     if (weights == nullptr) return;
     const Rows<const A> input = cell_.gate_input_rows(b, group);
     const Size inputs = cell_.gate_inputs();
+    if (starts(group)) std::fill_n(weights + first * inputs, n * inputs, A(0));
     multiply_add<A>(n, inputs, input.count, {gates_.of(group, first), width(), 1}, input.data,
                     input.stride, weights + first * inputs, inputs);
   }
@@ -218,8 +228,10 @@ class Gradients {
   auto gate_bias_loop() const {
     return all_groups(Stage{all_gates(), kChannels, [this](Size group, Size first, Size n) {
       for (int b = 0; b < layout().branches; ++b)
-        if (A* bias = to_.params[layout().branch[b].b2])
+        if (A* bias = to_.params[layout().branch[b].b2]) {
+          if (starts(group)) std::fill_n(bias + first, n, A(0));
           add_row_sums(gates_.of(group, first), n, width(), bias + first);
+        }
     }});
   }
 

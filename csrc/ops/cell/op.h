@@ -35,7 +35,7 @@ struct CellBackward {
   const void* y;
   const void* state;
   std::vector<const void*> params;
-  void* grad_y;                    // added to (CUDA: written), as all gradients
+  void* grad_y;                    // written, as all gradients
   void* grad_state;
   std::vector<void*> grad_params;
   void* scratch;                   // CUDA: batch * (5 channels + 4 hidden) elements

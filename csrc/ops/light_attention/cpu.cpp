@@ -1,5 +1,6 @@
 #include "ops/light_attention/op.h"
 
+#include "common/branch_norm.h"
 #include "common/scratch.h"
 #include "common/vmath.h"
 #include "ops/cell/cell.h"
@@ -25,6 +26,7 @@ struct Step {
   const LightAttentionInputs& args;
   MapShape shape;
   Grid<A> grid;
+  Units<A> units;
   int64_t planes;
   CellWeights<A> cell;
 
@@ -32,6 +34,8 @@ struct Step {
       : args(args),
         shape{args.batch, args.channels, args.height, args.width, args.channels_last},
         grid(shape),
+        units(args.branch_norm == Norm::none ? Units<A>(grid)
+                                             : Units<A>::of_whole_batches(grid)),
         planes(shape.planes()),
         cell{static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation),
              args.channels, args.hidden, {}} {
@@ -70,12 +74,26 @@ struct Step {
   Mixture<A> mixture(const A* a, const A* d) const {
     return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
   }
-  InputMap x() const { return {feature(args.x), args.join}; }
-  void moments(PlaneTable<A> table, const void* grad_out, const void* grad_o, const A* x_means,
+  BranchNorm<A> branch_norm() const {
+    return {small(args.branch_weight), small(args.branch_bias), args.branch_eps};
+  }
+  // `coefficients` [2, C] is working memory, for scale and shift of the branch.
+  InputMap<A> x(A* coefficients) const {
+    const bool normed = args.branch_norm != Norm::none;
+    return {feature(args.x), args.join, normed ? coefficients : nullptr,
+            normed ? coefficients + shape.channels : nullptr};
+  }
+  void branch_coefficients(const void* mean, const void* var, A* to) const {
+    for_channels([&](const ChannelLanes& c) {
+      branch_norm().coefficients(c, small(mean), small(var), to, to + shape.channels);
+    });
+  }
+  void moments(PlaneTable<A> table, const InputMap<A>& x, const BranchStatistics<A>* branch,
+               const void* grad_out, const void* grad_o, const A* x_means,
                const A* p_means) const {
-    run_pass<MomentsPass>(args.threads, grid, x(), feature(args.p), feature(grad_out),
+    run_pass<MomentsPass>(args.threads, grid, x, feature(args.p), feature(grad_out),
                           feature(grad_o), small(args.v_weight), small(args.prev_weight), x_means,
-                          p_means, table);
+                          p_means, table, units, branch);
   }
   PlaneStatistics<A> statistics(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
                                 const ChannelLanes& c) const {
@@ -117,9 +135,9 @@ struct ForwardStep : Step<A> {
 
   explicit ForwardStep(const LightAttentionForward& args) : Step<A>(args), args(args) {}
 
-  void pool(const Summary<A>& to) const {
+  void pool(const InputMap<A>& x, const Summary<A>& to) const {
     if (args.join)
-      return run_pass<JoinedMeansPass>(args.threads, grid, this->x(), this->feature(args.p), to.y,
+      return run_pass<JoinedMeansPass>(args.threads, grid, x, this->feature(args.p), to.y,
                                        this->gated() ? to.pooled_p : nullptr);
     GlobalPoolForward pooling{args.x,     to.y,  shape.batch, shape.channels, shape.pixels(),
                               args.dtype, shape.channels_last, args.threads};
@@ -142,8 +160,9 @@ struct ForwardStep : Step<A> {
   }
 
   // Pooled values, from the table if there is one, and scores.
-  void pool_and_score(const PlaneTable<A>* table, const Summary<A>& to) const {
-    if (table == nullptr) pool(to);
+  void pool_and_score(const PlaneTable<A>* table, const InputMap<A>& x,
+                      const Summary<A>& to) const {
+    if (table == nullptr) pool(x, to);
     parallel_for(args.threads, shape.batch, [&](int64_t b) {
       thread_local Scratch scratch;
       if (table != nullptr) pool_from_sums(*table, b, to);
@@ -168,11 +187,34 @@ struct ForwardStep : Step<A> {
     if (args.sigmoid_gate) this->transform(to.d, [](Vec<A> v) { return sigmoid<A>(v); });
   }
 
+  // Coefficients of the branch's norm. Statistics of the batch may be left to a pass that works unit by
+  // unit: what it needs for that is returned.
+  BranchStatistics<A> prepare_branch(A* coefficients, A* sums, bool leave) const {
+    const BranchStatistics<A> statistics{grid,
+                                         this->feature(args.x),
+                                         this->branch_norm(),
+                                         small(args.branch_mean),
+                                         small(args.branch_var),
+                                         coefficients,
+                                         coefficients + shape.channels,
+                                         sums};
+    if (args.branch_norm == Norm::running)
+      this->branch_coefficients(args.branch_mean_in, args.branch_var_in, coefficients);
+    if (args.branch_norm != Norm::batch || leave) return statistics;
+    with_strides(grid, [&](auto fixed) {
+      parallel_for(args.threads, this->units.count(), [&](int64_t unit) {
+        statistics.template add_planes<fixed>(this->units, unit);
+      });
+    });
+    this->for_channels([&](const ChannelLanes& c) { statistics.combine(c); });
+    return statistics;
+  }
+
   // Mean and biased variance of o over batch and space.
   void batch_statistics(PlaneTable<A> table, const Summary<const A>& summary,
                         const ChannelLanes& c) const {
     RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) moments.add(this->statistics(table, summary, b, c));
+    for (int64_t b = 0; b < shape.batch; ++b) this->statistics(table, summary, b, c).join(moments);
     c.store(small(args.mean), moments.mean());
     c.store(small(args.var), moments.variance());
   }
@@ -191,19 +233,27 @@ struct ForwardStep : Step<A> {
 
   void run() const {
     const bool batch_norm = args.norm == Norm::batch;
+    const bool branch_of_batch = args.branch_norm == Norm::batch;
     const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape) : 0;
-    Buffers<A> buffers(table_size + 2 * planes);
+    const int64_t branch_size = branch_of_batch ? BranchStatistics<A>::elements(shape) : 0;
+    Buffers<A> buffers(table_size + branch_size + 2 * shape.channels + 2 * planes);
     const PlaneTable<A> table(buffers.take(table_size), shape);
+    A* branch_sums = buffers.take(branch_size);
+    A* branch_coefficients = buffers.take(2 * shape.channels);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
     const Summary<A> summary(small(args.summary), planes);
-    if (batch_norm) this->moments(table, nullptr, nullptr, nullptr, nullptr);
-    pool_and_score(batch_norm ? &table : nullptr, summary);
+    const InputMap<A> x = this->x(branch_coefficients);
+    const bool in_moments = branch_of_batch && batch_norm && this->units.have_whole_batches();
+    const auto branch = prepare_branch(branch_coefficients, branch_sums, in_moments);
+    if (batch_norm)
+      this->moments(table, x, in_moments ? &branch : nullptr, nullptr, nullptr, nullptr, nullptr);
+    pool_and_score(batch_norm ? &table : nullptr, x, summary);
     evaluate_cell(summary);
     this->for_channels([&](const ChannelLanes& c) {
       if (batch_norm) batch_statistics(table, {small(args.summary), planes}, c);
       output_coefficients(c, scale, shift);
     });
-    run_pass<StencilPass>(args.threads, grid, this->x(), this->feature(args.p),
+    run_pass<StencilPass>(args.threads, grid, x, this->feature(args.p),
                           this->feature(args.out), this->feature(args.o),
                           this->mixture(summary.a, summary.d), scale, shift, args.residual);
   }
@@ -230,7 +280,7 @@ struct BackwardStep : Step<A> {
   // over whole planes, which may be large.
   Doubles batch_mean(PlaneTable<A> table, const ChannelLanes& c) const {
     RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) moments.add(this->statistics(table, summary, b, c));
+    for (int64_t b = 0; b < shape.batch; ++b) this->statistics(table, summary, b, c).join(moments);
     return moments.mean();
   }
 
@@ -312,9 +362,11 @@ struct BackwardStep : Step<A> {
     if (this->gated())
       cell_backward<A>(this->cell,
                        {summary.pooled_p, small(args.new_state), shape.batch, args.first_sample}, dd,
-                       true, dpooled_p, grad_state, dparams, args.threads);
+                       true, dpooled_p, grad_state, dparams, true, args.threads);
+    A* dstate = small(args.dstate);
+    std::fill_n(dstate, this->slots() * planes, A(0));
     cell_backward<A>(this->cell, {summary.y, small(args.state), shape.batch}, grad_state, false, dy,
-                     small(args.dstate), dparams, args.threads);
+                     dstate, dparams, !this->gated(), args.threads);
   }
 
   void weight_gradients(const A* partial, int64_t batch_units, const ChannelLanes& c) const {
@@ -330,21 +382,47 @@ struct BackwardStep : Step<A> {
     }
   }
 
+  // What remains of the branch's gradient where it was not done unit by unit.
+  void finish(const BranchGradients<A>& branch) const {
+    this->for_channels([&](const ChannelLanes& c) { branch.combine(c); });
+    with_strides(grid, [&](auto fixed) {
+      parallel_for(args.threads, this->units.count(),
+                   [&](int64_t unit) { branch.template write<fixed>(this->units, unit); });
+    });
+  }
+
   void run() const {
     const int64_t channels = shape.channels, slots = this->slots();
-    const Units<A> units(grid);
+    const Units<A>& units = this->units;
+    const bool branch_normed = args.branch_norm != Norm::none;
+    const int64_t branch_size = branch_normed ? BranchGradients<A>::elements(shape) : 0;
     const int64_t partial_size = units.batch_units * 18 * channels;
     const int64_t table_size = PlaneTable<A>::elements(shape);
     const int64_t filter_sums = 2 * args.kernel_size * shape.batch;
-    Buffers<A> buffers(table_size + (5 + slots) * planes + partial_size + 2 * channels +
-                       filter_sums);
+    Buffers<A> buffers(table_size + branch_size + (5 + slots) * planes + partial_size +
+                       4 * channels + filter_sums);
     const PlaneTable<A> table(buffers.take(table_size), shape);
     A *da = buffers.take(planes), *dd = buffers.take(planes), *out_scale = buffers.take(planes);
     A *dy = buffers.take(planes), *dpooled_p = buffers.take(planes);
     A *grad_state = buffers.take(slots * planes), *partial = buffers.take(partial_size);
     const Coefficients to{out_scale, buffers.take(channels), buffers.take(channels)};
+    A *branch_coefficients = buffers.take(2 * channels), *branch_sums = buffers.take(branch_size);
+    const InputMap<A> x = this->x(branch_coefficients);
+    if (branch_normed)
+      this->branch_coefficients(args.branch_mean, args.branch_var, branch_coefficients);
+    const BranchGradients<A> branch{grid,
+                                    this->feature(args.x),
+                                    this->feature(args.dx),
+                                    this->branch_norm(),
+                                    args.branch_norm == Norm::batch,
+                                    small(args.branch_mean),
+                                    small(args.branch_var),
+                                    small(args.dbranch_weight),
+                                    small(args.dbranch_bias),
+                                    branch_sums,
+                                    branch_sums + 2 * planes};
 
-    this->moments(table, args.grad_out, args.grad_o, summary.y,
+    this->moments(table, x, nullptr, args.grad_out, args.grad_o, summary.y,
                   this->gated() ? summary.pooled_p : nullptr);
     this->for_channels(
         [&](const ChannelLanes& c) { channel_gradients(table, c, to, da, dd); });
@@ -363,10 +441,12 @@ struct BackwardStep : Step<A> {
 
     const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
-        args.threads, grid, this->x(), this->feature(args.p), this->feature(args.grad_out),
-        this->feature(args.grad_o), this->feature(args.dx), this->feature(args.dp), this->mixture(summary.a, summary.d), out_scale,
-        through_norm ? to.o_scale : nullptr, through_norm ? to.offset : nullptr, dy, dpooled_p,
-        args.residual, partial);
+        args.threads, grid, x, this->feature(args.p), this->feature(args.grad_out),
+        this->feature(args.grad_o), this->feature(args.dx), this->feature(args.dp),
+        this->mixture(summary.a, summary.d), out_scale, through_norm ? to.o_scale : nullptr,
+        through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial, units,
+        branch_normed ? &branch : nullptr);
+    if (branch_normed && !units.have_whole_batches()) finish(branch);
     this->for_channels(
         [&](const ChannelLanes& c) { weight_gradients(partial, units.batch_units, c); });
   }

@@ -20,32 +20,35 @@ struct LightAttentionInputs {
   const void *q_weight, *k_weight;                    // [kernel_size]
   const void *v_weight, *prev_weight;                 // [C, 3, 3]
   const void *lam, *norm_weight, *norm_bias;          // [C]
+  const void *branch_weight, *branch_bias;            // [C]
   const void* drop_scale;                             // [B]
   std::int64_t batch, channels, height, width, head_dim, kernel_size, hidden;
   DType dtype;
   int cell, activation;  // CellKind and Activation of ops/cell
-  Norm norm;
+  Norm norm, branch_norm;
   bool channels_last, sigmoid_gate, first_sample, residual;
-  bool join;  // ReLU(x + p) takes the place of x
-  double eps;
+  bool join;  // ReLU(branch_norm(x) + p) takes the place of x
+  double eps, branch_eps;
   int threads;
 };
 
 struct LightAttentionForward : LightAttentionInputs {
-  const void *mean_in, *var_in;  // [C], norm running
+  const void *mean_in, *var_in, *branch_mean_in, *branch_var_in;  // [C], norm running
   void *out, *o;                 // [B, C, H, W]; o may be null
   void* new_state;               // [S, B, C]; null when static
-  void *mean, *var;              // [C], norm batch
+  void *mean, *var, *branch_mean, *branch_var;                    // [C], norm batch
   void* summary;                 // [4, B, C]: means of x and p, a, d
 };
 
 struct LightAttentionBackward : LightAttentionInputs {
   const void *grad_out, *grad_o, *grad_state;  // each may be null
-  const void *mean, *var;                      // that the forward step normalised with
+  // That the forward step normalised with.
+  const void *mean, *var, *branch_mean, *branch_var;
   const void *new_state, *summary;             // as the forward step made them
   void *dx, *dp;                               // dp null: not wanted
   void* dstate;                                // [S, B, C]; null when static
   void *dq_weight, *dk_weight, *dv_weight, *dprev_weight, *dlam, *dnorm_weight, *dnorm_bias;
+  void *dbranch_weight, *dbranch_bias;
   std::vector<void*> dcell_params;
 };
 

@@ -7,6 +7,7 @@
 // o is never stored unless asked for; every pass recomputes it from x and p.
 #pragma once
 
+#include "common/branch_norm.h"
 #include "common/stencil.h"
 #include "common/units.h"
 #include "ops/light_attention/plane_table.h"
@@ -15,16 +16,22 @@ namespace dla::DLA_ISA {
 
 // ---- joined ------------------------------------------------------------------------------------
 
-// The x of a step: a feature, or with `join` ReLU(branch + p), which is formed strip by strip wherever
-// it is read and never stored.
+// The x of a step: a feature, or with `join` ReLU(scale feature + shift + p), which is formed strip by
+// strip wherever it is read and never stored.
+template <class A>
 struct InputMap {
   Feature feature;
   bool join;
+  const A *scale, *shift;  // [C]; null: 1 and 0
 
   // `p` has been opened with as many rows around the strip.
-  template <class Place, class A>
+  template <class Place>
   auto open(const Place& place, typename Place::In& p, int64_t halo, A* memory) const {
-    return join ? place.open_joined(feature, p, halo, memory) : place.open(feature, halo, memory);
+    if (!join) return place.open(feature, halo, memory);
+    const bool normed = scale != nullptr;
+    return place.open_joined(
+        feature, p, normed ? channel_vector(scale, place.grid, place.group) : splat(A(1)),
+        normed ? channel_vector(shift, place.grid, place.group) : Vec<A>{}, halo, memory);
   }
 };
 
@@ -35,7 +42,7 @@ struct JoinedMeansPass {
   using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   const Grid<A>& grid;
-  InputMap x;
+  InputMap<A> x;
   Feature p;
   A *x_means, *p_means;  // [B, C]; p_means may be null
 
@@ -84,11 +91,13 @@ struct MomentsPass {
   using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
   using In = typename Place::In;
   const Grid<A>& grid;
-  InputMap x;
+  InputMap<A> x;
   Feature p, grad_out, grad_o;
   const A *v_weight, *prev_weight;
   const A *x_means, *p_means;  // [B, C], what to shift by; null: not known
   PlaneTable<A> table;
+  const Units<A>& units;
+  const BranchStatistics<A>* branch;  // what x takes in its unit before it can be formed; may be null
 
   struct Plane {
     V v_filter[9], e_filter[9];
@@ -228,9 +237,9 @@ struct MomentsPass {
   }
 
   void run(int threads) const {
-    const Units<A> units(grid);
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
+      if (branch != nullptr) branch->template finish_unit<kFixedStrides>(units, unit);
       thread_local Arena arena;
       const int64_t elements = grid.strip_elements(1);
       arena.reserve(kInputs * Arena::bytes_of<A>(elements));
@@ -288,7 +297,7 @@ struct StencilPass {
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
-  InputMap x;
+  InputMap<A> x;
   Feature p;
   OutFeature out, o;  // o may be null
   Mixture<A> mixture;
@@ -370,7 +379,7 @@ struct GradientsPass {
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
-  InputMap x;  // joined: dx is the branch's gradient
+  InputMap<A> x;  // joined: dx is the branch's gradient
   Feature p, grad_out, grad_o;
   OutFeature dx, dp;  // dp may be null
   Mixture<A> mixture;
@@ -381,12 +390,21 @@ struct GradientsPass {
   const A *x_offset, *p_offset;   // [B, C]: what pooling adds to every pixel of dx and dp
   bool residual;
   A* partial;  // [batch_units, 18, C]: sum_b a R_{g,x} and sum_b R_{g,p}
+  const Units<A>& units;
+  const BranchGradients<A>* branch;  // what is to follow where the branch is normed; else null
 
   enum { kX_, kP_, kOut_, kO_, kInputs };
+
+  // Sums that the gradient of a normed branch needs: of dx, and of dx (z - mean).
+  struct BranchSums {
+    In z;
+    V mean, alone, with_z;
+  };
 
   struct Plane {
     V x_filter[9], p_filter[9];
     V a, out_scale, o_scale, offset, x_offset, p_offset;
+    BranchSums branch;
     Mask<A> channels;
   };
 
@@ -402,6 +420,7 @@ struct GradientsPass {
     c.offset = vector(offset);
     c.x_offset = vector(x_offset + row);
     c.p_offset = vector(p_offset == nullptr ? nullptr : p_offset + row);
+    c.branch = {{}, vector(branch == nullptr ? nullptr : branch->mean), V{}, V{}};
     c.channels = grid.channel_mask(group);
   }
 
@@ -454,10 +473,10 @@ struct GradientsPass {
   }
 
   // Gradient of a feature over rows [row, row + R): what `passed` holds is added if it is not null;
-  // then it is zero where a not null `rectified` is not positive.
+  // then it is zero where a not null `rectified` is not positive, and joins not null `sums`.
   template <int R>
-  void spread(int64_t row, const In& g_in, const V (&flipped)[9], V offset,
-              const In* passed, const In* rectified, const Plane& c, const Out& to) const {
+  void spread(int64_t row, const In& g_in, const V (&flipped)[9], V offset, const In* passed,
+              const In* rectified, BranchSums* sums, const Plane& c, const Out& to) const {
     for (int64_t k = 0; k < grid.vectors; ++k) {
       const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
       const Mask<A> own = masks.centre();
@@ -471,6 +490,18 @@ struct GradientsPass {
         for (int r = 0; r < R; ++r)
           acc[r] = load_masked<A>(x_at + r * rectified->row_stride, own) <= A(0) ? V{} : acc[r];
       }
+      if (sums != nullptr) {
+        const A* z_at = sums->z.at(row, k);
+        V alone{}, with_z{};
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const V d = keep<A>(own, acc[r]);
+          alone += d;
+          with_z += d * (load_masked<A>(z_at + r * sums->z.row_stride, own) - sums->mean);
+        }
+        sums->alone += alone;
+        sums->with_z += with_z;
+      }
       A* at = to.at(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) store_masked<A>(at + r * to.row_stride, acc[r], own);
@@ -478,33 +509,35 @@ struct GradientsPass {
   }
 
   void spread_rows(const Strip& strip, const In& g, const V (&filter)[9], V offset,
-                   const In* passed, const In* rectified, const Plane& c, const Out& to) const {
+                   const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
+                   const Out& to) const {
     V flipped[9];
     std::reverse_copy(filter, filter + 9, flipped);
     for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
-      spread<R>(row, g, flipped, offset, passed, rectified, c, to);
+      spread<R>(row, g, flipped, offset, passed, rectified, sums, c, to);
     });
   }
 
   struct Memory {
-    A *inputs[kInputs], *g, *dx, *dp;
+    A *inputs[kInputs], *g, *dx, *dp, *z;
     V* weight_sums;  // [groups of a unit][18]
   };
 
   Memory reserve(Arena& arena, int64_t groups) const {
     const int64_t elements = grid.strip_elements(2);
-    arena.reserve(7 * Arena::bytes_of<A>(elements) + Arena::bytes_of<V>(18 * groups));
+    arena.reserve(8 * Arena::bytes_of<A>(elements) + Arena::bytes_of<V>(18 * groups));
     Memory m;
     for (A*& input : m.inputs) input = arena.take<A>(elements);
     m.g = arena.take<A>(elements);
     m.dx = arena.take<A>(elements);
     m.dp = arena.take<A>(elements);
+    m.z = arena.take<A>(elements);
     m.weight_sums = arena.take<V>(18 * groups);
     std::fill_n(m.weight_sums, 18 * groups, V{});
     return m;
   }
 
-  void visit(const Place& place, const Plane& c, const Memory& memory, V* weight_sums) const {
+  void visit(const Place& place, Plane& c, const Memory& memory, V* weight_sums) const {
     const Strip& strip = place.strip;
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     In in[kInputs] = {};
@@ -531,17 +564,22 @@ struct GradientsPass {
     }
     const Out x_to = place.open(dx, memory.dx);
     const In dx_in = x_to;
+    if (branch != nullptr) c.branch.z = place.open(x.feature, 0, memory.z);
     spread_rows(strip, g, c.x_filter, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr,
-                x.join ? &in[kX_] : nullptr, c, x_to);
+                x.join ? &in[kX_] : nullptr, branch == nullptr ? nullptr : &c.branch, c, x_to);
     place.close(dx, memory.dx);
+    if (branch != nullptr && strip.last == grid.shape.height) {
+      A* sums = branch->sums + place.b * grid.shape.channels;
+      store_channel_sums(sums, c.branch.alone, grid, place.group);
+      store_channel_sums(sums + grid.shape.planes(), c.branch.with_z, grid, place.group);
+    }
     if (!dp) return;
-    spread_rows(strip, g, c.p_filter, c.p_offset, x.join ? &dx_in : nullptr, nullptr, c,
+    spread_rows(strip, g, c.p_filter, c.p_offset, x.join ? &dx_in : nullptr, nullptr, nullptr, c,
                 place.open(dp, memory.dp));
     place.close(dp, memory.dp);
   }
 
   void run(int threads) const {
-    const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
       thread_local Arena arena;
       const Memory memory = reserve(arena, units.groups_per_unit);
@@ -557,6 +595,8 @@ struct GradientsPass {
         for (int f = 0; f < 18; ++f)
           store_channel_sums(rows + f * grid.shape.channels,
                              memory.weight_sums[18 * (group - first_group) + f], grid, group);
+      if (branch != nullptr && units.have_whole_batches())
+        branch->template finish_unit<kFixedStrides>(units, unit);
     });
   }
 };

@@ -1,48 +1,10 @@
-// Statistics of o from the numbers of its planes. Vectors hold neighbouring channels, in double:
-// sums over the batch in float are not accurate enough.
+// Statistics of o from the numbers of its planes.
 #pragma once
 
-#include <cmath>
-#include <cstring>
-
+#include "common/moments.h"
 #include "ops/light_attention/plane_table.h"
 
 namespace dla::DLA_ISA {
-
-using Doubles = Vec<double>;
-
-// Channels [first, first + count), the lanes of a vector.
-struct ChannelLanes {
-  int64_t first;
-  int count;
-
-  template <class A>
-  using Narrow = typename VectorOf<A, kLanes<double>>::type;
-
-  // From and to an array [C].
-  template <class A>
-  Doubles load(const A* values) const {
-    Narrow<A> v{};
-    if (count == kLanes<double>)
-      std::memcpy(&v, values + first, sizeof v);
-    else
-      std::memcpy(&v, values + first, count * sizeof(A));
-    return __builtin_convertvector(v, Doubles);
-  }
-  template <class A>
-  void store(A* values, Doubles numbers) const {
-    const Narrow<A> v = __builtin_convertvector(numbers, Narrow<A>);
-    if (count == kLanes<double>)
-      std::memcpy(values + first, &v, sizeof v);
-    else
-      std::memcpy(values + first, &v, count * sizeof(A));
-  }
-};
-
-inline Doubles square_root(Doubles v) {
-  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
-  return v;
-}
 
 // o of the planes of some channels of one sample, o = a u + lam_d p + lam e, from their shifted sums.
 template <class A>
@@ -66,32 +28,15 @@ struct PlaneStatistics {
     return a * of_u + lam_d * of_p + lam * of_e;
   }
   Doubles shift() const { return mix(shift_u, shift_p, shift_e); }
-  // Sum of o - shift, and of its square about its own mean.
+  // Sum of o - shift, and of its square about its own mean (but for rounding, at least 0).
   Doubles sum() const { return mix(u, p, e); }
   Doubles centred_square() const {
     const Doubles square = a * mix(uu, up, ue) + lam_d * mix(up, pp, pe) + lam * mix(ue, pe, ee);
-    const Doubles centred = square - sum() * sum() / pixels;
-    return centred < 0.0 ? Doubles{} : centred;
+    return square - sum() * sum() / pixels;
   }
-};
-
-// Mean and variance over batch and space, plane by plane, by Chan's rule.
-class RunningMoments {
- public:
-  template <class A>
-  void add(const PlaneStatistics<A>& plane) {
-    const Doubles delta = plane.shift() + plane.sum() / plane.pixels - mean_;
-    const double before = count_;
-    count_ += plane.pixels;
-    mean_ += delta * (plane.pixels / count_);
-    square_ += plane.centred_square() + delta * delta * (plane.pixels * before / count_);
+  void join(RunningMoments& moments) const {
+    moments.add(shift() + sum() / pixels, centred_square(), pixels);
   }
-  Doubles mean() const { return mean_; }
-  Doubles variance() const { return square_ / count_; }
-
- private:
-  double count_ = 0;
-  Doubles mean_ = {}, square_ = {};
 };
 
 }  // namespace dla::DLA_ISA

@@ -13,9 +13,10 @@ from dla_kernels.ops.step_checks import (
     STATIC,
     check_cell,
     check_convolutions,
+    check_drop,
     check_flags,
     check_map,
-    check_norm_and_drop,
+    check_norm,
 )
 
 GATED = ("projections", "features")
@@ -193,9 +194,9 @@ def _check(
     checks.list_like("pooled", pooled, means, (batch, channels), *rest)
     check_convolutions(q_weight, k_weight, v_weight, channels, *rest)
     checks.list_like("key_weights", key_weights, filters, k_weight.shape, *rest)
-    check_norm_and_drop(
-        norm, norm_weight, norm_bias, mean_in, var_in, drop_scale, batch, channels, *rest
-    )
+    affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_norm("norm", norm, affine, {"mean_in": mean_in, "var_in": var_in}, channels, *rest)
+    check_drop(drop_scale, batch, *rest)
 
 
 def _fake(

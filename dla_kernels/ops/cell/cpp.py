@@ -1,6 +1,6 @@
 """``cell`` on the compiled CPU kernels (``csrc/ops/cell``)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,16 +42,12 @@ def backward(
     kind: str,
     activation: str,
     load: Loader = native.load,
-    new_gradient: Callable[[Tensor], Tensor] = torch.zeros_like,
     scratch: Tensor | None = None,
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::cell_backward``.
-
-    new_gradient: the CPU kernel adds to the gradients, that of GPUs writes them. scratch: for GPUs.
-    """
+    """Arguments and results of ``dla_kernels::cell_backward``; ``scratch`` is for GPUs."""
     grad, y, state = grad.contiguous(), y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
-    grads = [new_gradient(t) for t in (y, state, *params)]
+    grads = [torch.empty_like(t) for t in (y, state, *params)]
     module = load()
     module.cell_backward(
         module.CellBackward(

@@ -9,11 +9,13 @@ from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
 from dla_kernels.ops.common import compute_dtype, empty_features
 from dla_kernels.ops.step_checks import (
+    NORMS,
     check_cell,
     check_convolutions,
+    check_drop,
     check_flags,
     check_map,
-    check_norm_and_drop,
+    check_norm,
 )
 
 
@@ -29,8 +31,12 @@ def light_attention(
     lam: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
     mean_in: Tensor | None,
     var_in: Tensor | None,
+    branch_mean_in: Tensor | None,
+    branch_var_in: Tensor | None,
     drop_scale: Tensor | None,
     *,
     cell: str,
@@ -42,11 +48,13 @@ def light_attention(
     eps: float = 1e-5,
     residual: bool = True,
     join: bool = False,
+    branch_norm: str = "none",
+    branch_eps: float = 1e-5,
     return_o: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Pooling, cell, scores, two depthwise convolutions, norm, drop path and residual in one op::
 
-        [x     = relu(x + p)]
+        [x     = relu([branch_norm](x) + p)]
         y      = mean of x over space
         state' = cell(y, state)
         d      = gate(cell(mean of p over space, state')[0])
@@ -65,7 +73,9 @@ def light_attention(
         v_weight, prev_weight: [C, 1, 3, 3]; no prev_weight, no convolution of p.
         lam: [C].
         norm_weight, norm_bias: [C], both or neither.
+        branch_weight, branch_bias: of the branch's norm, likewise.
         mean_in, var_in: [C], constants, for ``norm="running"``.
+        branch_mean_in, branch_var_in: likewise, for ``branch_norm="running"``.
         drop_scale: [B], a constant factor for each sample's branch; None for 1.
         cell: a kind of ``dla_kernels.cell``, or "none": static, d = 1.
         activation: see ``dla_kernels.cell``.
@@ -76,14 +86,16 @@ def light_attention(
         eps: added to the variance.
         residual: whether x is added.
         join: x is a residual branch and p its shortcut: their sum, rectified, takes x's place
-            first. It spares a residual network three passes over the map, and as many backward.
+            first. The sum is formed where it is read, in the compute dtype, and never stored.
+        branch_norm: the norm that x passes before it is joined: "batch", "running" or "none".
+        branch_eps: added to its variance.
         return_o: whether o is wanted.
 
     Returns:
         out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
-        ``norm="batch"``, else empty; summary [4, B, C]: the means of x and of p (zeros where no
-        gate reads it), a, and d (ones where there is no gate). mean, var and summary are not
-        differentiable.
+        ``norm="batch"``, else empty; those of x for ``branch_norm="batch"``; summary [4, B, C]: the
+        means of x (joined) and of p (zeros where no gate reads it), a, and d (ones where there is
+        no gate). Statistics and summary are not differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
@@ -101,8 +113,12 @@ def light_attention(
         lam,
         norm_weight,
         norm_bias,
+        branch_weight,
+        branch_bias,
         mean_in,
         var_in,
+        branch_mean_in,
+        branch_var_in,
         drop_scale,
         cell,
         activation,
@@ -113,6 +129,8 @@ def light_attention(
         eps,
         residual,
         join,
+        branch_norm,
+        branch_eps,
         return_o,
     )
 
@@ -129,8 +147,12 @@ def _check(
     lam: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
     mean_in: Tensor | None,
     var_in: Tensor | None,
+    branch_mean_in: Tensor | None,
+    branch_var_in: Tensor | None,
     drop_scale: Tensor | None,
     cell: str,
     activation: str,
@@ -141,10 +163,14 @@ def _check(
     eps: float,
     residual: bool,
     join: bool,
+    branch_norm: str,
+    branch_eps: float,
     return_o: bool,
 ) -> None:
     check_flags(cell, activation, gate, context, norm, eps)
-    check_map(x, head_dim, norm)
+    checks.one_of("branch_norm", branch_norm, NORMS)
+    checks.at_least_zero("branch_eps", branch_eps)
+    check_map(x, head_dim, norm, branch_norm)
     batch, channels = x.shape[:2]
     if p is not None:
         checks.like("p", p, x.shape, x.dtype, x.device)
@@ -152,27 +178,32 @@ def _check(
         raise ValueError("prev_weight: expected None where p is None, got a tensor")
     elif join:
         raise ValueError("p: expected the shortcut that x is joined with, got None")
+    if branch_norm != "none" and not join:
+        raise ValueError(f"branch_norm: expected 'none' without join, got {branch_norm!r}")
     rest = (compute_dtype(x.dtype), x.device)
     check_cell(state, cell_params, cell, batch, channels, *rest)
     check_convolutions(q_weight, k_weight, v_weight, channels, *rest)
     if prev_weight is not None:
         checks.like("prev_weight", prev_weight, (channels, 1, 3, 3), *rest)
     checks.like("lam", lam, (channels,), *rest)
-    check_norm_and_drop(
-        norm, norm_weight, norm_bias, mean_in, var_in, drop_scale, batch, channels, *rest
-    )
+    affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    statistics = {"mean_in": mean_in, "var_in": var_in}
+    check_norm("norm", norm, affine, statistics, channels, *rest)
+    affine = {"branch_weight": branch_weight, "branch_bias": branch_bias}
+    statistics = {"branch_mean_in": branch_mean_in, "branch_var_in": branch_var_in}
+    check_norm("branch_norm", branch_norm, affine, statistics, channels, *rest)
+    check_drop(drop_scale, batch, *rest)
 
 
 def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    norm, *_, return_o = rest[-5:]
+    norm, _, _, _, branch_norm, _, return_o = rest[-7:]
     batch, channels = x.shape[:2]
-    statistics = channels if norm == "batch" else 0
+    statistics = [channels if kind == "batch" else 0 for kind in (norm, norm, *2 * (branch_norm,))]
     return (
         empty_features(x),
         empty_features(x) if return_o else x.new_empty(0),
         state.new_empty(state.shape),
-        state.new_empty(statistics),
-        state.new_empty(statistics),
+        *(state.new_empty(size) for size in statistics),
         state.new_empty(4, batch, channels),
     )
 
@@ -187,7 +218,7 @@ def _fake_backward(
     cell_params: Sequence[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    weights, needs_p = rest[:7], rest[-1]
+    weights, needs_p = rest[:_WEIGHTS], rest[-1]
     return [
         empty_features(x),
         empty_features(x) if p is not None and needs_p else state.new_empty(0),
@@ -198,17 +229,20 @@ def _fake_backward(
 
 
 def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
-    x, p, state, cell_params, *weights, mean_in, var_in, drop_scale = args[:_TENSORS]
+    x, p, state, cell_params, *weights = args[: _TENSORS - _CONSTANTS]
+    *statistics_in, drop_scale = args[_TENSORS - _CONSTANTS : _TENSORS]
     *ctx.flags, return_o = args[_TENSORS:]
-    *_, norm, _, _, _ = ctx.flags
-    _, o, new_state, mean, var, summary = results
-    constant = [mean, var, summary]
+    norm, _, _, _, branch_norm, _ = ctx.flags[-6:]
+    _, o, new_state, *statistics, summary = results
+    constant = [*statistics, summary]
     constant += [] if return_o else [o]
     constant += [] if cell_params else [new_state]
     ctx.mark_non_differentiable(*constant)
     if norm == "running":
-        mean, var = mean_in, var_in
-    found = drop_scale, mean, var, new_state, summary
+        statistics[:2] = statistics_in[:2]
+    if branch_norm == "running":
+        statistics[2:] = statistics_in[2:]
+    found = drop_scale, *statistics, new_state, summary
     ctx.save_for_backward(x, p, state, *cell_params, *weights, *found)
 
 
@@ -220,7 +254,8 @@ def _gradients(
     *_: None,
 ) -> list[Any]:
     x, p, state, *rest = ctx.saved_tensors
-    cell_params, weights, found = rest[:-12], rest[-12:-5], rest[-5:]
+    rest, found = rest[:-_FOUND], rest[-_FOUND:]
+    cell_params, weights = rest[:-_WEIGHTS], rest[-_WEIGHTS:]
     needs_p = p is not None and ctx.needs_input_grad[_NEEDS_P]
     dx, dp, dstate, *dweights = _BACKWARD(
         grad_out,
@@ -235,33 +270,39 @@ def _gradients(
         *ctx.flags,
         needs_p,
     )
-    dparams = dweights[7:]
+    dparams = dweights[_WEIGHTS:]
     dweights = [None if w is None else dw for w, dw in zip(weights, dweights, strict=False)]
     if p is None and grad_state is None:
         # The cell had no influence. None, not zeros, as plain autograd says it.
         dstate, dparams = None, [None] * len(dparams)
-    return [dx, dp if needs_p else None, dstate, dparams, *dweights, None, None, None]
+    constants = [None] * _CONSTANTS
+    return [dx, dp if needs_p else None, dstate, dparams, *dweights, *constants]
 
 
-_TENSORS = 14  # leading arguments
+_WEIGHTS = 9  # from q_weight to branch_bias
+_CONSTANTS = 5  # statistics and drop_scale
+_FOUND = 7  # what forward keeps for backward beside its inputs
+_TENSORS = 4 + _WEIGHTS + _CONSTANTS  # leading arguments
 _NEEDS_P = 3  # place of p in ctx.needs_input_grad, after the two of the registration and x
 
 _INPUTS = (
     "Tensor x, Tensor? p, Tensor state, Tensor[] cell_params, Tensor q_weight, Tensor k_weight, "
     "Tensor v_weight, Tensor? prev_weight, Tensor lam, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? branch_weight, Tensor? branch_bias, "
 )
 _FLAGS = (
     "str cell, str activation, str gate, str context, int head_dim, str norm, float eps, "
-    "bool residual, bool join, "
+    "bool residual, bool join, str branch_norm, float branch_eps, "
 )
 
 _OPERATOR, _BACKWARD = define(
     "light_attention",
-    f"({_INPUTS} Tensor? mean_in, Tensor? var_in, Tensor? drop_scale, {_FLAGS} bool return_o) -> "
-    "(Tensor out, Tensor o, Tensor new_state, Tensor mean, Tensor var, Tensor summary)",
+    f"({_INPUTS} Tensor? mean_in, Tensor? var_in, Tensor? branch_mean_in, Tensor? branch_var_in, "
+    f"Tensor? drop_scale, {_FLAGS} bool return_o) -> (Tensor out, Tensor o, Tensor new_state, "
+    "Tensor mean, Tensor var, Tensor branch_mean, Tensor branch_var, Tensor summary)",
     f"(Tensor? grad_out, Tensor? grad_o, Tensor? grad_state, {_INPUTS} Tensor? drop_scale, "
-    f"Tensor mean, Tensor var, Tensor new_state, Tensor summary, {_FLAGS} bool needs_p) -> "
-    "Tensor[]",
+    "Tensor mean, Tensor var, Tensor branch_mean, Tensor branch_var, Tensor new_state, "
+    f"Tensor summary, {_FLAGS} bool needs_p) -> Tensor[]",
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,

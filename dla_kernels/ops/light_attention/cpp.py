@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import address, addresses
+from dla_kernels.ops.cpp_common import NORMS, address, addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import flags, sizes
 
@@ -24,8 +24,12 @@ def forward(
     lam: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
     mean_in: Tensor | None,
     var_in: Tensor | None,
+    branch_mean_in: Tensor | None,
+    branch_var_in: Tensor | None,
     drop_scale: Tensor | None,
     cell: str,
     activation: str,
@@ -36,8 +40,10 @@ def forward(
     eps: float,
     residual: bool,
     join: bool,
+    branch_norm: str,
+    branch_eps: float,
     return_o: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Arguments and results of ``dla_kernels::light_attention``."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
@@ -50,17 +56,23 @@ def forward(
         lam=lam,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
+        branch_weight=branch_weight,
+        branch_bias=branch_bias,
         drop_scale=drop_scale,
         mean_in=mean_in,
         var_in=var_in,
+        branch_mean_in=branch_mean_in,
+        branch_var_in=branch_var_in,
     )
     params = [w.contiguous() for w in cell_params]
     out = torch.empty_like(x, memory_format=layout)
     o = torch.empty_like(out) if return_o else x.new_empty(0)
     new_state = torch.empty_like(small["state"])
     batch, channels = x.shape[:2]
-    statistics = channels if norm == "batch" else 0
-    mean, var = state.new_empty(statistics), state.new_empty(statistics)
+    mean, var, branch_mean, branch_var = (
+        state.new_empty(channels if kind == "batch" else 0)
+        for kind in (norm, norm, branch_norm, branch_norm)
+    )
     summary = state.new_empty(4, batch, channels)
     module = native.load()
     module.light_attention_forward(
@@ -68,6 +80,8 @@ def forward(
             **sizes(x, layout, q_weight, params),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
+            branch_norm=NORMS[branch_norm],
+            branch_eps=branch_eps,
             **addresses(small),
             x=x.data_ptr(),
             p=address(p),
@@ -77,10 +91,12 @@ def forward(
             new_state=new_state.data_ptr(),
             mean=mean.data_ptr(),
             var=var.data_ptr(),
+            branch_mean=branch_mean.data_ptr(),
+            branch_var=branch_var.data_ptr(),
             summary=summary.data_ptr(),
         )
     )
-    return out, o, new_state, mean, var, summary
+    return out, o, new_state, mean, var, branch_mean, branch_var, summary
 
 
 def backward(
@@ -98,9 +114,13 @@ def backward(
     lam: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
     drop_scale: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    branch_mean: Tensor,
+    branch_var: Tensor,
     new_state: Tensor,
     summary: Tensor,
     cell: str,
@@ -112,6 +132,8 @@ def backward(
     eps: float,
     residual: bool,
     join: bool,
+    branch_norm: str,
+    branch_eps: float,
     needs_p: bool,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
@@ -125,12 +147,16 @@ def backward(
         lam=lam,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
+        branch_weight=branch_weight,
+        branch_bias=branch_bias,
     )
     small = contiguous(
         state=state,
         drop_scale=drop_scale,
         mean=mean,
         var=var,
+        branch_mean=branch_mean,
+        branch_var=branch_var,
         new_state=new_state,
         summary=summary,
         grad_state=grad_state,
@@ -141,14 +167,15 @@ def backward(
     dweights = {
         f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
     }
-    # The kernel adds to the gradients of the cell: it is evaluated twice.
-    dstate, *dparams = [torch.zeros_like(t) for t in (small["state"], *params)]
+    dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
     module = native.load()
     module.light_attention_backward(
         module.LightAttentionBackward(
             **sizes(x, layout, q_weight, params),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
+            branch_norm=NORMS[branch_norm],
+            branch_eps=branch_eps,
             **addresses(weights),
             **addresses(small),
             **addresses(dweights),

@@ -30,6 +30,8 @@ FLAGS = (
     "eps",
     "residual",
     "join",
+    "branch_norm",
+    "branch_eps",
     "return_o",
 )
 
@@ -46,8 +48,12 @@ def light_attention(
     lam: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
     mean_in: Tensor | None,
     var_in: Tensor | None,
+    branch_mean_in: Tensor | None,
+    branch_var_in: Tensor | None,
     drop_scale: Tensor | None,
     *,
     cell: str,
@@ -58,23 +64,27 @@ def light_attention(
     norm: str,
     eps: float,
     residual: bool,
-    join: bool,
+    join: bool = False,
+    branch_norm: str = "none",
+    branch_eps: float = 1e-5,
     return_o: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Arguments, shapes and results are those of ``dla_kernels.light_attention``.
 
     Features are raised to the compute dtype, everything is computed there, and only ``out`` and
-    ``o`` are rounded back. ``mean``, ``var`` and ``summary`` come detached.
+    ``o`` are rounded back. Statistics and summary come detached.
     """
     feature_dtype = x.dtype
     dtype = compute_dtype(feature_dtype)
     with without_autocast(x):
+        x, p = x.to(dtype), None if p is None else p.to(dtype)
+        affine = branch_weight, branch_bias, branch_mean_in, branch_var_in
+        x, *branch_statistics = normalise(x, branch_norm, *affine, branch_eps)
         if join:
             x = torch.relu(x + p)
         y = global_pool(x)
         new_state = forward_path(y, state, cell_params, cell, activation)
         attention = scores_of(y, q_weight, k_weight, head_dim)
-        x = x.to(dtype)
         pooled_p, gates = torch.zeros_like(y), torch.ones_like(y)
         if p is None:
             # p = 0. Every parameter stays part of the graph (DistributedDataParallel needs it):
@@ -85,7 +95,6 @@ def light_attention(
                 pooled_p = global_pool(p)
                 context_and_cell = new_state, cell_params, cell, activation, gate, context
                 gates = gates_of(pooled_p.unsqueeze(0), *context_and_cell)[0]
-            p = p.to(dtype)
             history = scale(gates, p)
             if prev_weight is not None:
                 history = history + depthwise(p, prev_weight)
@@ -95,7 +104,7 @@ def light_attention(
         out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
         out = add_branch(x, out, drop_scale, residual)
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
-        return out.to(feature_dtype), kept, new_state, mean, var, summary
+        return out.to(feature_dtype), kept, new_state, mean, var, *branch_statistics, summary
 
 
 def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
@@ -137,9 +146,13 @@ def backward(
     lam: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
     drop_scale: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    branch_mean: Tensor,
+    branch_var: Tensor,
     new_state: Tensor,
     summary: Tensor,
     *flags: Any,
@@ -148,10 +161,12 @@ def backward(
     *flags, needs_p = flags
     options = dict(zip(FLAGS, (*flags, grad_o is not None), strict=True))
     weights = [q_weight, k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias]
+    weights += [branch_weight, branch_bias]
+    constants = mean, var, branch_mean, branch_var, drop_scale
 
     def function(x: Tensor, p: Tensor | None, state: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        weights, params = rest[:7], rest[7:]
-        return light_attention(x, p, state, params, *weights, mean, var, drop_scale, **options)
+        weights, params = rest[: len(rest) - len(cell_params)], rest[len(rest) - len(cell_params) :]
+        return light_attention(x, p, state, params, *weights, *constants, **options)
 
     inputs = [x, p, state, *weights, *cell_params]
     found = differentiate(function, inputs, [grad_out, grad_o, grad_state])

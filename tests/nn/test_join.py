@@ -1,0 +1,144 @@
+"""Blocks that leave the end of their residual branch, its last norm and the sum, to the stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dla.nn import DLAStage
+from tolerances import MODELS, assert_close, assert_gradients_close
+
+CHANNELS = 8
+
+
+class Block(nn.Module):
+    """The smallest such block."""
+
+    def __init__(self, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(CHANNELS, CHANNELS, 1), norm
+
+    def raw_parts(self, x: Tensor) -> tuple[Tensor, nn.Module | None, Tensor]:
+        return self.conv(x), self.norm, x
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch, norm, shortcut = self.raw_parts(x)
+        return torch.relu((branch if norm is None else norm(branch)) + shortcut)
+
+
+def hooked() -> nn.Module:
+    norm = nn.BatchNorm2d(CHANNELS)
+    norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    return norm
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A subclass may do anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 1
+
+
+NORMS = {
+    "plain": lambda: nn.BatchNorm2d(CHANNELS),
+    "momentum None": lambda: nn.BatchNorm2d(CHANNELS, momentum=None),
+    "no affine": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
+    "no running statistics": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
+    "eps": lambda: nn.BatchNorm2d(CHANNELS, eps=0.1),
+    "none": lambda: None,
+    "hooked": hooked,
+    "subclass": lambda: OwnNorm(CHANNELS),
+    "group norm": lambda: nn.GroupNorm(2, CHANNELS),
+}
+FORMS = {
+    "light official": {"spec": "official"},
+    "light paper": {"spec": "paper"},
+    "light, own norm": {"spec": "official", "norm": False},
+    "base": {"variant": "base", "spec": "official"},
+    "static": {"static": True, "spec": "official", "prev_from": "shortcut", "prev_conv": False},
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def stage(form: str, norm: str, **options: Any) -> DLAStage:
+    torch.manual_seed(0)
+    blocks = [Block(NORMS[norm]()) for _ in range(3)]
+    made = DLAStage(blocks, CHANNELS, head_dim=4, reduction=2, **FORMS[form] | options).double()
+    with torch.no_grad():
+        for parameter in made.parameters():  # affine norms that do something
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, CHANNELS, 5, 4, generator=generator, dtype=torch.float64)
+
+
+class Opaque(nn.Module):
+    """The same block, all of it its own business."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+@each_form
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_as_if_the_block_did_it(form: str, norm: str, training: bool) -> None:
+    """Outputs, gradients and running statistics, over two steps."""
+    ours, plain = stage(form, norm), stage(form, norm, fused=False)
+    plain.blocks = nn.ModuleList(Opaque(block) for block in plain.blocks)
+    results = []
+    for model in (ours, plain):
+        model.train(training)
+        x = images().requires_grad_()
+        model(x)
+        out = model(x)
+        out.square().sum().backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append((out.detach(), [x.grad, *gradients], list(model.buffers())))
+    (out, gradients, buffers), (want_out, want_gradients, want_buffers) = results
+    assert_close(out, want_out, name="out", table=MODELS)
+    names = [str(i) for i in range(len(gradients))]
+    assert_gradients_close(
+        dict(zip(names, gradients, strict=True)),
+        dict(zip(names, want_gradients, strict=True)),
+        case=torch.float64,
+        table=MODELS,
+    )
+    for buffer, want in zip(buffers, want_buffers, strict=True):
+        assert_close(buffer.double(), want.double(), name="buffer", table=MODELS)
+
+
+@each_form
+def test_a_hook_on_the_block_is_called(form: str) -> None:
+    model, calls = stage(form, "plain"), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    model(images())
+    assert len(calls) == 3
+
+
+@each_form
+def test_under_autocast(form: str) -> None:
+    """The branch comes in bfloat16, the shortcut of a first block in float32."""
+    model = stage(form, "plain").float()
+    x = images().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x)
+    out.float().square().sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_one_value_per_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        stage("base", "plain")(images()[:1, :, :1, :1])
