@@ -1,6 +1,6 @@
-// A step of a cell in one launch: a block takes a few rows of the batch through all layers, their
-// values as panels [n][rows] in shared memory, and reads every weight once. Backward, a second
-// launch sums the gradients of the weights over the batch.
+// A step of a cell in one launch: a block takes a few rows of the batch through all layers, with
+// their values in shared memory, and reads every weight once. Backward, a second launch sums the
+// gradients of the weights over the batch.
 #include <algorithm>
 #include <cmath>
 
@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMostGates = 4;
 
-// Rows of the batch to a block; 1 where the panels of so many would not fit. float64 is there for
+// Rows of the batch to a block; 1 where the values of so many would not fit. float64 is there for
 // gradcheck, and not worth the time to compile more.
 template <class A>
 constexpr int kMostRows = sizeof(A) == 8 ? 1 : 8;
@@ -75,7 +75,8 @@ __device__ A activation_gradient(Activation kind, A a, A grad) {
 
 // ---- panels and products ------------------------------------------------------------------------
 
-// Where the panels of a block lie, in elements of one row.
+// Where the panels lie, the vectors of values that a block works on: the number of their first
+// value.
 struct Panels {
   int inputs, hidden, gates, grad_memory, grad_hidden, partial, size;
 
@@ -89,6 +90,15 @@ struct Panels {
     size = partial + (backward ? kThreads : 0);
   }
 };
+
+// Values lie as [n][rows]. Lanes that take packs of weights read values kPack apart: the gap between
+// these keeps them off each other's banks.
+constexpr int kGap = 4;
+
+template <int rows>
+DLA_HOST_DEVICE constexpr int shared_elements(int values) {
+  return rows == 1 ? values : values * rows + values / kGap * kGap;
+}
 
 template <class A, int rows>
 struct Tile {
@@ -105,45 +115,50 @@ struct Tile {
 
   __device__ const CellLayout& layout() const { return step.kind.layout; }
   __device__ int thread() const { return static_cast<int>(threadIdx.x); }
-  __device__ Shared<A> panel(int offset) const { return shared + offset * rows; }
+  // Value n of row r.
+  __device__ decltype(auto) value(int n, int r) const {
+    return shared[shared_elements<rows>(n) + r];
+  }
   __device__ bool exists(int r) const { return first_row + r < step.batch; }
 
   // The source besides y: what the other branch reads, or what y is joined with.
   __device__ Source other() const {
     return layout().branches == 2 ? layout().branch[1].source[0] : layout().branch[0].source[0];
   }
-  __device__ Shared<A> input(Source source) const {
-    return panel(at.inputs + (source == kInput ? 0 : step.channels));
+  __device__ int input(Source source) const {
+    return at.inputs + (source == kInput ? 0 : step.channels);
   }
+  __device__ int hidden(int b) const { return at.hidden + b * step.units; }
+  __device__ int grad_hidden(int b) const { return at.grad_hidden + b * step.units; }
   __device__ const A* state(int slot) const {
     return step.state + slot * step.batch * step.channels;
   }
 
-  // panel[n][r] of rows [batch][n], and of what `change` makes of the values.
+  // A panel from rows [batch][n], and of what `change` makes of the values.
   template <class Change>
-  __device__ void load(Shared<A> panel, const A* from, int n, const Change& change) const {
+  __device__ void load(int panel, const A* from, int n, const Change& change) const {
 #pragma unroll
     for (int r = 0; r < rows; ++r)
       for (int i = thread(); i < n; i += kThreads)
-        panel[i * rows + r] = exists(r) ? change(from[(first_row + r) * n + i]) : A(0);
+        value(panel + i, r) = exists(r) ? change(from[(first_row + r) * n + i]) : A(0);
   }
 
-  // rows [batch][n], columns [offset, ..) of n, from numbers of one column.
+  // Column i of rows [batch][n].
   __device__ void keep(A* to, int n, int i, const A (&values)[rows]) const {
 #pragma unroll
     for (int r = 0; r < rows; ++r)
       if (exists(r)) to[(first_row + r) * n + i] = values[r];
   }
 
-  // sums[r] += weights[k] panel[k][r] over the k of this lane of `lanes`.
-  __device__ void dot(const A* weights, int n, Shared<A> panel, int lane, int lanes,
+  // sums[r] += weights[k] value k of the panel, over the k < n of this lane of `lanes`.
+  __device__ void dot(const A* weights, int n, int panel, int lane, int lanes,
                       A (&sums)[rows]) const {
     constexpr int pack = kPack<A>;
     if (!step.packs) {
       for (int k = lane; k < n; k += lanes) {
         const A w = weights[k];
 #pragma unroll
-        for (int r = 0; r < rows; ++r) sums[r] += w * panel[k * rows + r];
+        for (int r = 0; r < rows; ++r) sums[r] += w * value(panel + k, r);
       }
       return;
     }
@@ -152,7 +167,7 @@ struct Tile {
 #pragma unroll
       for (int e = 0; e < pack; ++e)
 #pragma unroll
-        for (int r = 0; r < rows; ++r) sums[r] += w.of[e] * panel[(k + e) * rows + r];
+        for (int r = 0; r < rows; ++r) sums[r] += w.of[e] * value(panel + k + e, r);
     }
   }
 
@@ -166,14 +181,14 @@ struct Tile {
       body(first + thread() / lanes, thread() % lanes, lanes);
   }
 
-  // use(i, sums) with sums[r] = sum over k < m of weights[k * stride + i] panel[k][r], for i < n.
+  // use(i, sums) for i < n, with sums[r] the sum over k < m of weights[k * stride + i] times value k
+  // of the panel.
   template <class Use>
-  __device__ void transposed(int n, int m, const A* weights, int stride, Shared<A> panel,
+  __device__ void transposed(int n, int m, const A* weights, int stride, int panel,
                              const Use& use) const {
     int width = 1;
     while (width < kThreads && width < n) width *= 2;
     const int groups = kThreads / width, group = thread() / width;
-    const Shared<A> partial = this->panel(at.partial);
     for (int first = 0; first < n; first += width) {
       const int i = first + thread() % width;
       A sums[rows] = {};
@@ -182,15 +197,15 @@ struct Tile {
         for (int k = group; k < m; k += groups) {
           const A w = weights[static_cast<Size>(k) * stride + i];
 #pragma unroll
-          for (int r = 0; r < rows; ++r) sums[r] += w * panel[k * rows + r];
+          for (int r = 0; r < rows; ++r) sums[r] += w * value(panel + k, r);
         }
       if (groups > 1) {
 #pragma unroll
-        for (int r = 0; r < rows; ++r) partial[thread() * rows + r] = sums[r];
+        for (int r = 0; r < rows; ++r) value(at.partial + thread(), r) = sums[r];
         __syncthreads();
         for (int g = 1; g < groups && group == 0; ++g)
 #pragma unroll
-          for (int r = 0; r < rows; ++r) sums[r] += partial[(thread() + g * width) * rows + r];
+          for (int r = 0; r < rows; ++r) sums[r] += value(at.partial + thread() + g * width, r);
         __syncthreads();
       }
       if (group == 0 && i < n) use(i, sums);
@@ -200,15 +215,13 @@ struct Tile {
   // ---- layers -----------------------------------------------------------------------------------
 
   __device__ void load_inputs() const {
-    const auto same = [](A value) { return value; };
+    const auto same = [](A u) { return u; };
     load(input(kInput), step.y, step.channels, same);
     if (other() != kNormalised) return load(input(kSlot0), state(0), step.channels, same);
     const Activation activation = step.activation;
     load(input(kNormalised), state(layout().memory), step.channels,
-         [=](A value) { return activate(activation, value); });
+         [=](A memory) { return activate(activation, memory); });
   }
-
-  __device__ Shared<A> hidden(int b) const { return panel(at.hidden + b * step.units); }
 
   __device__ void hidden_layer(int b) const {
     const Branch& branch = layout().branch[b];
@@ -227,7 +240,7 @@ struct Tile {
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         values[r] = activate(Activation::relu, values[r] + bias);
-        hidden(b)[unit * rows + r] = values[r];
+        value(hidden(b) + unit, r) = values[r];
       }
       if (step.hidden != nullptr)
         keep(step.hidden + b * step.batch * step.units, step.units, unit, values);
@@ -249,7 +262,7 @@ struct Tile {
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         const A sum = sum_lanes(sums[r], lanes);
-        if (lane == 0 && gate < outputs) panel(at.gates)[gate * rows + r] = sum + bias;
+        if (lane == 0 && gate < outputs) value(at.gates + gate, r) = sum + bias;
       }
     });
   }
@@ -258,13 +271,14 @@ struct Tile {
   template <class Tail>
   __device__ void for_tails(const Tail& tail) const {
     for (int i = thread(); i < step.channels * rows; i += kThreads) {
+      const int c = i / rows, r = i % rows;
       A gate[kMostGates] = {};
 #pragma unroll
       for (int g = 0; g < kMostGates; ++g)
         if (g < layout().gates)
           gate[g] = activate<A>(step.kind.gate_activation[g],
-                                panel(at.gates)[g * step.channels * rows + i]);
-      tail(i / rows, i % rows, gate);
+                                value(at.gates + g * step.channels + c, r));
+      tail(c, r, gate);
     }
   }
 
@@ -297,27 +311,26 @@ struct Tile {
         grad_old = Tail::update_backward(gate, old, grad, grad_gate);
       });
     }
-    panel(at.grad_memory)[c * rows + r] = grad_old;
+    value(at.grad_memory + c, r) = grad_old;
 #pragma unroll
     for (int g = 0; g < kMostGates; ++g) {
       if (g >= layout().gates) continue;
       const A grad = activation_gradient(step.kind.gate_activation[g], gate[g], grad_gate[g]);
       const int i = g * step.channels + c;
-      panel(at.gates)[i * rows + r] = exists(r) ? grad : A(0);
+      value(at.gates + i, r) = exists(r) ? grad : A(0);
       if (exists(r)) step.grad_gates[row * layout().gates * step.channels + i] = grad;
     }
   }
 
   __device__ void hidden_gradients(int b) const {
     const int units = step.units;
-    const Shared<A> to = panel(at.grad_hidden + b * units);
     transposed(units, layout().gates * step.channels, step.params[layout().branch[b].w2], units,
-               panel(at.gates), [&](int unit, const A(&sums)[rows]) {
+               at.gates, [&](int unit, const A(&sums)[rows]) {
                  A grads[rows];
 #pragma unroll
                  for (int r = 0; r < rows; ++r) {
-                   grads[r] = hidden(b)[unit * rows + r] > A(0) ? sums[r] : A(0);
-                   to[unit * rows + r] = grads[r];
+                   grads[r] = value(hidden(b) + unit, r) > A(0) ? sums[r] : A(0);
+                   value(grad_hidden(b) + unit, r) = grads[r];
                  }
                  keep(step.grad_hidden + b * step.batch * units, units, unit, grads);
                });
@@ -330,19 +343,19 @@ struct Tile {
     const int channels = step.channels;
     if (!branch.has_hidden())
       return transposed(channels, layout().gates * channels, step.params[branch.w2], channels,
-                        panel(at.gates), use);
+                        at.gates, use);
     transposed(channels, step.units, step.params[branch.w1] + place * channels,
-               branch.sources * channels, panel(at.grad_hidden + b * step.units), use);
+               branch.sources * channels, grad_hidden(b), use);
   }
 
   __device__ void state_gradients(int c, const A (&sums)[rows]) const {
     A grads[rows], of_memory[rows];
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      of_memory[r] = panel(at.grad_memory)[c * rows + r];
+      of_memory[r] = value(at.grad_memory + c, r);
       grads[r] = sums[r];
       if (other() == kNormalised) {
-        const A normalised = input(kNormalised)[c * rows + r];
+        const A normalised = value(input(kNormalised) + c, r);
         grads[r] = activation_gradient(step.activation, normalised, grads[r]);
       }
       if (layout().memory == 0) grads[r] += of_memory[r];
@@ -357,14 +370,15 @@ struct Tile {
     for (int c = thread(); c < step.channels && other() == kNormalised; c += kThreads) {
       A values[rows];
 #pragma unroll
-      for (int r = 0; r < rows; ++r) values[r] = input(kNormalised)[c * rows + r];
+      for (int r = 0; r < rows; ++r) values[r] = value(input(kNormalised) + c, r);
       keep(step.normalised, step.channels, c, values);
     }
   }
 };
 
 template <class A, int rows>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Step<A> step) {
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const __grid_constant__ Step<A> step) {
   DLA_DYNAMIC_SHARED(A, shared);
   const Tile<A, rows> tile(step, shared, false);
   tile.evaluate();
@@ -383,7 +397,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
 }
 
 template <class A, int rows>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Step<A> step) {
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ Step<A> step) {
   DLA_DYNAMIC_SHARED(A, shared);
   const Tile<A, rows> tile(step, shared, true);
   tile.evaluate();
@@ -514,13 +529,17 @@ using Kernel = void (*)(Step<A>);
 template <class A>
 void launch_rows(const Call& call, const Step<A>& step, bool backward, Kernel<A> many,
                  Kernel<A> one) {
-  const Panels panels(step.kind.layout, step.channels, step.units, backward);
-  const auto bytes = [&](int rows) {
-    return static_cast<std::size_t>(panels.size) * static_cast<std::size_t>(rows) * sizeof(A);
-  };
-  const bool fits = step.batch > 1 && bytes(kMostRows<A>) <= most_shared_bytes(call);
-  const int rows = fits ? kMostRows<A> : 1;
-  launch(call, fits ? many : one, {(step.batch + rows - 1) / rows, kThreads, bytes(rows)}, step);
+  const int values = Panels(step.kind.layout, step.channels, step.units, backward).size;
+  const auto bytes = [](int elements) { return static_cast<std::size_t>(elements) * sizeof(A); };
+  const std::size_t of_many = bytes(shared_elements<kMostRows<A>>(values)), of_one = bytes(values);
+  const std::size_t most = most_shared_bytes(call);
+  if (of_one > most)
+    throw std::runtime_error(call.text() + ": too many channels for the shared memory of this GPU; "
+                             "dla_kernels.use_backend('triton') or 'reference' serves them");
+  if (step.batch > 1 && of_many <= most)
+    launch(call, many, {(step.batch + kMostRows<A> - 1) / kMostRows<A>, kThreads, of_many}, step);
+  else
+    launch(call, one, {step.batch, kThreads, of_one}, step);
 }
 
 template <class Body>
