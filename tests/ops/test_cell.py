@@ -113,7 +113,7 @@ def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch
 
 
 @pytest.mark.parametrize("backend", [one for one in backends("cell") if one.values == ("cuda",)])
-def test_too_wide_for_the_shared_memory_of_any_gpu(backend: str, generator: torch.Generator) -> None:
+def test_too_wide_for_any_shared_memory(backend: str, generator: torch.Generator) -> None:
     y, state = torch.zeros(2, 20_000), torch.zeros(1, 2, 20_000)
     params = cell_params("dsu", 20_000, 1, generator, dtype=torch.float32)
     with use_backend(backend):

@@ -91,8 +91,8 @@ struct Panels {
   }
 };
 
-// Values lie as [n][rows]. Lanes that take packs of weights read values kPack apart: the gap between
-// these keeps them off each other's banks.
+// Values lie as [n][rows]. Lanes that take packs of weights read values kPack apart: the gap
+// between these keeps them off each other's banks.
 constexpr int kGap = 4;
 
 template <int rows>
@@ -181,8 +181,8 @@ struct Tile {
       body(first + thread() / lanes, thread() % lanes, lanes);
   }
 
-  // use(i, sums) for i < n, with sums[r] the sum over k < m of weights[k * stride + i] times value k
-  // of the panel.
+  // use(i, sums) for i < n, with sums[r] the sum over k < m of weights[k * stride + i] times value
+  // k of the panel.
   template <class Use>
   __device__ void transposed(int n, int m, const A* weights, int stride, int panel,
                              const Use& use) const {
