@@ -21,6 +21,12 @@ PASSES = {
     "global_pool": {"mean_kernel": (1, 0), "spread_kernel": (0, 1)},
     "gate": {"scale_kernel": (1, 1), "gradient_kernel": (2, 1)},
     "residual_gate": {"join_kernel": (2, 1), "gradient_kernel": (3, 2)},
+    "residual_norm": {
+        "moments_kernel": (1, 0),
+        "join_kernel": (2, 1),
+        "rectify_kernel": (3, 1),
+        "gradient_kernel": (2, 1),
+    },
 }
 
 
@@ -74,9 +80,14 @@ def test_maps_move_in_16_bytes(compiled: tuple[str, Path, str]) -> None:
     arguments = [cuobjdump(), "-sass", "-arch", "sm_90", binary]
     sass = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : ", sass)[1:]
-    assert len(functions) == 4 * len(PASSES[op])  # of four dtypes
+    checked = 0
     for text in functions:
         name = text.split()[0]
-        read, written = PASSES[op][re.search(r"[a-z]+_kernel", name).group()]
+        kernel = re.search(r"[a-z]+_kernel", name).group()
+        if kernel not in PASSES[op]:
+            continue
+        checked += 1
+        read, written = PASSES[op][kernel]
         loads, stores = (len(re.findall(rf"{i}\.E\.128", text)) for i in ("LDG", "STG"))
         assert loads >= read * IN_FLIGHT and stores >= written, f"{name}: {loads}, {stores}"
+    assert checked == 4 * len(PASSES[op])  # of four dtypes

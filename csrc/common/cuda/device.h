@@ -3,6 +3,7 @@
 // C++ against tests/emulation/cuda_emulation.h, which knows no more of CUDA than is used so far.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -83,6 +84,16 @@ __device__ inline void from_compute(float v, Half& out) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 #endif
 }
+
+// 1 / sqrt(v), in float to within 2 units of the last place.
+__device__ inline float inverse_sqrt(float v) {
+#ifdef DLA_CUDA_EMULATED
+  return 1 / std::sqrt(v);
+#else
+  return rsqrtf(v);
+#endif
+}
+__device__ inline double inverse_sqrt(double v) { return 1 / std::sqrt(v); }
 
 // ---- 16 bytes -----------------------------------------------------------------------------------
 
