@@ -22,7 +22,8 @@ from dla_kernels.ops.common import compute_dtype, dense_format
 # TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
 INTERPRETED = triton.knobs.runtime.interpret
 
-TILE, WARPS = 4096, 8  # elements and warps: 16 elements per thread
+# Elements and warps: 16 elements per thread; 8 where a kernel has more maps or sums to keep.
+TILE, SMALL_TILE, WARPS = 4096, 2048, 8
 # Pixels per program of a kernel that sums over planes. Fixed, so that a plane's sum does not depend
 # on the batch that it comes in; few enough that a small batch still makes many programs.
 SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
@@ -66,24 +67,24 @@ class Tiles(NamedTuple):
     sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
 
 
-def tiles(x: Tensor, *, summing: bool = False) -> Tiles:
+def tiles(x: Tensor, *, summing: bool = False, size: int = TILE) -> Tiles:
     """One tile per program; for a kernel that sums over planes, a row of tiles."""
     batch, channels, height, width = x.shape
-    return _tiles(batch, channels, height * width, dense_format(x), summing)
+    return _tiles(batch, channels, height * width, dense_format(x), summing, size)
 
 
 @functools.lru_cache(1024)
 def _tiles(
-    batch: int, channels: int, area: int, layout: torch.memory_format, summing: bool
+    batch: int, channels: int, area: int, layout: torch.memory_format, summing: bool, size: int
 ) -> Tiles:
     channels_last = layout is torch.channels_last
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
         tile_planes = min(triton.next_power_of_2(channels), 64)
-        tile_pixels = min(triton.next_power_of_2(area), TILE // tile_planes)
+        tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
         tile_pixels = min(triton.next_power_of_2(area), 512)
-        tile_planes = TILE // tile_pixels
+        tile_planes = size // tile_pixels
     chunk = max(tile_pixels, SUMMED_PIXELS[layout]) if summing else tile_pixels
     chunks = triton.cdiv(area, chunk)
     sizes = {
