@@ -104,7 +104,7 @@ def _fold_moments_kernel(
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of a few channels, in two passes over the moments of their chunks."""
-    values = (parts // chunks).to(tl.int64) * area
+    values = tl.cast(parts // chunks, tl.int64) * area
     total = tl.zeros((CHANNELS, PARTS), tl.float64)
     for start in range(0, parts, PARTS):
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)
