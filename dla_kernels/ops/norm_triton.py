@@ -55,6 +55,19 @@ def channel_norm(mean, var, weight, row, exists, channels, EPS: tl.constexpr):
     return middle[:, None], rstd[:, None], factor[:, None]
 
 
+@triton.jit
+def norm_gradient(passed, deviation, rstd, factor, dweight, dbias, row, exists, channels, count):
+    """Gradient of what was normalised, over ``count`` values per channel, with their own moments.
+
+    passed: of the norm's result. deviation: from the mean. dweight, dbias: [C], sums of ``passed``
+    with and without deviation / standard deviation.
+    """
+    channel = row % channels
+    slope = tl.load(dweight + channel, exists, 0.0)[:, None] / count * rstd
+    level = tl.load(dbias + channel, exists, 0.0)[:, None] / count
+    return factor * (passed - level - deviation * slope)
+
+
 def new_moments(x: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
     """Room for the moments of the chunks of a map: [B, C, chunks] each."""
     squares = new_sums(x, plan)
