@@ -102,7 +102,7 @@ def _tiles(
     channels_last = layout is torch.channels_last
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64)
+        tile_planes = min(triton.next_power_of_2(channels), 64, max_planes)
         tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
         tile_pixels = min(triton.next_power_of_2(area), 512)

@@ -77,7 +77,7 @@ def kernels(module: ModuleType) -> set[str]:
 
 
 def main(op: str) -> None:
-    """Compiles a covering set of dtypes, formats, shapes and GPUs for every variant of the op."""
+    """Compiles a covering set of the op's variants, dtypes, formats, shapes and GPUs."""
     module = importlib.import_module(f"dla_kernels.ops.{op}.triton")
     module.unsupported = lambda x: None
     gpu, jit_run = Driver(), JITFunction.run
@@ -92,13 +92,12 @@ def main(op: str) -> None:
             found[compiled.hash] = {"kernel": self.__name__, "case": name, **needs(compiled)}
 
     JITFunction.run = compile_only
-    for variant in SAMPLES[op]:
-        for case in covering(AXES):
-            name = f"{variant} {case_id(case)}".strip()
-            gpu.capability = case.pop("capability")
-            call = sample(op, variant, **case)
-            with use_backend("triton"):
-                run(call.function, call.inputs, call.cotangents, **call.options)
+    for case in covering({"variant": tuple(SAMPLES[op]), **AXES}):
+        name = case_id(case)
+        gpu.capability = case.pop("capability")
+        call = sample(op, **case)
+        with use_backend("triton"):
+            run(call.function, call.inputs, call.cotangents, **call.options)
     forgotten = sorted(kernels(module) - launched)
     print(json.dumps({"compiled": list(found.values()), "forgotten": forgotten}))
 

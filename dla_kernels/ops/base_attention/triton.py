@@ -41,8 +41,10 @@ from dla_kernels.ops.triton_common import (
 )
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-# Of a tile whose planes have a sum for each value, or for each coefficient of a filter.
-MAX_PLANES = 64
+# Elements of a tile of the kernels with a stencil: 4 per thread. And its planes, each of which may
+# have a sum for every value, or for every coefficient of a filter.
+LIMITS = {"size": 1024, "max_planes": 32}
+REGISTERS = {"maxnreg": 128}  # per thread: with a limit, ptxas does not spill to get below it
 
 
 class Mix(NamedTuple):
@@ -111,8 +113,8 @@ def forward(
 
     mix = _mix(x, values, v_weight, weights)
     branch = _branch(norm, mean_in, var_in, norm_weight, norm_bias, drop_scale)
-    options = {"EPS": eps, "RELU": relu, "RESIDUAL": residual}
-    plan = tiles(x, summing=True, size=SMALL_TILE)
+    options = {"EPS": eps, "RELU": relu, "RESIDUAL": residual, **REGISTERS}
+    plan = tiles(x, summing=True, **LIMITS)
     out, v, sums_v = empty_features(x), None, None
     if return_v:
         v = empty_features(x)
@@ -240,8 +242,8 @@ def _mix_backward(
     grad: Tensor, mix: Mix, branch: Branch, norm: str, eps: float, relu: bool
 ) -> list[Tensor]:
     """Gradients of o and of the weights of the values; with a norm, of its weight and bias."""
-    plan = tiles(grad, summing=True, size=SMALL_TILE, max_planes=MAX_PLANES)
-    options = {"EPS": eps, "RELU": relu, **plan.sizes}
+    plan = tiles(grad, summing=True, **LIMITS)
+    options = {"EPS": eps, "RELU": relu, **REGISTERS, **plan.sizes}
     sums = None if norm == "none" else (new_sums(grad, plan), new_sums(grad, plan))
     dnorm: Sequence[Tensor] = ()
     if norm == "batch":
@@ -250,6 +252,7 @@ def _mix_backward(
     g, products = empty_features(grad), new_sums(grad, plan, mix.count + 1)
     count = grad.numel() // mix.channels
     tensors = grad, mix, branch, dnorm or None, count, g, products, sums
+    options["WEIGHTS"] = triton.next_power_of_2(mix.count + 1)
     launch(_mix_backward_kernel, (plan.programs,), *tensors, **options)
     if sums is not None:
         dnorm = fold_sums(sums)
@@ -278,19 +281,18 @@ def _value_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and v_weight for those of v, its mean, the sum with x, and the mean of x."""
     dx = empty_features(x)
-    plan = tiles(x, summing=True, size=SMALL_TILE, max_planes=MAX_PLANES)
+    plan = tiles(x, summing=True, **LIMITS)
     sums = new_sums(x, plan, 9)
     small = contiguous(dmean_v=dmean_v, dy=dy, v_weight=v_weight).values()
     tensors = dv, x, grad, *small, dx, sums
-    launch(_value_backward_kernel, (plan.programs,), *tensors, *x.shape, **plan.sizes)
+    options = REGISTERS | plan.sizes
+    launch(_value_backward_kernel, (plan.programs,), *tensors, *x.shape, **options)
     return dx, torch.stack(fold_sums(sums.unbind(0)), dim=1).view(v_weight.shape)
 
 
 @triton.jit
-def neighbour(offset, inside, pixel, height, width, stride, TAP: tl.constexpr):
-    """Offsets and mask of the pixels that coefficient ``TAP`` of a 3x3 filter meets."""
-    down: tl.constexpr = TAP // 3 - 1
-    right: tl.constexpr = TAP % 3 - 1
+def neighbour(offset, inside, pixel, height, width, stride, down, right):
+    """Offsets and mask of the pixels so many lines further down and columns further right."""
     line, column = pixel // width + down, pixel % width + right
     there = inside & (line >= 0) & (line < height) & (column >= 0) & (column < width)
     return offset + (down * width + right) * stride, there
@@ -319,9 +321,10 @@ def mixture(
     dtype = mix.weights.dtype.element_ty
     filters = mix.v_weight + row % mix.channels * 9
     own = tl.zeros((PLANES, PIXELS), dtype)
-    for tap in tl.static_range(9):
+    stride = planes if CHANNELS_LAST else 1
+    for tap in range(9):  # in a loop: loads of all taps at once would need too many registers
         offset_there, there = neighbour(
-            offset, inside, pixel, mix.height, mix.width, planes if CHANNELS_LAST else 1, tap
+            offset, inside, pixel, mix.height, mix.width, stride, tap // 3 - 1, tap % 3 - 1
         )
         near = tl.load(mix.x + first + offset_there, there, 0.0).to(dtype)
         own += tl.load(filters + tap, exists, 0.0)[:, None] * near
@@ -390,7 +393,7 @@ def _mix_kernel(
     total = tl.zeros((PLANES, PIXELS), dtype)
     mean = tl.zeros((PLANES, PIXELS), dtype)
     squares = tl.zeros((PLANES, PIXELS), dtype)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
+    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
         offset, inside = tile(
             start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
         )
@@ -445,7 +448,7 @@ def _norm_sums_kernel(
     first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     dweight = tl.zeros((PLANES, PIXELS), mix.weights.dtype.element_ty)
     dbias = tl.zeros((PLANES, PIXELS), mix.weights.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
+    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
         offset, inside = tile(
             start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
         )
@@ -465,7 +468,7 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _mix_backward_kernel(
-    grad, mix, branch, dnorm, values, g, products, sums, planes, area,
+    grad, mix, branch, dnorm, values, g, products, sums, planes, area, WEIGHTS: tl.constexpr,
     EPS: tl.constexpr, RELU: tl.constexpr,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -477,11 +480,11 @@ def _mix_backward_kernel(
     """
     first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     dtype = mix.weights.dtype.element_ty
-    number = tl.arange(0, 2 * len(mix.maps))[None, :]
-    found = tl.zeros((PLANES, 2 * len(mix.maps)), dtype)
+    number = tl.arange(0, WEIGHTS)[None, :]
+    found = tl.zeros((PLANES, WEIGHTS), dtype)
     dweight = tl.zeros((PLANES, PIXELS), dtype)
     dbias = tl.zeros((PLANES, PIXELS), dtype)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
+    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
         offset, inside = tile(
             start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
         )
@@ -547,9 +550,10 @@ def _value_backward_kernel(
     level_v = tl.zeros((PLANES,), dtype)
     if dmean_v is not None:
         level_v += tl.load(dmean_v + row, exists, 0.0) / area
+    stride = planes if CHANNELS_LAST else 1
     number = tl.arange(0, 16)[None, :]
     found = tl.zeros((PLANES, 16), dtype)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
+    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
         offset, inside = tile(
             start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
         )
@@ -558,10 +562,10 @@ def _value_backward_kernel(
         total = tl.zeros((PLANES, PIXELS), dtype) + level[:, None]
         if grad is not None:
             total += tl.load(grad + first + offset, inside, 0.0).to(dtype)
-        for tap in tl.static_range(9):
+        for tap in range(9):
             # A pixel adds to the value on the other side of it.
             offset_there, there = neighbour(
-                offset, inside, pixel, height, width, planes if CHANNELS_LAST else 1, 8 - tap
+                offset, inside, pixel, height, width, stride, 1 - tap // 3, 1 - tap % 3
             )
             change = tl.where(there, level_v[:, None], 0.0)
             if dv is not None:
