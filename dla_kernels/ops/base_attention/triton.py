@@ -45,6 +45,9 @@ from dla_kernels.ops.triton_common import unsupported as unsupported
 # have a sum for every value, or for every coefficient of a filter.
 LIMITS = {"size": 1024, "max_planes": 32}
 REGISTERS = {"maxnreg": 128}  # per thread: with a limit, ptxas does not spill to get below it
+# Coefficients of a filter; an argument of the kernels, lest the compiler unroll the loop over them:
+# loads of all at once would need too many registers.
+TAPS = 9
 
 
 class Mix(NamedTuple):
@@ -52,6 +55,7 @@ class Mix(NamedTuple):
 
     x: Tensor
     v_weight: Tensor
+    taps: int
     maps: tuple[Tensor, ...]  # values of the earlier layers, padded
     count: int  # of these
     weights: Tensor  # [count + 1, B, C]; the last is that of the layer's own value
@@ -222,7 +226,7 @@ def backward(
 def _mix(x: Tensor, values: Sequence[Tensor], v_weight: Tensor, weights: Tensor) -> Mix:
     batch, channels, height, width = x.shape
     maps = [dense(value, dense_format(x)) for value in values] or [x]
-    tensors = x, v_weight.contiguous(), padded(maps), len(values), weights.contiguous()
+    tensors = x, v_weight.contiguous(), TAPS, padded(maps), len(values), weights.contiguous()
     return Mix(*tensors, channels, batch * channels, height, width)
 
 
@@ -282,11 +286,11 @@ def _value_backward(
     """Gradients of x and v_weight for those of v, its mean, the sum with x, and the mean of x."""
     dx = empty_features(x)
     plan = tiles(x, summing=True, **LIMITS)
-    sums = new_sums(x, plan, 9)
+    sums = new_sums(x, plan, TAPS)
     small = contiguous(dmean_v=dmean_v, dy=dy, v_weight=v_weight).values()
     tensors = dv, x, grad, *small, dx, sums
     options = REGISTERS | plan.sizes
-    launch(_value_backward_kernel, (plan.programs,), *tensors, *x.shape, **options)
+    launch(_value_backward_kernel, (plan.programs,), *tensors, TAPS, *x.shape, **options)
     return dx, torch.stack(fold_sums(sums.unbind(0)), dim=1).view(v_weight.shape)
 
 
@@ -319,10 +323,10 @@ def mixture(
 ):  # fmt: skip
     """o and the layer's own value, of one tile."""
     dtype = mix.weights.dtype.element_ty
-    filters = mix.v_weight + row % mix.channels * 9
+    filters = mix.v_weight + row % mix.channels * mix.taps
     own = tl.zeros((PLANES, PIXELS), dtype)
     stride = planes if CHANNELS_LAST else 1
-    for tap in range(9):  # in a loop: loads of all taps at once would need too many registers
+    for tap in range(mix.taps):
         offset_there, there = neighbour(
             offset, inside, pixel, mix.height, mix.width, stride, tap // 3 - 1, tap % 3 - 1
         )
@@ -538,14 +542,15 @@ def _weighted_sum_kernel(
 
 @triton.jit
 def _value_backward_kernel(
-    dv, x, grad, dmean_v, dy, v_weight, dx, sums, batch, channels, height, width, planes, area,
+    dv, x, grad, dmean_v, dy, v_weight, dx, sums, taps, batch, channels, height, width,
+    planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk of planes, and what it adds to the gradients of their filters."""
     first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     dtype = v_weight.dtype.element_ty
-    filters = v_weight + row % channels * 9
+    filters = v_weight + row % channels * taps
     level = tl.load(dy + row, exists, 0.0) / area
     level_v = tl.zeros((PLANES,), dtype)
     if dmean_v is not None:
@@ -562,7 +567,7 @@ def _value_backward_kernel(
         total = tl.zeros((PLANES, PIXELS), dtype) + level[:, None]
         if grad is not None:
             total += tl.load(grad + first + offset, inside, 0.0).to(dtype)
-        for tap in range(9):
+        for tap in range(taps):
             # A pixel adds to the value on the other side of it.
             offset_there, there = neighbour(
                 offset, inside, pixel, height, width, stride, 1 - tap // 3, 1 - tap % 3
@@ -574,5 +579,5 @@ def _value_backward_kernel(
             found += tl.where(number == tap, tl.sum(own * change, axis=1)[:, None], 0.0)
         tl.store(dx + first + offset, total.to(dx.dtype.element_ty), inside)
     slots = batch * channels * tl.cdiv(area, CHUNK)
-    wanted = exists[:, None] & (number < 9)
+    wanted = exists[:, None] & (number < taps)
     tl.store(sums + number * slots + slot[:, None], found, wanted)
