@@ -219,7 +219,7 @@ def backward(
     if not needs_values or grad_out is None:
         g, weights = x.new_empty(0), state.new_empty(0)
     dsmall = [t.clone(memory_format=torch.contiguous_format) for t in dsmall]
-    dnorm = dnorm or [state.new_empty(0)] * 2
+    dnorm = dnorm or [state.new_empty(0) for _ in range(2)]
     return [dx, g, weights, *dsmall, dfilter, *dnorm]
 
 
