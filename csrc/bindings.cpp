@@ -209,14 +209,21 @@ PYBIND11_MODULE(DLA_MODULE, m) {
   DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
            batch, channels, area, channels_last, dtype, threads, stream);
 
+  DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
+           activation, dtype, threads, stream);
+  DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
+           grad_params, scratch, batch, channels, hidden, kind, activation, dtype, threads, stream);
+
+  DLA_BIND(m, residual_norm_forward, ResidualNormForward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, stream, scratch, pieces, shortcut,
+           mean_in, var_in, out, mean, var);
+  DLA_BIND(m, residual_norm_backward, ResidualNormBackward, x, weight, bias, batch, channels, height,
+           width, channels_last, dtype, norm, eps, threads, stream, scratch, pieces, grad, out, mean,
+           var, dx, dshortcut, dweight, dbias);
+
 #ifdef DLA_CPU
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("max_threads", &max_threads);
-
-  DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
-           activation, dtype, threads);
-  DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
-           grad_params, batch, channels, hidden, kind, activation, dtype, threads);
 
   DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
            cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
@@ -232,13 +239,6 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            grad_pooled_v, grad_pooled_x, later_grads, later_weights, mean, var, scores, pooled_x,
            dx, g, weights, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight, dk_weight,
            dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
-
-  DLA_BIND(m, residual_norm_forward, ResidualNormForward, x, weight, bias, batch, channels, height,
-           width, channels_last, dtype, norm, eps, threads, shortcut, mean_in, var_in, out, mean,
-           var);
-  DLA_BIND(m, residual_norm_backward, ResidualNormBackward, x, weight, bias, batch, channels, height,
-           width, channels_last, dtype, norm, eps, threads, grad, out, mean, var, dx, dshortcut,
-           dweight, dbias);
 
   DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,

@@ -3,7 +3,7 @@
 #   DLA_BUILD_CUDA  1: it is an error if they cannot; 0: they are not; empty: they are if nvcc can
 #   DLA_CUDA_ARCHS  compute capabilities, "80;90" say; the newest also as PTX, for GPUs to come
 #   DLA_CUDA_FAILED setup.py's reason to do without them, after an attempt
-# Sets DLA_WITHOUT_CUDA (the reason, or nothing) or else DLA_NVCC, DLA_NVCC_VERSION and DLA_CUDA_ARCHS.
+# Sets DLA_WITHOUT_CUDA (the reason) or else DLA_NVCC, DLA_NVCC_VERSION and DLA_CUDA_ARCHS.
 set(oldest_nvcc 12.0) # for C++20
 
 foreach(name IN ITEMS DLA_BUILD_CUDA DLA_CUDA_ARCHS)

@@ -15,6 +15,13 @@ enum class Norm : int { none = 0, batch = 1, running = 2 };
 
 }  // namespace dla
 
+// Of small functions that GPU code calls, too.
+#ifdef __CUDACC__
+#define DLA_HOST_DEVICE __host__ __device__
+#else
+#define DLA_HOST_DEVICE
+#endif
+
 // Declares the CUDA version of an entry point, which ops/<op>/cuda.cu defines.
 #define DLA_CUDA_ENTRY(name, Args) \
   namespace dla::cuda { void name(const Args&); }

@@ -71,16 +71,6 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
   }
 }
 
-// 3x3 filters [C, 3, 3] of a group's channels: one vector per tap.
-template <class A>
-[[gnu::noinline]] void load_filter(const A* weight, const Grid<A>& grid, int64_t group,
-                                   Vec<A> (&filter)[9]) {
-  const A* from = weight + group * grid.planes * 9;
-  if (grid.channel_lanes)
-    return Copy<A, A>::load_planes(from, 9, grid.lanes(group), 9, reinterpret_cast<A*>(filter));
-  for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
-}
-
 // Calls body with a constant that says whether the strides along a row are known to the compiler.
 template <class A, class Body>
 void with_strides(const Grid<A>& grid, const Body& body) {

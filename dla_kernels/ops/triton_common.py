@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,17 +42,6 @@ def launch(kernel: Any, grid: tuple[int, ...] | Callable[..., Any], *args: Any, 
     Products and sums contract to FMAs in every Triton version; the default changes in 3.10.
     """
     kernel[grid](*args, enable_fp_fusion=True, **options)
-
-
-def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Decorator of a kernel: the fastest of a few configurations, measured once per ``key``.
-
-    Only where the choice matters and cannot change the order of a sum. ``key`` names arguments that
-    stand for a class of shapes, never the batch size. The first configuration is the default: it is
-    taken when the kernel is interpreted, and everywhere with DLA_AUTOTUNE=0.
-    """
-    fixed = INTERPRETED or os.environ.get("DLA_AUTOTUNE") == "0"
-    return triton.autotune(list(configs[:1] if fixed else configs), list(key), cache_results=True)
 
 
 def padded(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,8 +1,9 @@
 // CUDA on a CPU, for tests: enough of it to run our kernels as plain C++, and to notice what a GPU
 // would let pass. Included in place of the CUDA headers by csrc/common/cuda/device.h.
 //
-// The blocks of a grid run one after the other, the threads of a block as fibers of one thread, both
-// in an order shuffled by the environment variable DLA_EMULATION_SEED. A fiber runs until it has to wait for others. Noticed are
+// The blocks of a grid run one after the other, the threads of a block as fibers of one thread,
+// both in an order shuffled by the environment variable DLA_EMULATION_SEED. A fiber runs until it
+// has to wait for others. Noticed are
 //   - shared memory: accesses out of bounds, reads of what nobody wrote, and races: two threads at
 //     one element, one of them writing, without a barrier in between;
 //   - warps: masks without the lane itself, lanes that disagree or never come, sources out of mask;

@@ -157,7 +157,8 @@ int main(int, char** arguments) {
   for (int i = 0; i < kBlocks * kThreads; ++i) x[i] = static_cast<float>(i);
   const Call call{arguments[1], 1, 1, 1, nullptr};
   const auto run = [&](const std::string& name) {
-    launch(call, kernels.at(name), {kBlocks, kThreads, kThreads * sizeof(float)}, x.get(), out.get());
+    const Grid grid{kBlocks, kThreads, kThreads * sizeof(float)};
+    launch(call, kernels.at(name), grid, x.get(), out.get());
   };
   try {
     run(arguments[1]);

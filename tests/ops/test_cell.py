@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dla_kernels
+from dla_kernels import use_backend
 from light_cases import SLOTS, cell_params
-from op_cases import case_id, compare, covering, each_backend, random_small
+from op_cases import backends, compare, each_backend, each_case, random_small
 from refusals import assert_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -75,14 +76,19 @@ def check(
     assert outputs[0].dtype == dtype
 
 
-@each_backend("cell")
-@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
+INTERPRETED = {
+    "batch": [1, 20], "channels": [1, 5, 33], "hidden": [1, 20],
+    "strides": ["dense", "expanded"], "wants": [None],
+}  # fmt: skip
+
+
+@each_case("cell", AXES, interpreted=INTERPRETED)
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
 
 
-@each_backend("cell")
+@each_backend("cell", interpreted=False)
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
     kind=st.sampled_from(AXES["kind"]), activation=st.sampled_from(ACTIVATIONS),
@@ -109,6 +115,16 @@ def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch
     compare(
         "cell", backend, inputs, cotangents, case=torch.float32, kind=kind, activation="sigmoid"
     )
+
+
+@pytest.mark.parametrize("backend", [one for one in backends("cell") if one.values == ("cuda",)])
+def test_too_wide_for_any_shared_memory(backend: str, generator: torch.Generator) -> None:
+    y, state = torch.zeros(2, 20_000), torch.zeros(1, 2, 20_000)
+    params = cell_params("dsu", 20_000, 1, generator, dtype=torch.float32)
+    with use_backend(backend):
+        assert_refused(
+            lambda: dla_kernels.cell(y, state, params, "dsu"), "cell", "20000", "too many channels"
+        )
 
 
 @each_backend("cell")

@@ -151,8 +151,11 @@ class Recorder(TorchDispatchMode):
 
 
 @EACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "channel_slice"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, "nchw"), (torch.bfloat16, "nhwc"), (torch.float32, "channel_slice")],
+    ids=["float32-nchw", "bfloat16-nhwc", "float32-channel_slice"],
+)
 def test_schema_fake_and_autograd(
     op: str, variant: str, backend: str, dtype: torch.dtype, layout: str
 ) -> None:

@@ -1,8 +1,9 @@
 // What kernels are written with: element types, 16-byte accesses, shared memory, sums over lanes.
-// Included in .cu files only. nvcc compiles them for GPUs; the tests compile the same sources as C++
-// against tests/emulation/cuda_emulation.h, which knows no more of CUDA than what is used so far.
+// Included in .cu files only. nvcc compiles them for GPUs; the tests compile the same sources as
+// C++ against tests/emulation/cuda_emulation.h, which knows no more of CUDA than is used so far.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -11,16 +12,18 @@
 #ifdef DLA_CUDA_EMULATED
 #include "cuda_emulation.h"
 // Arrays in shared memory, `T name[count]`, and the dynamic shared memory of a launch.
-#define DLA_SHARED(T, name, count)                                \
+#define DLA_SHARED(T, name, count)                                     \
   static thread_local emulation::SharedMemory<T> name##_memory(count); \
   const emulation::Shared<T> name(&name##_memory)
 #define DLA_DYNAMIC_SHARED(T, name) const auto name = emulation::dynamic_shared<T>()
 #else
 #define DLA_SHARED(T, name, count) __shared__ T name[count]
-#define DLA_DYNAMIC_SHARED(T, name)                  \
-  extern __shared__ uint4 dla_dynamic_shared[];      \
+#define DLA_DYNAMIC_SHARED(T, name)             \
+  extern __shared__ uint4 dla_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(dla_dynamic_shared)
 #endif
+
+#define DLA_ISA cuda  // headers that CPU kernels use, too, put what is in them into dla::cuda
 
 namespace dla::cuda {
 
@@ -82,6 +85,16 @@ __device__ inline void from_compute(float v, Half& out) {
 #endif
 }
 
+// 1 / sqrt(v), in float to within 2 units of the last place.
+__device__ inline float inverse_sqrt(float v) {
+#ifdef DLA_CUDA_EMULATED
+  return 1 / std::sqrt(v);
+#else
+  return rsqrtf(v);
+#endif
+}
+__device__ inline double inverse_sqrt(double v) { return 1 / std::sqrt(v); }
+
 // ---- 16 bytes -----------------------------------------------------------------------------------
 
 // Elements in 16 bytes, the most that a thread reads or writes at once.
@@ -93,8 +106,8 @@ struct alignas(16) Pack {
   T of[kPack<T>];
 };
 
-// Written out as instructions: a plain copy may be taken apart. What a kernel reads this way it must
-// not write.
+// Written out as instructions: a plain copy may be taken apart. What a kernel reads this way it
+// must not write.
 template <class T>
 __device__ inline Pack<T> load_pack(const T* p) {
   Pack<T> pack;

@@ -40,6 +40,9 @@ void start(const Call&, void (*kernel)(P...), const Grid& grid, P... args) {
                                      [=] { kernel(args...); });
 }
 
+// As on GPUs of compute capability 7.5.
+inline std::size_t most_shared_bytes(const Call&) { return 64 * 1024; }
+
 #else
 
 inline const char* remedy(cudaError_t error) {
@@ -59,6 +62,14 @@ inline const char* remedy(cudaError_t error) {
 inline void check(cudaError_t error, const Call& call) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(call.text() + ": " + cudaGetErrorString(error) + "; " + remedy(error));
+}
+
+// Shared memory that a block may ask for on the current GPU.
+inline std::size_t most_shared_bytes(const Call& call) {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), call);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), call);
+  return static_cast<std::size_t>(bytes);
 }
 
 template <class... P>

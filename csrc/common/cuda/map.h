@@ -1,8 +1,8 @@
 // How the threads of a grid share out a dense feature map, for kernels that pass over it once. They
 // are written without regard to its memory format: a thread walks over packs of 16 bytes, and holds
 // one factor and one sum for each element of a pack.
-//   NCHW           a group of threads (a part of a warp, a warp or a block) walks along a plane; the
-//                  elements of all its packs belong to that plane;
+//   NCHW           a group of threads (a part of a warp, a warp or a block) walks along a plane;
+//                  the elements of all its packs belong to that plane;
 //   channels_last  kRowLanes threads side by side take as many packs of channels, and walk down the
 //                  pixels; an element of a pack always belongs to the same channel.
 #pragma once
@@ -49,8 +49,8 @@ inline int lanes_for(Size packs) {
   return lanes;
 }
 
-// `maps` are the maps of this shape that the kernel reads and writes. A kernel that sums over planes
-// leaves each to one block, others cut long ones.
+// `maps` are the maps of this shape that the kernel reads and writes. A kernel that sums over
+// planes leaves each to one block, others cut long ones.
 template <class T>
 Cut cut_map(Size batch, Size channels, Size area, bool channels_last, bool sums,
             std::initializer_list<const void*> maps) {
@@ -71,6 +71,19 @@ Cut cut_map(Size batch, Size channels, Size area, bool channels_last, bool sums,
     cut.chunks = ceil_div(packs, cut.chunk);
     cut.blocks = ceil_div(cut.planes, kThreads / cut.lanes) * cut.chunks;
   }
+  return cut;
+}
+
+// For sums over more than a plane: in channels_last up to `pieces` blocks share the pixels of a
+// sample. The sums are those of pieces; `add_pieces` adds them up.
+template <class T>
+Cut cut_pieces(Size batch, Size channels, Size area, bool channels_last, Size pieces,
+               std::initializer_list<const void*> maps) {
+  Cut cut = cut_map<T>(batch, channels, area, channels_last, true, maps);
+  if (!channels_last) return cut;
+  cut.chunk = ceil_div(area, pieces);
+  cut.chunks = ceil_div(area, cut.chunk);
+  cut.blocks *= cut.chunks;
   return cut;
 }
 
@@ -102,7 +115,8 @@ struct Part {
     const int groups = kThreads / cut.lanes;
     if (cut.rows) {
       const Size tile = block % static_cast<unsigned>(cut.tiles);
-      take_rows(cut, block / static_cast<unsigned>(cut.tiles), (tile * kRowLanes + lane) * kPack<T>);
+      const Size sample = block / static_cast<unsigned>(cut.tiles);
+      take_rows(cut, sample, (tile * kRowLanes + lane) * kPack<T>);
       first = chunk * cut.chunk + group;
       stride = groups;
     } else {
@@ -125,6 +139,11 @@ struct Part {
 
   // The plane of element e of its packs.
   __device__ Size plane_of(int e) const { return plane + (e < width ? e : 0); }
+
+  // Offset of the first element of that plane.
+  __device__ Size start_of(int e) const {
+    return high_step == 0 ? low : origin + (e < width ? e : 0);
+  }
 
  private:
   __device__ void take_rows(const Cut& cut, Size sample, Size channel) {
@@ -178,7 +197,8 @@ template <class T, int maps>
 using Values = Compute<T>[maps][kPack<T>];
 
 template <class T, int maps, class Body>
-__device__ inline void call_with(const Body& body, const Place& place, const Pack<T> (&packs)[maps]) {
+__device__ inline void call_with(const Body& body, const Place& place,
+                                 const Pack<T> (&packs)[maps]) {
   Values<T, maps> values;
 #pragma unroll
   for (int m = 0; m < maps; ++m)
@@ -235,41 +255,122 @@ __device__ inline void load_factors(const Part<T>& part, const Compute<T>* value
     factors[e] = part.width > 0 ? values[part.plane_of(e)] : Compute<T>(0);
 }
 
+// The same of what value(channel) says.
+template <class T, class Value>
+__device__ inline void make_factors(const Cut& cut, const Part<T>& part,
+                                    Compute<T> (&factors)[kPack<T>], const Value& value) {
+  const Size channel = part.plane % cut.channels;
+#pragma unroll
+  for (int e = 0; e < kPack<T>; ++e)
+    factors[e] = part.width > 0 ? value(channel + part.plane_of(e) - part.plane) : Compute<T>(0);
+}
+
+// ---- device: sums -------------------------------------------------------------------------------
+
 // Adds up what all threads of a block have summed, element by element of their packs, and calls
-// write(plane, total) once for every plane that is theirs. All threads of the block call it.
-template <class T, class Write>
+// write(plane, totals) once for every plane that is theirs. All threads of the block call it, once.
+template <class T, int count, class Write>
 __device__ inline void finish_sums(const Cut& cut, const Part<T>& part,
-                                   const Compute<T> (&sums)[kPack<T>], const Write& write) {
+                                   const Values<T, count>& sums, const Write& write) {
   using A = Compute<T>;
   constexpr int kWarps = kThreads / kWarp, kRow = kRowLanes * kPack<T>;
-  DLA_SHARED(A, of_warps, kWarps * kRow);
+  DLA_SHARED(A, of_warps, count * kWarps * kRow);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  A totals[count] = {};
   if (cut.rows) {
 #pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) {
-      const A sum = sum_lanes(sums[e], kWarp / kRowLanes, kRowLanes);
-      if (lane < kRowLanes) of_warps[warp * kRow + lane * kPack<T> + e] = sum;
-    }
+    for (int i = 0; i < count; ++i)
+#pragma unroll
+      for (int e = 0; e < kPack<T>; ++e) {
+        const A sum = sum_lanes(sums[i][e], kWarp / kRowLanes, kRowLanes);
+        if (lane < kRowLanes) of_warps[(i * kWarps + warp) * kRow + lane * kPack<T> + e] = sum;
+      }
     __syncthreads();
     if (thread >= kRowLanes) return;
     for (int e = 0; e < part.width; ++e) {
-      A total = 0;
-      for (int w = 0; w < kWarps; ++w) total += of_warps[w * kRow + thread * kPack<T> + e];
-      write(part.plane + e, total);
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        totals[i] = 0;
+        for (int w = 0; w < kWarps; ++w)
+          totals[i] += of_warps[(i * kWarps + w) * kRow + thread * kPack<T> + e];
+      }
+      write(part.plane + e, totals);
     }
   } else {
-    A total = sums[0];
 #pragma unroll
-    for (int e = 1; e < kPack<T>; ++e) total += sums[e];
-    total = sum_lanes(total, cut.lanes < kWarp ? cut.lanes : kWarp);
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int e = 0; e < kPack<T>; ++e) totals[i] += sums[i][e];
+      totals[i] = sum_lanes(totals[i], cut.lanes < kWarp ? cut.lanes : kWarp);
+      if (cut.lanes > kWarp && lane == 0) of_warps[i * kWarps + warp] = totals[i];
+    }
     if (cut.lanes > kWarp) {
-      if (lane == 0) of_warps[warp] = total;
       __syncthreads();
       if (thread > 0) return;
-      for (int w = 1; w < kWarps; ++w) total += of_warps[w];
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+        for (int w = 1; w < kWarps; ++w) totals[i] += of_warps[i * kWarps + w];
     }
-    if (thread % cut.lanes == 0 && part.width > 0) write(part.plane, total);
+    if (thread % cut.lanes == 0 && part.width > 0) write(part.plane, totals);
   }
+}
+
+template <class T, class Write>
+__device__ inline void finish_sums(const Cut& cut, const Part<T>& part,
+                                   const Compute<T> (&sums)[kPack<T>], const Write& write) {
+  Values<T, 1> one;
+#pragma unroll
+  for (int e = 0; e < kPack<T>; ++e) one[0][e] = sums[e];
+  finish_sums<T, 1>(cut, part, one, [&](Size plane, const Compute<T>(&totals)[1]) {
+    write(plane, totals[0]);
+  });
+}
+
+// Numbers of pieces of planes lie as [sample and piece][channels]; here the block puts one.
+__device__ inline Size piece_of(const Cut& cut, Size plane) {
+  const Size piece = blockIdx.x % static_cast<unsigned>(cut.chunks);
+  return (plane / cut.channels * cut.chunks + piece) * cut.channels + plane % cut.channels;
+}
+
+__device__ inline Size pixels_of_piece(const Cut& cut, Size piece) {
+  if (!cut.rows) return cut.area;
+  const Size left = cut.area - piece * cut.chunk;
+  return left < cut.chunk ? left : cut.chunk;
+}
+
+// A kernel that adds up pieces: a block takes kRowLanes channels, a thread one of them.
+inline Grid piece_grid(const Cut& cut) { return {ceil_div(cut.channels, kRowLanes), kThreads}; }
+
+// Its channel; cut.channels or more: none.
+__device__ inline Size piece_channel() {
+  return static_cast<Size>(blockIdx.x) * kRowLanes + threadIdx.x % kRowLanes;
+}
+
+// Whether the thread is the one to write what is found for its channel.
+__device__ inline bool writes_channel(const Cut& cut) {
+  return threadIdx.x < kRowLanes && piece_channel() < cut.channels;
+}
+
+// The sum of value(where the number of a piece lies, pixels of it) over the pieces of the thread's
+// channel. All threads of the block call it, and those of a channel get the same.
+template <class Value>
+__device__ inline double add_pieces(const Cut& cut, const Value& value) {
+  constexpr int kWarps = kThreads / kWarp, kGroups = kThreads / kRowLanes;
+  DLA_SHARED(double, of_warps, kWarps * kRowLanes);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const Size channel = piece_channel();
+  const int chunks = static_cast<int>(cut.chunks);
+  const int pieces = static_cast<int>(cut.planes / cut.channels) * chunks;
+  double sum = 0;
+  for (int i = thread / kRowLanes; i < pieces && channel < cut.channels; i += kGroups)
+    sum += value(i * cut.channels + channel, static_cast<double>(pixels_of_piece(cut, i % chunks)));
+  sum = sum_lanes(sum, kWarp / kRowLanes, kRowLanes);
+  if (lane < kRowLanes) of_warps[warp * kRowLanes + lane] = sum;
+  __syncthreads();
+  double total = 0;
+  for (int w = 0; w < kWarps; ++w) total += of_warps[w * kRowLanes + thread % kRowLanes];
+  __syncthreads();  // it may be called again
+  return total;
 }
 
 }  // namespace dla::cuda

@@ -94,9 +94,13 @@ void backward(const CellBackward& args) {
   A* grad_params[kMaxCellParams] = {};
   for (std::size_t i = 0; i < args.grad_params.size() && i < kMaxCellParams; ++i)
     grad_params[i] = static_cast<A*>(args.grad_params[i]);
-  cell_backward(cell, inputs_of<A>(args), static_cast<const A*>(args.grad_out), false,
-                static_cast<A*>(args.grad_y), static_cast<A*>(args.grad_state), grad_params,
-                true, args.threads);
+  A* grad_y = static_cast<A*>(args.grad_y);
+  A* grad_state = static_cast<A*>(args.grad_state);
+  const Size size = args.batch * args.channels;
+  std::fill_n(grad_y, size, A(0));
+  std::fill_n(grad_state, cell_slots(args.kind) * size, A(0));
+  cell_backward(cell, inputs_of<A>(args), static_cast<const A*>(args.grad_out), false, grad_y,
+                grad_state, grad_params, true, args.threads);
 }
 
 }  // namespace

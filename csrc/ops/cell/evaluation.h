@@ -238,14 +238,14 @@ void forward_block(const Evaluation<A>& cell, Size group, Size c, Size n,
   Vec<A> gate[Tail::gates];
   for (Size i = 0; i < size; i += kLanes<A>) {
     block.load_gates(i, gate);
-    store(memory + i, Tail::template update<A>(gate, load(old + i)));
+    store(memory + i, Tail::update(gate, load(old + i)));
   }
   if constexpr (Tail::layout.slots > 1) {
     std::copy_n(memory, size, block.squashed);
     activate(Tail::squash, block.squashed, size);
     for (Size i = 0; i < size; i += kLanes<A>) {
       block.load_gates(i, gate);
-      store(block.state + i, Tail::template output<A>(gate, load(block.squashed + i)));
+      store(block.state + i, Tail::output(gate, load(block.squashed + i)));
     }
   }
 }

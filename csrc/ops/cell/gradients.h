@@ -67,7 +67,7 @@ class Gradients {
       Vec<A> gate[Tail::gates], grad_gate[Tail::gates];
       block.load_gates(i, gate);
       const Vec<A> grad = memory_gradient(block, gate, i, grad_gate);
-      store(to_memory + i, Tail::template update_backward<A>(gate, load(old + i), grad, grad_gate));
+      store(to_memory + i, Tail::update_backward(gate, load(old + i), grad, grad_gate));
       for (int g = 0; g < Tail::gates; ++g)
         store(to_gates + g * cell_.size(channels()) + i,
               activation_gradient<A>(Tail::gate_activation[g], gate[g], grad_gate[g]));
@@ -95,8 +95,8 @@ class Gradients {
       return own;
     } else {
       const Vec<A> squashed = load(block.squashed + at);
-      const Vec<A> grad = Tail::template output_backward<A>(gate, squashed,
-                                                            load(block.grad_state + at), grad_gate);
+      const Vec<A> grad =
+          Tail::output_backward(gate, squashed, load(block.grad_state + at), grad_gate);
       return own + activation_gradient<A>(Tail::squash, squashed, grad);
     }
   }

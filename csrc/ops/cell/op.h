@@ -27,6 +27,7 @@ struct CellForward {
   Activation activation;
   DType dtype;
   int threads;
+  void* stream = nullptr;  // cudaStream_t
 };
 
 struct CellBackward {
@@ -34,17 +35,21 @@ struct CellBackward {
   const void* y;
   const void* state;
   std::vector<const void*> params;
-  void* grad_y;                    // added to
-  void* grad_state;                // added to
-  std::vector<void*> grad_params;  // written
+  void* grad_y;                    // written, as all gradients
+  void* grad_state;
+  std::vector<void*> grad_params;
+  void* scratch;                   // CUDA: batch * (5 channels + 4 hidden) elements
   std::int64_t batch, channels, hidden;
   CellKind kind;
   Activation activation;
   DType dtype;
   int threads;
+  void* stream = nullptr;  // cudaStream_t
 };
 
 }  // namespace dla
 
 DLA_CPU_ENTRY(cell_forward, CellForward)
 DLA_CPU_ENTRY(cell_backward, CellBackward)
+DLA_CUDA_ENTRY(cell_forward, CellForward)
+DLA_CUDA_ENTRY(cell_backward, CellBackward)

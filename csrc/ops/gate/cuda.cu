@@ -1,5 +1,5 @@
-// Bound by memory: forward reads x and writes out, backward reads grad and x once and writes dx. One
-// launch for a list of features, whose addresses travel as the kernel's arguments.
+// Bound by memory: forward reads x and writes out, backward reads grad and x once and writes dx.
+// One launch for a list of features, whose addresses travel as the kernel's arguments.
 #include "ops/gate/op.h"
 
 #include "common/cuda/map.h"

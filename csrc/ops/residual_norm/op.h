@@ -18,6 +18,11 @@ struct ResidualNormInputs {
   Norm norm;  // batch or running
   double eps;
   int threads;
+  // For CUDA alone: a stream (cudaStream_t), working memory of (2 batch pieces + 3) channels
+  // elements of the compute type, and how many blocks share the pixels of a sample (channels_last).
+  void* stream = nullptr;
+  void* scratch = nullptr;
+  std::int64_t pieces = 1;
 };
 
 struct ResidualNormForward : ResidualNormInputs {
@@ -37,3 +42,5 @@ struct ResidualNormBackward : ResidualNormInputs {
 
 DLA_CPU_ENTRY(residual_norm_forward, ResidualNormForward)
 DLA_CPU_ENTRY(residual_norm_backward, ResidualNormBackward)
+DLA_CUDA_ENTRY(residual_norm_forward, ResidualNormForward)
+DLA_CUDA_ENTRY(residual_norm_backward, ResidualNormBackward)

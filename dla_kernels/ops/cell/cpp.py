@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.cell.reference import CELLS
-from dla_kernels.ops.cpp_common import DTYPES, address
+from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 # CellKind and Activation of csrc/ops/cell/op.h.
@@ -16,13 +16,18 @@ ACTIVATIONS = {"sigmoid": 0, "tanh": 1, "relu": 2, "identity": 3}
 
 
 def forward(
-    y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
+    y: Tensor,
+    state: Tensor,
+    params: Sequence[Tensor],
+    kind: str,
+    activation: str,
+    load: Loader = native.load,
 ) -> Tensor:
     """Arguments and result of ``dla_kernels::cell``."""
     y, state = y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
     out = torch.empty_like(state)
-    module = native.load()
+    module = load()
     module.cell_forward(
         module.CellForward(**_inputs(y, state, params, kind, activation), out=address(out))
     )
@@ -36,13 +41,14 @@ def backward(
     params: Sequence[Tensor],
     kind: str,
     activation: str,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::cell_backward``."""
+    """Arguments and results of ``dla_kernels::cell_backward``; ``scratch`` is for GPUs."""
     grad, y, state = grad.contiguous(), y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
-    grads = [torch.zeros_like(y), torch.zeros_like(state)]  # the kernel adds to these two
-    grads += [torch.empty_like(w) for w in params]
-    module = native.load()
+    grads = [torch.empty_like(t) for t in (y, state, *params)]
+    module = load()
     module.cell_backward(
         module.CellBackward(
             **_inputs(y, state, params, kind, activation),
@@ -50,6 +56,7 @@ def backward(
             grad_y=address(grads[0]),
             grad_state=address(grads[1]),
             grad_params=[address(g) for g in grads[2:]],
+            scratch=address(scratch),
         )
     )
     return grads
@@ -70,5 +77,5 @@ def _inputs(
         "kind": KINDS[kind],
         "activation": ACTIVATIONS[activation],
         "dtype": DTYPES[y.dtype],
-        "threads": torch.get_num_threads(),
+        **execution(y),
     }

@@ -11,7 +11,7 @@ from dla_kernels.ops.common import (
     dense_format,
     empty_features,
 )
-from dla_kernels.ops.cpp_common import DTYPES, NORMS, addresses
+from dla_kernels.ops.cpp_common import DTYPES, NORMS, Loader, addresses, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
@@ -24,8 +24,11 @@ def forward(
     var_in: Tensor | None,
     norm: str,
     eps: float,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
+    pieces: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results of ``dla_kernels::residual_norm``."""
+    """Arguments and results of ``dla_kernels::residual_norm``; the last two are for GPUs."""
     layout = dense_format(x)
     x, shortcut = dense(x, layout), dense(shortcut, layout)
     small = contiguous(weight=weight, bias=bias, mean_in=mean_in, var_in=var_in)
@@ -33,9 +36,12 @@ def forward(
     size = x.shape[1] if norm == "batch" else 0
     mean, var = (x.new_empty(size, dtype=compute_dtype(x.dtype)) for _ in range(2))
     tensors = {"x": x, "shortcut": shortcut, "out": out, "mean": mean, "var": var}
-    module = native.load()
+    tensors |= {"scratch": scratch}
+    module = load()
     module.residual_norm_forward(
-        module.ResidualNormForward(**addresses(tensors | small), **_options(x, layout, norm, eps))
+        module.ResidualNormForward(
+            **addresses(tensors | small), **_options(x, layout, norm, eps, pieces)
+        )
     )
     return out, mean, var
 
@@ -50,24 +56,31 @@ def backward(
     var: Tensor,
     norm: str,
     eps: float,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
+    pieces: int = 1,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::residual_norm_backward``: of x, shortcut, weight and
-    bias."""
+    bias; the last two arguments are for GPUs."""
     layout = dense_format(x)
     grad, x, out = (dense(t, layout) for t in (grad, x, out))
     small = contiguous(weight=weight, bias=bias, mean=mean, var=var)
     dx, dshortcut = empty_features(x), empty_features(x)
     dweight, dbias = (None if w is None else torch.empty_like(w) for w in (weight, bias))
     tensors = {"grad": grad, "x": x, "out": out, "dx": dx, "dshortcut": dshortcut}
-    tensors |= {"dweight": dweight, "dbias": dbias}
-    module = native.load()
+    tensors |= {"dweight": dweight, "dbias": dbias, "scratch": scratch}
+    module = load()
     module.residual_norm_backward(
-        module.ResidualNormBackward(**addresses(tensors | small), **_options(x, layout, norm, eps))
+        module.ResidualNormBackward(
+            **addresses(tensors | small), **_options(x, layout, norm, eps, pieces)
+        )
     )
     return [dx, dshortcut, *(mean.new_empty(0) if dw is None else dw for dw in (dweight, dbias))]
 
 
-def _options(x: Tensor, layout: torch.memory_format, norm: str, eps: float) -> dict[str, object]:
+def _options(
+    x: Tensor, layout: torch.memory_format, norm: str, eps: float, pieces: int
+) -> dict[str, object]:
     """The fields that say what the tensors are and what is computed."""
     batch, channels, height, width = x.shape
     return {
@@ -79,5 +92,6 @@ def _options(x: Tensor, layout: torch.memory_format, norm: str, eps: float) -> d
         "dtype": DTYPES[x.dtype],
         "norm": NORMS[norm],
         "eps": eps,
-        "threads": torch.get_num_threads(),
+        "pieces": pieces,
+        **execution(x),
     }

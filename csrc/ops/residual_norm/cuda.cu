@@ -1,0 +1,242 @@
+// Bound by memory. Forward reads x for its moments (norm batch), then x and the shortcut, and
+// writes out. Backward reads grad, out and x for their sums and writes dshortcut; then it reads
+// dshortcut and x and writes dx. In between a small launch adds up the sums of pieces, in double.
+#include "ops/residual_norm/op.h"
+
+#include <cmath>
+
+#include "common/cuda/map.h"
+
+namespace dla::cuda {
+namespace {
+
+// Of every channel; weight and bias null: 1 and 0.
+template <class A>
+struct ChannelNorm {
+  const A *weight, *bias, *mean, *var;
+  double eps;
+
+  __device__ double rstd(Size c) const { return 1 / std::sqrt(var[c] + eps); }
+  __device__ double scale(Size c) const {
+    return weight == nullptr ? rstd(c) : weight[c] * rstd(c);
+  }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// Mean and centred sum of squares of every piece. The sums are about the plane's first element:
+// about 0 they would lose the digits that a large mean takes.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    moments_kernel(Cut cut, const T* x, Compute<T>* means, Compute<T>* squares) {
+  using A = Compute<T>;
+  const Part<T> part(cut, blockIdx.x);
+  const auto start = [&](int e) { return to_compute(x[part.start_of(e)]); };
+  A starts[kPack<T>];
+#pragma unroll
+  for (int e = 0; e < kPack<T>; ++e) starts[e] = part.width > 0 ? start(e) : A(0);
+  Values<T, 2> sums = {};
+  for_packs<T, 1>(part, {x}, [&](const Place& place, const Values<T, 1>& values) {
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) {
+      const bool exists = e >= place.begin && e < place.end;
+      const A centred = exists ? values[0][e] - starts[e] : A(0);
+      sums[0][e] += centred;
+      sums[1][e] += centred * centred;
+    }
+  });
+  const A pixels =
+      static_cast<A>(pixels_of_piece(cut, blockIdx.x % static_cast<unsigned>(cut.chunks)));
+  finish_sums<T, 2>(cut, part, sums, [&](Size plane, const A(&totals)[2]) {
+    const A mean = totals[0] / pixels, square = totals[1] - totals[0] * mean;
+    means[piece_of(cut, plane)] = mean + start(static_cast<int>(plane - part.plane));
+    squares[piece_of(cut, plane)] = square < A(0) ? A(0) : square;
+  });
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    statistics_kernel(Cut cut, const A* means, const A* squares, A* mean, A* var) {
+  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
+  const double found = add_pieces(cut, [&](Size i, double pixels) { return pixels * means[i]; });
+  const double centre = found / count;
+  const double square = add_pieces(cut, [&](Size i, double pixels) {
+    const double off = means[i] - centre;
+    return squares[i] + pixels * off * off;
+  });
+  if (!writes_channel(cut)) return;
+  mean[piece_channel()] = static_cast<A>(centre);
+  var[piece_channel()] = static_cast<A>(square / count);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    join_kernel(Cut cut, const T* x, const T* shortcut, ChannelNorm<Compute<T>> norm, T* out) {
+  using A = Compute<T>;
+  const Part<T> part(cut, blockIdx.x);
+  A mean[kPack<T>], scale[kPack<T>], bias[kPack<T>];
+  const A eps = static_cast<A>(norm.eps);
+  make_factors(cut, part, mean, [&](Size c) { return norm.mean[c]; });
+  make_factors(cut, part, bias, [&](Size c) { return norm.bias == nullptr ? A(0) : norm.bias[c]; });
+  make_factors(cut, part, scale, [&](Size c) {
+    const A rstd = inverse_sqrt(norm.var[c] + eps);
+    return norm.weight == nullptr ? rstd : norm.weight[c] * rstd;
+  });
+  for_packs<T, 2>(part, {x, shortcut}, [&](const Place& place, const Values<T, 2>& values) {
+    A joined[kPack<T>];
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) {
+      const A sum = (values[0][e] - mean[e]) * scale[e] + (bias[e] + values[1][e]);
+      joined[e] = sum < A(0) ? A(0) : sum;  // NaN stays
+    }
+    store(out, place, joined);
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// The gradient that passes the ReLU; per piece its sums, alone and with the centred x.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    rectify_kernel(Cut cut, const T* grad, const T* out, const T* x, const Compute<T>* mean,
+                   T* dshortcut, Compute<T>* alone, Compute<T>* with_x) {
+  using A = Compute<T>;
+  const Part<T> part(cut, blockIdx.x);
+  A centre[kPack<T>];
+  make_factors(cut, part, centre, [&](Size c) { return mean[c]; });
+  Values<T, 2> sums = {};
+  for_packs<T, 3>(part, {grad, out, x}, [&](const Place& place, const Values<T, 3>& values) {
+    A passed[kPack<T>];
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) {
+      passed[e] = values[1][e] > A(0) ? values[0][e] : A(0);
+      sums[0][e] += passed[e];
+      sums[1][e] += passed[e] * (values[2][e] - centre[e]);
+    }
+    store(dshortcut, place, passed);
+  });
+  finish_sums<T, 2>(cut, part, sums, [&](Size plane, const A(&totals)[2]) {
+    alone[piece_of(cut, plane)] = totals[0];
+    with_x[piece_of(cut, plane)] = totals[1];
+  });
+}
+
+// dx = scale dshortcut + of_x (x - mean) + added, factors of a channel.
+template <class A>
+struct Factors {
+  A *scale, *of_x, *added;
+};
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    factors_kernel(Cut cut, const A* alone, const A* with_x, ChannelNorm<A> norm, bool of_batch,
+                   Factors<A> factors, A* dweight, A* dbias) {
+  const double sum = add_pieces(cut, [&](Size i, double) { return alone[i]; });
+  const double sum_with_x = add_pieces(cut, [&](Size i, double) { return with_x[i]; });
+  if (!writes_channel(cut)) return;
+  const Size c = piece_channel();
+  const double rstd = norm.rstd(c), scale = norm.scale(c);
+  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
+  factors.scale[c] = static_cast<A>(scale);
+  factors.of_x[c] = static_cast<A>(of_batch ? -scale * rstd * rstd * sum_with_x / count : 0);
+  factors.added[c] = static_cast<A>(of_batch ? -scale * sum / count : 0);
+  if (dweight == nullptr) return;
+  dweight[c] = static_cast<A>(rstd * sum_with_x);
+  dbias[c] = static_cast<A>(sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(Cut cut, const T* dshortcut, const T* x, const Compute<T>* mean,
+                    Factors<Compute<T>> factors, T* dx) {
+  using A = Compute<T>;
+  const Part<T> part(cut, blockIdx.x);
+  A centre[kPack<T>], scale[kPack<T>], of_x[kPack<T>], added[kPack<T>];
+  make_factors(cut, part, centre, [&](Size c) { return mean[c]; });
+  make_factors(cut, part, scale, [&](Size c) { return factors.scale[c]; });
+  make_factors(cut, part, of_x, [&](Size c) { return factors.of_x[c]; });
+  make_factors(cut, part, added, [&](Size c) { return factors.added[c]; });
+  for_packs<T, 2>(part, {dshortcut, x}, [&](const Place& place, const Values<T, 2>& values) {
+    A found[kPack<T>];
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e)
+      found[e] = scale[e] * values[0][e] + (of_x[e] * (values[1][e] - centre[e]) + added[e]);
+    store(dx, place, found);
+  });
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <class A>
+ChannelNorm<A> norm_of(const ResidualNormInputs& args, const void* mean, const void* var) {
+  return {static_cast<const A*>(args.weight), static_cast<const A*>(args.bias),
+          static_cast<const A*>(mean), static_cast<const A*>(var), args.eps};
+}
+
+// For passes whose sums are wanted, and for the others.
+template <class T>
+Cut cut_sums(const ResidualNormInputs& args, std::initializer_list<const void*> maps) {
+  return cut_pieces<T>(args.batch, args.channels, args.height * args.width, args.channels_last,
+                       args.pieces, maps);
+}
+
+template <class T>
+Cut cut_maps(const ResidualNormInputs& args, std::initializer_list<const void*> maps) {
+  return cut_map<T>(args.batch, args.channels, args.height * args.width, args.channels_last, false,
+                    maps);
+}
+
+Call call_of(const char* op, const ResidualNormInputs& args) {
+  return {op, args.batch, args.channels, args.height * args.width, args.stream};
+}
+
+}  // namespace
+
+void residual_norm_forward(const ResidualNormForward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Compute<T>;
+    const Call call = call_of("residual_norm", args);
+    const T *x = static_cast<const T*>(args.x), *shortcut = static_cast<const T*>(args.shortcut);
+    auto norm = norm_of<A>(args, args.mean_in, args.var_in);
+    if (args.norm == Norm::batch) {
+      A* means = static_cast<A*>(args.scratch);
+      A* squares = means + args.batch * args.pieces * args.channels;
+      A *mean = static_cast<A*>(args.mean), *var = static_cast<A*>(args.var);
+      const Cut cut = cut_sums<T>(args, {x});
+      launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, x, means, squares);
+      launch(call, statistics_kernel<A>, piece_grid(cut), cut, means, squares, mean, var);
+      norm = norm_of<A>(args, mean, var);
+    }
+    const Cut cut = cut_maps<T>(args, {x, shortcut, args.out});
+    launch(call, join_kernel<T>, {cut.blocks, kThreads}, cut, x, shortcut, norm,
+           static_cast<T*>(args.out));
+  });
+}
+
+void residual_norm_backward(const ResidualNormBackward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Compute<T>;
+    const Call call = call_of("residual_norm_backward", args);
+    const T *grad = static_cast<const T*>(args.grad), *out = static_cast<const T*>(args.out);
+    const T* x = static_cast<const T*>(args.x);
+    const auto norm = norm_of<A>(args, args.mean, args.var);
+    T *dx = static_cast<T*>(args.dx), *dshortcut = static_cast<T*>(args.dshortcut);
+    A* alone = static_cast<A*>(args.scratch);
+    A* with_x = alone + args.batch * args.pieces * args.channels;
+    A* scale = with_x + args.batch * args.pieces * args.channels;
+    const Factors<A> factors{scale, scale + args.channels, scale + 2 * args.channels};
+    const Cut summed = cut_sums<T>(args, {grad, out, x, dshortcut});
+    launch(call, rectify_kernel<T>, {summed.blocks, kThreads}, summed, grad, out, x, norm.mean,
+           dshortcut, alone, with_x);
+    launch(call, factors_kernel<A>, piece_grid(summed), summed, alone, with_x, norm,
+           args.norm == Norm::batch, factors, static_cast<A*>(args.dweight),
+           static_cast<A*>(args.dbias));
+    const Cut cut = cut_maps<T>(args, {dshortcut, x, dx});
+    launch(call, gradient_kernel<T>, {cut.blocks, kThreads}, cut, dshortcut, x, norm.mean, factors,
+           dx);
+  });
+}
+
+}  // namespace dla::cuda
