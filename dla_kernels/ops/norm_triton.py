@@ -77,12 +77,13 @@ def new_moments(x: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
 def fold_moments(means: Tensor, squares: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] from the moments of the chunks of ``plan``."""
     batch, channels, chunks = squares.shape
+    area = plan.sizes["area"]
     mean, var = (squares.new_empty(channels) for _ in range(2))
     launch(
         _fold_moments_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(means, squares, mean, var),
-        *(channels, batch * chunks, chunks, plan.sizes["area"], plan.sizes["CHUNK"]),
+        *(means, squares, mean, var, batch * area, channels),
+        *(batch * chunks, chunks, area, plan.sizes["CHUNK"]),
         **FOLD,
     )
     return mean, var
@@ -113,11 +114,10 @@ def _parts(start, channels, parts, chunks, CHANNELS: tl.constexpr, PARTS: tl.con
 
 @triton.jit
 def _fold_moments_kernel(
-    means, squares, mean, var, channels, parts, chunks, area, chunk_size,
+    means, squares, mean, var, values, channels, parts, chunks, area, chunk_size,
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of a few channels, in two passes over the moments of their chunks."""
-    values = (parts // chunks).to(tl.int64) * area
     total = tl.zeros((CHANNELS, PARTS), tl.float64)
     for start in range(0, parts, PARTS):
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)
