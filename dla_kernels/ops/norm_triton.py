@@ -55,6 +55,19 @@ def channel_norm(mean, var, weight, row, exists, channels, EPS: tl.constexpr):
     return middle[:, None], rstd[:, None], factor[:, None]
 
 
+@triton.jit
+def norm_gradient(passed, deviation, rstd, factor, dweight, dbias, row, exists, channels, count):
+    """Gradient of what was normalised, over ``count`` values per channel, with their own moments.
+
+    passed: of the norm's result. deviation: from the mean. dweight, dbias: [C], sums of ``passed``
+    with and without deviation / standard deviation.
+    """
+    channel = row % channels
+    slope = tl.load(dweight + channel, exists, 0.0)[:, None] / count * rstd
+    level = tl.load(dbias + channel, exists, 0.0)[:, None] / count
+    return factor * (passed - level - deviation * slope)
+
+
 def new_moments(x: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
     """Room for the moments of the chunks of a map: [B, C, chunks] each."""
     squares = new_sums(x, plan)
@@ -64,12 +77,13 @@ def new_moments(x: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
 def fold_moments(means: Tensor, squares: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] from the moments of the chunks of ``plan``."""
     batch, channels, chunks = squares.shape
+    area = plan.sizes["area"]
     mean, var = (squares.new_empty(channels) for _ in range(2))
     launch(
         _fold_moments_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(means, squares, mean, var),
-        *(channels, batch * chunks, chunks, plan.sizes["area"], plan.sizes["CHUNK"]),
+        *(means, squares, mean, var, batch * area, channels),
+        *(batch * chunks, chunks, area, plan.sizes["CHUNK"]),
         **FOLD,
     )
     return mean, var
@@ -100,11 +114,10 @@ def _parts(start, channels, parts, chunks, CHANNELS: tl.constexpr, PARTS: tl.con
 
 @triton.jit
 def _fold_moments_kernel(
-    means, squares, mean, var, channels, parts, chunks, area, chunk_size,
+    means, squares, mean, var, values, channels, parts, chunks, area, chunk_size,
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of a few channels, in two passes over the moments of their chunks."""
-    values = tl.cast(parts // chunks, tl.int64) * area
     total = tl.zeros((CHANNELS, PARTS), tl.float64)
     for start in range(0, parts, PARTS):
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)

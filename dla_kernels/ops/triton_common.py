@@ -67,24 +67,34 @@ class Tiles(NamedTuple):
     sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
 
 
-def tiles(x: Tensor, *, summing: bool = False, size: int = TILE) -> Tiles:
-    """One tile per program; for a kernel that sums over planes, a row of tiles."""
+def tiles(x: Tensor, *, summing: bool = False, size: int = TILE, max_planes: int = TILE) -> Tiles:
+    """One tile per program; for a kernel that sums over planes, a row of tiles.
+
+    size, max_planes: of a tile at most, for kernels that keep many numbers per pixel or plane.
+    """
     batch, channels, height, width = x.shape
-    return _tiles(batch, channels, height * width, dense_format(x), summing, size)
+    area, layout = height * width, dense_format(x)
+    return _tiles(batch, channels, area, layout, summing, size, max_planes)
 
 
 @functools.lru_cache(1024)
 def _tiles(
-    batch: int, channels: int, area: int, layout: torch.memory_format, summing: bool, size: int
+    batch: int,
+    channels: int,
+    area: int,
+    layout: torch.memory_format,
+    summing: bool,
+    size: int,
+    max_planes: int,
 ) -> Tiles:
     channels_last = layout is torch.channels_last
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64)
+        tile_planes = min(triton.next_power_of_2(channels), 64, max_planes)
         tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
         tile_pixels = min(triton.next_power_of_2(area), 512)
-        tile_planes = size // tile_pixels
+        tile_planes = min(size // tile_pixels, max_planes)
     chunk = max(tile_pixels, SUMMED_PIXELS[layout]) if summing else tile_pixels
     chunks = triton.cdiv(area, chunk)
     sizes = {
@@ -171,9 +181,9 @@ def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
     return finish(sums, count)
 
 
-def new_sums(x: Tensor, plan: Tiles) -> Tensor:
-    """Room for what a summing kernel leaves of a map: [B, C, chunks] in the compute dtype."""
-    return x.new_empty((*x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
+def new_sums(x: Tensor, plan: Tiles, *counts: int) -> Tensor:
+    """Room for what a summing kernel leaves of a map: [*counts, B, C, chunks], compute dtype."""
+    return x.new_empty((*counts, *x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
 
 
 def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:

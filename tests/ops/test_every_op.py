@@ -14,11 +14,33 @@ from torch.utils._pytree import tree_map_only
 
 import dla_kernels
 from dla_kernels import use_backend
-from op_cases import EMULATED, backends, device_of, flatten, mapped, op_names, reference, run
+from op_cases import (
+    EMULATED,
+    INTERPRETED,
+    backends,
+    device_of,
+    flatten,
+    mapped,
+    op_names,
+    reference,
+    run,
+)
 from op_samples import NAMES, SMALL, Call, sample
 from tolerances import assert_gradients_close
 
-CASES = [(op, variant, backend) for op, variant in NAMES for backend in backends(op)]
+
+def is_slow(op: str, variant: str, backend: Any) -> bool:
+    """On the interpreter a layer's step, dozens of launches, is tried in its main forms only."""
+    interpreted = INTERPRETED and backend.values == ("triton",)
+    return interpreted and op.endswith("attention") and variant not in ("official", "paper")
+
+
+CASES = [
+    (op, variant, backend)
+    for op, variant in NAMES
+    for backend in backends(op)
+    if not is_slow(op, variant, backend)
+]
 
 
 def each(cases: list[tuple[str, str, Any]]) -> pytest.MarkDecorator:

@@ -11,6 +11,7 @@ from dla_kernels.ops.norm_triton import (
     fold_moments,
     fold_sums,
     new_moments,
+    norm_gradient,
     welford,
 )
 from dla_kernels.ops.triton_common import SMALL_TILE, launch, new_sums, place, tile, tiles
@@ -174,9 +175,9 @@ def _backward_kernel(
     first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
     middle, rstd, factor = channel_norm(mean, var, weight, row, exists, channels, EPS)
-    slope = tl.load(dweight + row % channels, exists, 0.0)[:, None] / count * rstd
-    level = tl.load(dbias + row % channels, exists, 0.0)[:, None] / count
     deviation = tl.load(x + first + offset, inside, 0.0).to(factor.dtype) - middle
-    change = tl.load(passed + first + offset, inside, 0.0).to(factor.dtype) - level
-    found = factor * (change - deviation * slope)
+    arriving = tl.load(passed + first + offset, inside, 0.0).to(factor.dtype)
+    found = norm_gradient(
+        arriving, deviation, rstd, factor, dweight, dbias, row, exists, channels, count
+    )
     tl.store(dx + first + offset, found.to(dx.dtype.element_ty), inside)
