@@ -78,25 +78,29 @@ class Tiles(NamedTuple):
     sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
 
 
-def tiles(x: Tensor, *, summing: bool = False) -> Tiles:
-    """One tile per program; for a kernel that sums over planes, a row of tiles."""
+def tiles(x: Tensor, *, summing: bool = False, tile: int = TILE, chunk: int = 0) -> Tiles:
+    """One tile per program; for a kernel that sums over planes, a row of tiles.
+
+    tile: its elements, at least 512. chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
+    """
     batch, channels, height, width = x.shape
-    return _tiles(batch, channels, height * width, dense_format(x), summing)
+    layout = dense_format(x)
+    chunk = chunk or (SUMMED_PIXELS[layout] if summing else 1)
+    return _tiles(batch, channels, height * width, layout is torch.channels_last, tile, chunk)
 
 
 @functools.lru_cache(1024)
 def _tiles(
-    batch: int, channels: int, area: int, layout: torch.memory_format, summing: bool
+    batch: int, channels: int, area: int, channels_last: bool, tile: int, chunk: int
 ) -> Tiles:
-    channels_last = layout is torch.channels_last
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64)
-        tile_pixels = min(triton.next_power_of_2(area), TILE // tile_planes)
+        tile_planes = min(triton.next_power_of_2(channels), tile // 64)
+        tile_pixels = min(triton.next_power_of_2(area), tile // tile_planes)
     else:
         tile_pixels = min(triton.next_power_of_2(area), 512)
-        tile_planes = TILE // tile_pixels
-    chunk = max(tile_pixels, SUMMED_PIXELS[layout]) if summing else tile_pixels
+        tile_planes = tile // tile_pixels
+    chunk = max(tile_pixels, chunk)
     chunks = triton.cdiv(area, chunk)
     sizes = {
         "planes": planes,
@@ -134,10 +138,18 @@ def place(
         slot: [PLANES], index of its chunk of each plane among all chunks of all planes.
         pixels: how many there are from the beginning of that chunk.
     """
+    return place_of(tl.program_id(0), planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+
+
+@triton.jit
+def place_of(
+    program, planes, area,
+    PLANES: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """`place` for one of several pieces of work of a program."""
     planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
     chunks = tl.cdiv(area, CHUNK)
     blocks = tl.cdiv(planes, PLANES)
-    program = tl.program_id(0)
     chunk = program % chunks
     block = program // chunks
     group = block // blocks
