@@ -95,7 +95,7 @@ def _tiles(
 ) -> Tiles:
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), tile // 64)
+        tile_planes = min(triton.next_power_of_2(channels), 64, tile // 16)
         tile_pixels = min(triton.next_power_of_2(area), tile // tile_planes)
     else:
         tile_pixels = min(triton.next_power_of_2(area), 512)

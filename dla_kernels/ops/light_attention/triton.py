@@ -34,10 +34,11 @@ from dla_kernels.ops.step_formulas import forward_path, gates_of
 from dla_kernels.ops.triton_common import Tiles, finish, launch, plane_sums, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-STENCIL = 2048  # elements of a tile: a thread holds several values for each
+STENCIL = 512  # elements of a tile: a thread holds several values for each
 # Pixels that a program forms g of before it reads what is around them.
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
 PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
+REGISTERS = 128  # of a thread: two programs of eight warps on a processor
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
 FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
 
@@ -240,6 +241,7 @@ def backward(
         *(filters, filters.stride(0), None, scratch, plan.programs, length, size),
         THROUGH_NORM=norm == "batch",
         RESIDUAL=residual,
+        maxnreg=REGISTERS,
         **plan.sizes,
     )
     of_filters = filters.sum((1, 3))
@@ -296,6 +298,7 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
         moments_kernel,
         (plan.programs,),
         *(inputs, gradients, sums, sums.stride(0), size),
+        maxnreg=REGISTERS,
         **plan.sizes,
     )
     (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])

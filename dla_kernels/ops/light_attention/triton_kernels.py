@@ -122,23 +122,26 @@ def features(inputs, first, offset, inside, pixel, channel, exists, size, step):
     """x at the pixels of a tile; and u, p, e there, as many of them as there are."""
     row = pixel // size.width
     column = pixel - row * size.width
-    u = tl.zeros_like(offset).to(inputs.v_weight.dtype.element_ty)
-    x, p, e = u, u, u
-    for tap in tl.static_range(9):
-        at, there = neighbour(tap, offset, inside, row, column, size, step)
-        under_p = u
-        if inputs.prev_weight is not None or inputs.shortcut is not None or (
-            tap == 4 and inputs.p is not None
-        ):
-            under_p = read_p(inputs, first + at, there)
-        under_x = read_x(inputs, first + at, there, channel, exists, under_p)
-        u += per_plane(inputs.v_weight, channel * 9 + tap, exists) * under_x
-        if inputs.prev_weight is not None:
-            e += per_plane(inputs.prev_weight, channel * 9 + tap, exists) * under_p
-        if tap == 4:
-            x = under_x
-            if inputs.p is not None:
-                p = under_p
+    dtype: tl.constexpr = inputs.v_weight.dtype.element_ty
+    u = tl.zeros_like(offset).to(dtype)
+    e = tl.zeros_like(offset).to(dtype)
+    p = tl.zeros_like(offset).to(dtype)
+    # A loop: of nine taps at once the compiler would load everything first, into too many registers.
+    for i in range(3):
+        known = inside & (row + i > 0) & (row + i <= size.height)
+        for j in tl.static_range(3):
+            there = known & (column + j > 0) & (column + j <= size.width)
+            at = first + offset + ((i - 1) * size.width + j - 1) * step
+            if inputs.prev_weight is not None or inputs.shortcut is not None:
+                p = read_p(inputs, at, there)
+            x = read_x(inputs, at, there, channel, exists, p)
+            tap = channel * 9 + 3 * i + j
+            u += per_plane(inputs.v_weight, tap, exists) * x
+            if inputs.prev_weight is not None:
+                e += per_plane(inputs.prev_weight, tap, exists) * p
+    if inputs.p is not None:
+        p = read_p(inputs, first + offset, inside)
+    x = read_x(inputs, first + offset, inside, channel, exists, p)
     if inputs.prev_weight is not None:
         return x, (u, p, e)
     elif inputs.p is not None:
@@ -545,26 +548,25 @@ def gradients_kernel(
                 start - lowest, end, exists, PLANES, length, PLANES, PIXELS, 1, CHANNELS_LAST
             )
             pixel = begin + start + tl.arange(0, PIXELS)[None, :]
-            y, x_pixel = pixel // size.width, pixel % size.width
+            row_of = pixel // size.width
+            column = pixel - row_of * size.width
             p = tl.zeros_like(offset).to(dtype)
             if inputs.p is not None:
                 p = read_p(inputs, first + offset, inside)
             x = read_x(inputs, first + offset, inside, channel, exists, p)
             to_x = tl.zeros_like(x)
-            to_p = tl.zeros_like(x)
-            of_x = ()
-            of_p = ()
-            for tap in tl.static_range(9):
-                # This pixel lies under the tap of the neighbour on the other side.
-                there, known = neighbour(8 - tap, at, inside, y, x_pixel, size, own_step)
-                g = tl.load(scratch + there, known, 0.0)
-                to_x += per_plane(inputs.v_weight, channel * 9 + tap, exists) * g
-                of_x = of_x + (x * g,)
-                if inputs.prev_weight is not None:
-                    to_p += per_plane(inputs.prev_weight, channel * 9 + tap, exists) * g
-                    of_p = of_p + (p * g,)
-                if tap == 4:
-                    to_p += d * g
+            to_p = d * tl.load(scratch + at, inside, 0.0)
+            for i in range(3):
+                around = inside & (row_of + i > 0) & (row_of + i <= size.height)
+                for j in tl.static_range(3):
+                    there = around & (column + j > 0) & (column + j <= size.width)
+                    here = at + ((i - 1) * size.width + j - 1) * own_step
+                    g = tl.load(scratch + here, there, 0.0)
+                    # This pixel lies under the tap on the other side of its neighbour's centre.
+                    tap = channel * 9 + 8 - 3 * i - j
+                    to_x += per_plane(inputs.v_weight, tap, exists) * g
+                    if inputs.prev_weight is not None:
+                        to_p += per_plane(inputs.prev_weight, tap, exists) * g
             to_x = a * to_x + per_plane(dy, row, exists) / area
             if RESIDUAL and gradients.out is not None:
                 to_x += tl.load(gradients.out + first + offset, inside, 0.0).to(dtype)
@@ -576,7 +578,15 @@ def gradients_kernel(
                 if inputs.shortcut is not None:
                     to_p += to_x
                 tl.store(dp + first + offset, to_p.to(dp.dtype.element_ty), inside)
-            found = of_x + of_p
+            found = ()
+            of_p = ()
+            for tap in tl.static_range(9):
+                here, there = neighbour(8 - tap, at, inside, row_of, column, size, own_step)
+                g = tl.load(scratch + here, there, 0.0)
+                found = found + (x * g,)
+                if inputs.prev_weight is not None:
+                    of_p = of_p + (p * g,)
+            found = found + of_p
             if branch_mean is not None:
                 z = tl.load(inputs.x + first + offset, inside, 0.0).to(dtype)
                 to_x = tl.where(inside, to_x, 0.0)
