@@ -23,7 +23,8 @@ from dla_kernels.ops.common import compute_dtype, dense_format
 # TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
 INTERPRETED = triton.knobs.runtime.interpret
 
-TILE, WARPS = 4096, 8  # elements and warps: 16 elements per thread
+# Elements and warps: 16 elements per thread; 8 where a kernel has more maps or sums to keep.
+TILE, SMALL_TILE, WARPS = 4096, 2048, 8
 # Pixels per program of a kernel that sums over planes. Fixed, so that a plane's sum does not depend
 # on the batch that it comes in; few enough that a small batch still makes many programs.
 SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
@@ -78,28 +79,28 @@ class Tiles(NamedTuple):
     sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
 
 
-def tiles(x: Tensor, *, summing: bool = False, tile: int = TILE, chunk: int = 0) -> Tiles:
+def tiles(x: Tensor, *, summing: bool = False, size: int = TILE, chunk: int = 0) -> Tiles:
     """One tile per program; for a kernel that sums over planes, a row of tiles.
 
-    tile: its elements, at least 512. chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
+    size: elements of a tile, at least 512. chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
     """
     batch, channels, height, width = x.shape
     layout = dense_format(x)
     chunk = chunk or (SUMMED_PIXELS[layout] if summing else 1)
-    return _tiles(batch, channels, height * width, layout is torch.channels_last, tile, chunk)
+    return _tiles(batch, channels, height * width, layout is torch.channels_last, size, chunk)
 
 
 @functools.lru_cache(1024)
 def _tiles(
-    batch: int, channels: int, area: int, channels_last: bool, tile: int, chunk: int
+    batch: int, channels: int, area: int, channels_last: bool, size: int, chunk: int
 ) -> Tiles:
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64, tile // 16)
-        tile_pixels = min(triton.next_power_of_2(area), tile // tile_planes)
+        tile_planes = min(triton.next_power_of_2(channels), 64, size // 16)
+        tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
         tile_pixels = min(triton.next_power_of_2(area), 512)
-        tile_planes = tile // tile_pixels
+        tile_planes = size // tile_pixels
     chunk = max(tile_pixels, chunk)
     chunks = triton.cdiv(area, chunk)
     sizes = {

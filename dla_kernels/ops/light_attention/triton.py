@@ -149,7 +149,7 @@ def forward(
         grid = (triton.cdiv(channels, FOLD["CHANNELS"]),)
         launch(statistics_kernel, grid, sums, mixture, mean, var, batch, channels, area, **FOLD)
     out, o = empty_features(x), empty_features(x) if return_o else None
-    plan = tiles(x, tile=STENCIL)
+    plan = tiles(x, size=STENCIL)
     launch(
         output_kernel,
         (plan.programs,),
@@ -230,7 +230,7 @@ def backward(
     dx = empty_features(x)
     dp = empty_features(x) if p is not None and needs_p else None
     dpooled_p = torch.zeros_like(dy) if dpooled_p is None else dpooled_p
-    plan = tiles(x, tile=STENCIL, chunk=GRADIENT_PIXELS[layout])
+    plan = tiles(x, size=STENCIL, chunk=GRADIENT_PIXELS[layout])
     programs, length = _programs(x, plan), _neighbourhood(x, plan)
     filters = state.new_empty(20, batch, channels, plan.chunks)
     scratch = state.new_empty(programs, plan.sizes["PLANES"], length)
@@ -290,7 +290,7 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
     """The numbers of all planes [FIELDS, B, C], see `moments_kernel`."""
     x = inputs.x
     batch, channels, height, width = x.shape
-    plan = tiles(x, summing=True, tile=STENCIL)
+    plan = tiles(x, summing=True, size=STENCIL)
     dtype = compute_dtype(x.dtype)
     sums = x.new_zeros((FIELDS.value, batch, channels, plan.chunks), dtype=dtype)
     size = Size(channels, height, width)
