@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dla_kernels
 from light_cases import SLOTS, cell_params
-from op_cases import case_id, compare, covering, each_backend, random_small
+from op_cases import compare, each_backend, each_case, random_small
 from refusals import assert_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -75,14 +75,16 @@ def check(
     assert outputs[0].dtype == dtype
 
 
-@each_backend("cell")
-@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
+INTERPRETED = {"batch": [1, 20], "channels": [1, 5, 33], "hidden": [1, 20]}
+
+
+@each_case("cell", AXES, interpreted=INTERPRETED)
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
 
 
-@each_backend("cell")
+@each_backend("cell", interpreted=False)
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
     kind=st.sampled_from(AXES["kind"]), activation=st.sampled_from(ACTIVATIONS),
