@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dla_kernels.ops.common import compute_dtype, dense, dense_format, empty_features
 from dla_kernels.ops.differentiate import differentiate
+from dla_kernels.ops.cell import triton as cell
 from dla_kernels.ops.light_attention.reference import scores_of
 from dla_kernels.ops.light_attention.triton_kernels import (
     FIELDS,
@@ -26,12 +27,13 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     X,
     channel_gradients_kernel,
     gradients_kernel,
+    means_kernel,
     moments_kernel,
     output_kernel,
     statistics_kernel,
 )
-from dla_kernels.ops.step_formulas import forward_path, gates_of
-from dla_kernels.ops.triton_common import Tiles, finish, launch, plane_sums, tiles
+from dla_kernels.ops.residual_norm.triton import moments, through_norm
+from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane_sums, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 STENCIL = 512  # elements of a tile: a thread holds several values for each
@@ -45,49 +47,66 @@ FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
 
 @dataclass(frozen=True)
 class _Cell:
-    """How the small part goes from the pooled values to scores, new state and gates."""
+    """The cell's part of a step: the new state, and the gates under it."""
 
-    cell: str
+    kind: str
     activation: str
     gate: str
     context: str
-    head_dim: int
+    params: Sequence[Tensor]
 
     def forward(
-        self,
-        y: Tensor,
-        pooled_p: Tensor | None,
-        state: Tensor,
-        params: Sequence[Tensor],
-        q_weight: Tensor,
-        k_weight: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """a, new state and, with a pooled p, d. Not yet in Triton: formulas of the reference."""
-        attention = scores_of(y, q_weight, k_weight, self.head_dim)
-        new_state = forward_path(y, state, params, self.cell, self.activation)
+        self, y: Tensor, pooled_p: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """New state, and d if there is a pooled p."""
+        if self.kind == "none":
+            return torch.empty_like(state), None
+        new_state = cell.forward(y, state, self.params, self.kind, self.activation)
         if pooled_p is None:
-            return attention, new_state
-        context = new_state, params, self.cell, self.activation, self.gate, self.context
-        return attention, new_state, gates_of(pooled_p[None], *context)[0]
+            return new_state, None
+        context = self._context(new_state)
+        output = cell.forward(pooled_p, context, self.params, self.kind, self.activation)[0]
+        return new_state, torch.sigmoid(output) if self.gate == "sigmoid" else output
 
     def backward(
         self,
-        grads: Sequence[Tensor | None],
+        dd: Tensor,
+        grad_state: Tensor | None,
         y: Tensor,
         pooled_p: Tensor | None,
+        d: Tensor,
         state: Tensor,
-        params: Sequence[Tensor],
-        q_weight: Tensor,
-        k_weight: Tensor,
-    ) -> list[Any]:
-        """Gradients of the arguments of `forward` (a list of them for params)."""
+        new_state: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, list[Tensor]]:
+        """Gradients of y and pooled p (None: zeros), of the state and of the parameters."""
+        dpooled_p, dparams = None, None
+        if pooled_p is not None:
+            grad = torch.zeros_like(new_state)
+            grad[0] = dd * d * (1 - d) if self.gate == "sigmoid" else dd
+            context = self._context(new_state)
+            dpooled_p, dcontext, *dparams = cell.backward(
+                grad, pooled_p, context, self.params, self.kind, self.activation
+            )
+            if self.context == "first_sample":
+                dcontext = torch.cat(
+                    [dcontext.sum(1, keepdim=True), torch.zeros_like(dcontext[:, 1:])], dim=1
+                )
+            grad_state = dcontext if grad_state is None else grad_state + dcontext
+        if grad_state is None or self.kind == "none":
+            zeros = [torch.zeros_like(w) for w in self.params]
+            return None, dpooled_p, torch.zeros_like(state), zeros
+        dy, dstate, *own = cell.backward(
+            grad_state, y, state, self.params, self.kind, self.activation
+        )
+        if dparams is not None:
+            own = torch._foreach_add(own, dparams)
+        return dy, dpooled_p, dstate, list(own)
 
-        def function(y: Tensor, p: Tensor | None, state: Tensor, *rest: Tensor) -> tuple[Any, ...]:
-            return self.forward(y, p, state, rest[:-2], *rest[-2:])
-
-        inputs = [y, pooled_p, state, *params, q_weight, k_weight]
-        found = [_contiguous(t) for t in differentiate(function, inputs, grads)]
-        return [*found[:3], found[3:-2], *found[-2:]]
+    def _context(self, new_state: Tensor) -> Tensor:
+        """What the gates read: of the first sample, all the same (the official defect)."""
+        if self.context == "first_sample":
+            return new_state[:, :1].expand_as(new_state)
+        return new_state
 
 
 def forward(
@@ -109,7 +128,7 @@ def forward(
     branch_mean_in: Tensor | None,
     branch_var_in: Tensor | None,
     drop_scale: Tensor | None,
-    cell: str,
+    kind: str,
     activation: str,
     gate: str,
     context: str,
@@ -127,40 +146,45 @@ def forward(
     x, p = dense(x, layout), dense(p, layout)
     batch, channels, height, width = x.shape
     area = height * width
-    inputs = _inputs(x, p, v_weight, prev_weight, join)
-    empty = state.new_empty(0)
-    gated = p is not None and cell != "none"
+    branch_mean, branch_var = _statistics(x, branch_norm, state)
+    branch = _branch(
+        branch_norm,
+        *(branch_mean_in, branch_var_in) if branch_norm == "running" else (branch_mean, branch_var),
+        *(branch_weight, branch_bias, branch_eps),
+    )
+    inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
+    gated = p is not None and kind != "none"
     if norm == "batch":
         sums = _moments(inputs, Gradients(None, None))
         y = sums[X.value] / area
         pooled_p = sums[P0.value] + sums[P.value] / area if gated else None
     else:
         y, pooled_p = _means(inputs, gated)
-    step = _Cell(cell, activation, gate, context, head_dim)
-    attention, new_state, *gates = step.forward(
-        y, pooled_p, state, cell_params, q_weight, k_weight
-    )
-    rest = (pooled_p, *gates) if gated else (torch.zeros_like(y), torch.ones_like(y))
-    summary = torch.stack([y, rest[0], attention, rest[1]])
+    attention = scores_of(y, q_weight, k_weight, head_dim)
+    step = _Cell(kind, activation, gate, context, cell_params)
+    new_state, d = step.forward(y, pooled_p, state)
+    rest = (pooled_p, attention, d) if gated else (torch.zeros_like(y), attention, torch.ones_like(y))
+    summary = torch.stack([y, *rest])
     mixture = Mixture(summary, lam.contiguous(), batch * channels)
-    mean, var = empty, empty
+    mean, var = state.new_empty(0), state.new_empty(0)
     if norm == "batch":
         mean, var = state.new_empty(channels), state.new_empty(channels)
         grid = (triton.cdiv(channels, FOLD["CHANNELS"]),)
         launch(statistics_kernel, grid, sums, mixture, mean, var, batch, channels, area, **FOLD)
+    used = (mean_in, var_in) if norm == "running" else (mean, var)
     out, o = empty_features(x), empty_features(x) if return_o else None
     plan = tiles(x, size=STENCIL)
     launch(
         output_kernel,
         (plan.programs,),
-        *(inputs, mixture, _norm(norm, mean, var, mean_in, var_in, norm_weight, norm_bias)),
-        *(_contiguous(drop_scale), out, o, Size(channels, height, width)),
+        *(inputs, mixture, _norm(norm, *used, norm_weight, norm_bias), _contiguous(drop_scale)),
+        *(out, o, Size(channels, height, width)),
         EPS=eps,
         RESIDUAL=residual,
         **plan.sizes,
     )
     o = x.new_empty(0) if o is None else o
-    return out, o, new_state.contiguous(), mean, var, empty.clone(), empty.clone(), summary
+    return out, o, new_state, mean, var, branch_mean, branch_var, summary
 
 
 def backward(
@@ -187,7 +211,7 @@ def backward(
     branch_var: Tensor,
     new_state: Tensor,
     summary: Tensor,
-    cell: str,
+    kind: str,
     activation: str,
     gate: str,
     context: str,
@@ -204,32 +228,35 @@ def backward(
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
     batch, channels, height, width = x.shape
-    inputs = _inputs(x, p, v_weight, prev_weight, join)
+    area = height * width
+    branch = _branch(branch_norm, branch_mean, branch_var, branch_weight, branch_bias, branch_eps)
+    inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     arriving = Gradients(grad_out, grad_o)
-    size = Size(channels, height, width)
-    mixture = Mixture(summary.contiguous(), lam.contiguous(), batch * channels)
+    summary = summary.contiguous()
+    mixture = Mixture(summary, lam.contiguous(), batch * channels)
     of_planes, of_channels = state.new_empty(3, batch, channels), state.new_empty(6, channels)
     launch(
         channel_gradients_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(_moments(inputs, arriving), mixture),
-        *(_norm(norm, mean, var, mean, var, norm_weight, norm_bias), _contiguous(drop_scale)),
-        *(of_planes, of_channels, batch, channels, height * width),
+        *(_moments(inputs, arriving), mixture, _norm(norm, mean, var, norm_weight, norm_bias)),
+        *(_contiguous(drop_scale), of_planes, of_channels, batch, channels, area),
         EPS=eps,
         THROUGH_NORM=norm == "batch",
         **FOLD,
     )
+    y, pooled_p, _, d = summary
     da, dd, _ = of_planes
-    gated = p is not None and cell != "none"
-    dy, dpooled_p, dstate, dparams, dq, dk = _Cell(
-        cell, activation, gate, context, head_dim
-    ).backward(
-        [da, grad_state, dd],
-        *(summary[0], summary[1] if gated else None, state, cell_params, q_weight, k_weight),
+    dy, dq, dk = differentiate(
+        lambda *inputs: scores_of(*inputs, head_dim), [y, q_weight, k_weight], [da]
     )
+    gated = p is not None and kind != "none"
+    step = _Cell(kind, activation, gate, context, cell_params)
+    of_cell, dpooled_p, dstate, dparams = step.backward(
+        dd, grad_state, y, pooled_p if gated else None, d, state, new_state
+    )
+    dy = dy if of_cell is None else dy + of_cell
     dx = empty_features(x)
     dp = empty_features(x) if p is not None and needs_p else None
-    dpooled_p = torch.zeros_like(dy) if dpooled_p is None else dpooled_p
     plan = tiles(x, size=STENCIL, chunk=GRADIENT_PIXELS[layout])
     programs, length = _programs(x, plan), _neighbourhood(x, plan)
     filters = state.new_empty(20, batch, channels, plan.chunks)
@@ -237,30 +264,78 @@ def backward(
     launch(
         gradients_kernel,
         (programs,),
-        *(inputs, arriving, mixture, of_planes, of_channels, dy, dpooled_p, dx, dp),
-        *(filters, filters.stride(0), None, scratch, plan.programs, length, size),
+        *(inputs, arriving, mixture, of_planes, of_channels, dy.contiguous(), dpooled_p, dx, dp),
+        *(filters, filters.stride(0), None if branch is None else branch_mean.contiguous()),
+        *(scratch, plan.programs, length, Size(channels, height, width)),
         THROUGH_NORM=norm == "batch",
         RESIDUAL=residual,
+        SCALED=branch_norm == "running",
         maxnreg=REGISTERS,
         **plan.sizes,
     )
     of_filters = filters.sum((1, 3))
-    dlam, dweight, dbias, *_ = of_channels
+    dbranch = None, None
+    if branch is not None:
+        dbranch = of_filters[19] * torch.rsqrt(branch_var + branch_eps), of_filters[18]
+    if branch_norm == "batch":
+        dx = through_norm(dx, x, branch_mean, branch_var, branch_weight, *dbranch, branch_eps)
+    weights = {
+        "q": (q_weight, dq),
+        "k": (k_weight, dk),
+        "v": (v_weight, of_filters[:9].t()),
+        "prev": (prev_weight, of_filters[9:18].t() * lam[:, None]),
+        **dict(zip(("lam", "weight", "bias"), zip((lam, norm_weight, norm_bias), of_channels))),
+        "branch_weight": (branch_weight, dbranch[0]),
+        "branch_bias": (branch_bias, dbranch[1]),
+    }
     dweights = [
-        *(dq, dk, _filters(of_filters[:9])),
-        *(None if prev_weight is None else _filters(of_filters[9:18] * lam), dlam.clone()),
-        *(None if w is None else d.clone() for w, d in ((norm_weight, dweight), (norm_bias, dbias))),
-        *(None, None),
+        None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format).copy_(
+            dw.reshape(w.shape)
+        )
+        for w, dw in weights.values()
     ]
     grads = [dx, dp, dstate, *dweights, *dparams]
     return [state.new_empty(0) if g is None else g for g in grads]
 
 
+class _Branch(NamedTuple):
+    """The norm that a joined x passes first, as a product and a sum: [C]."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def _statistics(x: Tensor, norm: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of x, or nothing if the norm needs none."""
+    return moments(x) if norm == "batch" else (like.new_empty(0), like.new_empty(0))
+
+
+def _branch(
+    norm: str,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> _Branch | None:
+    if norm == "none":
+        return None
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return _Branch(scale, shift if bias is None else shift + bias)
+
+
 def _inputs(
-    x: Tensor, p: Tensor | None, v_weight: Tensor, prev_weight: Tensor | None, join: bool
+    x: Tensor,
+    p: Tensor | None,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    join: bool,
+    branch: _Branch | None,
 ) -> Inputs:
     filters = v_weight.contiguous(), _contiguous(prev_weight)
-    return Inputs(x, p, *filters, None, None, p if join else None)
+    return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -268,22 +343,10 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _norm(
-    norm: str,
-    mean: Tensor,
-    var: Tensor,
-    mean_in: Tensor | None,
-    var_in: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Norm:
-    """The statistics that the norm uses: those of the batch, those given, or none."""
-    used = {"batch": (mean, var), "running": (mean_in, var_in), "none": (None, None)}[norm]
-    return Norm(*(_contiguous(t) for t in (*used, weight, bias)))
-
-
-def _filters(taps: Tensor) -> Tensor:
-    """[C, 1, 3, 3] from [9, C]."""
-    return taps.t().reshape(-1, 1, 3, 3)
+    statistics = (None, None) if norm == "none" else (mean, var)
+    return Norm(*(_contiguous(t) for t in (*statistics, weight, bias)))
 
 
 def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
@@ -307,10 +370,16 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
 
 def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
     """Means [B, C] of x, and of p if that is wanted."""
-    area = inputs.x.shape[2] * inputs.x.shape[3]
-    maps = [inputs.x, inputs.p] if gated else [inputs.x]
-    y, *pooled_p = plane_sums(maps, area)
-    return y, *(pooled_p or [None])
+    x = inputs.x
+    area = x.shape[2] * x.shape[3]
+    if inputs.shortcut is None:
+        y, *pooled_p = plane_sums([x, inputs.p] if gated else [x], area)
+        return y, *(pooled_p or [None])
+    plan = tiles(x, summing=True)
+    sums = new_sums(x, plan), new_sums(x, plan)
+    launch(means_kernel, (plan.programs,), inputs, *sums, x.shape[1], **plan.sizes)
+    y, pooled_p = finish(sums)
+    return y / area, pooled_p / area
 
 
 def _programs(x: Tensor, plan: Tiles) -> int:

@@ -162,6 +162,27 @@ def mixed(mixture, row, channel, exists, values):
     return o
 
 
+@triton.jit
+def means_kernel(
+    inputs, of_x, of_p, channels, planes, area,
+    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Sums of a joined x and of p over one chunk of planes."""
+    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    total_x = tl.zeros((PLANES, PIXELS), of_x.dtype.element_ty)
+    total_p = tl.zeros((PLANES, PIXELS), of_x.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
+        offset, inside = tile(
+            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
+        )
+        p = read_p(inputs, first + offset, inside)
+        total_p += p
+        total_x += read_x(inputs, first + offset, inside, row % channels, exists, p)
+    tl.store(of_x + slot, tl.sum(total_x, axis=1), exists)
+    tl.store(of_p + slot, tl.sum(total_p, axis=1), exists)
+
+
 # --- moments --------------------------------------------------------------------------------------
 
 
@@ -492,7 +513,7 @@ def form_g(
 def gradients_kernel(
     inputs, gradients, mixture, of_planes, of_channels, dy, dpooled_p, dx, dp, filters, stride,
     branch_mean, scratch, programs, length, size,
-    THROUGH_NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    THROUGH_NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
     planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -500,7 +521,9 @@ def gradients_kernel(
     """dx and dp of chunks of planes, and their shares of filters [20, plane, chunk].
 
     These are the correlations of a g with x (9) and of g with p (9); and, where branch_mean is not
-    None, sums of dx and of dx (x before its norm - branch_mean).
+    None, sums of the gradient of the normed branch and of its product with the deviation of the
+    branch from that mean. dx is then that gradient, or with SCALED the one of the branch itself, for
+    a norm with constant statistics.
 
     g is needed around every pixel: a program first forms it for a whole chunk and its neighbourhood,
     in [PLANES, length] elements of scratch memory that are its own. There are only as many programs
@@ -572,9 +595,14 @@ def gradients_kernel(
                 to_x += tl.load(gradients.out + first + offset, inside, 0.0).to(dtype)
             if inputs.shortcut is not None:
                 to_x = tl.where(x <= 0, 0.0, to_x)
-            tl.store(dx + first + offset, to_x.to(dx.dtype.element_ty), inside)
+            passed = to_x
+            if SCALED:
+                passed *= per_plane(inputs.scale, channel, exists)
+            tl.store(dx + first + offset, passed.to(dx.dtype.element_ty), inside)
             if dp is not None:
-                to_p = lam * to_p + per_plane(dpooled_p, row, exists) / area
+                to_p *= lam
+                if dpooled_p is not None:
+                    to_p += per_plane(dpooled_p, row, exists) / area
                 if inputs.shortcut is not None:
                     to_p += to_x
                 tl.store(dp + first + offset, to_p.to(dp.dtype.element_ty), inside)
