@@ -104,13 +104,13 @@ def _fold_moments_kernel(
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of a few channels, in two passes over the moments of their chunks."""
-    values = (parts // chunks).to(tl.int64) * area
+    samples = parts // chunks  # may be a constant
     total = tl.zeros((CHANNELS, PARTS), tl.float64)
     for start in range(0, parts, PARTS):
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)
         count = tl.minimum(area - chunk * chunk_size, chunk_size)
         total += tl.load(means + slot, inside, 0.0) * count
-    middle = tl.sum(total, axis=1) / values
+    middle = tl.sum(total, axis=1) / samples / area
     total = tl.zeros((CHANNELS, PARTS), var.dtype.element_ty)
     for start in range(0, parts, PARTS):
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)
@@ -120,7 +120,7 @@ def _fold_moments_kernel(
         total += tl.where(inside, spread, 0.0)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(mean + channel, middle, channel < channels)
-    tl.store(var + channel, tl.sum(total, axis=1) / values, channel < channels)
+    tl.store(var + channel, tl.sum(total, axis=1) / samples / area, channel < channels)
 
 
 @triton.jit

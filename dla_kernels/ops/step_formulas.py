@@ -43,10 +43,10 @@ def gates_of(
 def filter_channels(y: Tensor, weight: Tensor) -> Tensor:
     """One filter [1, 1, k] along the channels of y [..., C]: queries and keys.
 
-    As a product: a convolution may be computed in TF32 on a GPU, products only if the user says so.
+    Not as a convolution, which GPUs may compute in TF32.
     """
     taps = weight.shape[-1]
-    return pad(y, (taps // 2, taps // 2)).unfold(-1, taps, 1) @ weight.flatten()
+    return (pad(y, (taps // 2, taps // 2)).unfold(-1, taps, 1) * weight.flatten()).sum(-1)
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:

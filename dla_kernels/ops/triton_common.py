@@ -82,7 +82,7 @@ class Tiles(NamedTuple):
 def tiles(x: Tensor, *, summing: bool = False, size: int = TILE, chunk: int = 0) -> Tiles:
     """One tile per program; for a kernel that sums over planes, a row of tiles.
 
-    size: elements of a tile, at least 512. chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
+    size: elements of a tile. chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
     """
     batch, channels, height, width = x.shape
     layout = dense_format(x)
@@ -99,7 +99,7 @@ def _tiles(
         tile_planes = min(triton.next_power_of_2(channels), 64, size // 16)
         tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
-        tile_pixels = min(triton.next_power_of_2(area), 512)
+        tile_pixels = min(triton.next_power_of_2(area), 512, size)
         tile_planes = size // tile_pixels
     chunk = max(tile_pixels, chunk)
     chunks = triton.cdiv(area, chunk)

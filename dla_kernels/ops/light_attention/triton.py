@@ -11,18 +11,24 @@ import torch
 import triton
 from torch import Tensor
 
-from dla_kernels.ops.common import compute_dtype, dense, dense_format, empty_features
-from dla_kernels.ops.differentiate import differentiate
 from dla_kernels.ops.cell import triton as cell
+from dla_kernels.ops.common import (
+    compute_dtype,
+    dense,
+    dense_format,
+    empty_features,
+    without_autocast,
+)
+from dla_kernels.ops.differentiate import differentiate
 from dla_kernels.ops.light_attention.reference import scores_of
 from dla_kernels.ops.light_attention.triton_kernels import (
     FIELDS,
+    P0,
     Gradients,
     Inputs,
     Mixture,
     Norm,
     P,
-    P0,
     Size,
     X,
     channel_gradients_kernel,
@@ -36,11 +42,11 @@ from dla_kernels.ops.residual_norm.triton import moments, through_norm
 from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane_sums, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-STENCIL = 512  # elements of a tile: a thread holds several values for each
+STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
+GRADIENTS, GRADIENTS_WARPS = 256, 4  # of `gradients_kernel`, which needs the most registers
 # Pixels that a program forms g of before it reads what is around them.
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
 PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
-REGISTERS = 128  # of a thread: two programs of eight warps on a processor
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
 FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
 
@@ -160,11 +166,12 @@ def forward(
         pooled_p = sums[P0.value] + sums[P.value] / area if gated else None
     else:
         y, pooled_p = _means(inputs, gated)
-    attention = scores_of(y, q_weight, k_weight, head_dim)
+    with without_autocast(x):
+        attention = scores_of(y, q_weight, k_weight, head_dim)
     step = _Cell(kind, activation, gate, context, cell_params)
     new_state, d = step.forward(y, pooled_p, state)
-    rest = (pooled_p, attention, d) if gated else (torch.zeros_like(y), attention, torch.ones_like(y))
-    summary = torch.stack([y, *rest])
+    pooled_p = torch.zeros_like(y) if pooled_p is None else pooled_p
+    summary = torch.stack([y, pooled_p, attention, torch.ones_like(y) if d is None else d])
     mixture = Mixture(summary, lam.contiguous(), batch * channels)
     mean, var = state.new_empty(0), state.new_empty(0)
     if norm == "batch":
@@ -257,7 +264,7 @@ def backward(
     dy = dy if of_cell is None else dy + of_cell
     dx = empty_features(x)
     dp = empty_features(x) if p is not None and needs_p else None
-    plan = tiles(x, size=STENCIL, chunk=GRADIENT_PIXELS[layout])
+    plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[layout])
     programs, length = _programs(x, plan), _neighbourhood(x, plan)
     filters = state.new_empty(20, batch, channels, plan.chunks)
     scratch = state.new_empty(programs, plan.sizes["PLANES"], length)
@@ -270,8 +277,7 @@ def backward(
         THROUGH_NORM=norm == "batch",
         RESIDUAL=residual,
         SCALED=branch_norm == "running",
-        maxnreg=REGISTERS,
-        **plan.sizes,
+        **{**plan.sizes, "num_warps": GRADIENTS_WARPS},
     )
     of_filters = filters.sum((1, 3))
     dbranch = None, None
@@ -279,23 +285,27 @@ def backward(
         dbranch = of_filters[19] * torch.rsqrt(branch_var + branch_eps), of_filters[18]
     if branch_norm == "batch":
         dx = through_norm(dx, x, branch_mean, branch_var, branch_weight, *dbranch, branch_eps)
-    weights = {
-        "q": (q_weight, dq),
-        "k": (k_weight, dk),
-        "v": (v_weight, of_filters[:9].t()),
-        "prev": (prev_weight, of_filters[9:18].t() * lam[:, None]),
-        **dict(zip(("lam", "weight", "bias"), zip((lam, norm_weight, norm_bias), of_channels))),
-        "branch_weight": (branch_weight, dbranch[0]),
-        "branch_bias": (branch_bias, dbranch[1]),
-    }
+    dlam, dnorm_weight, dnorm_bias, *_ = of_channels
     dweights = [
-        None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format).copy_(
-            dw.reshape(w.shape)
-        )
-        for w, dw in weights.values()
+        _gradient_of(q_weight, dq),
+        _gradient_of(k_weight, dk),
+        _gradient_of(v_weight, of_filters[:9].t()),
+        _gradient_of(prev_weight, of_filters[9:18].t() * lam[:, None]),
+        _gradient_of(lam, dlam),
+        _gradient_of(norm_weight, dnorm_weight),
+        _gradient_of(norm_bias, dnorm_bias),
+        _gradient_of(branch_weight, dbranch[0]),
+        _gradient_of(branch_bias, dbranch[1]),
     ]
     grads = [dx, dp, dstate, *dweights, *dparams]
     return [state.new_empty(0) if g is None else g for g in grads]
+
+
+def _gradient_of(weight: Tensor | None, found: Tensor | None) -> Tensor | None:
+    """A tensor of its own, of the weight's shape; None for a weight that is not there."""
+    if weight is None:
+        return None
+    return weight.new_empty(weight.shape).copy_(found.reshape(weight.shape))
 
 
 class _Branch(NamedTuple):
@@ -342,9 +352,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _norm(
-    norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Norm:
+def _norm(norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Norm:
     statistics = (None, None) if norm == "none" else (mean, var)
     return Norm(*(_contiguous(t) for t in (*statistics, weight, bias)))
 
@@ -361,7 +369,6 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
         moments_kernel,
         (plan.programs,),
         *(inputs, gradients, sums, sums.stride(0), size),
-        maxnreg=REGISTERS,
         **plan.sizes,
     )
     (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])

@@ -2,8 +2,8 @@
 
 With u = DW_v(x) and e = DW_prev(p), both formed wherever they are needed and never stored:
 
-    moments             per plane: sums of x, u, p, e, of their products with each other and with the
-                        gradients that arrive
+    moments             per plane: sums of x, u, p, e, of their products with each other and with
+                        the gradients that arrive
     statistics          mean and variance of o = a u + lam (d p + e) from these
     output              out = [x +] drop_scale * norm(o)
     channel gradients   of norm, lam, a and d, from the moments
@@ -66,9 +66,9 @@ class Norm(NamedTuple):
     bias: Any
 
 
-# Numbers of a plane that `moments_kernel` leaves: sums of x; of u, p, e; of their products with each
-# other; of the gradient of out and its products with u, p, e; likewise of that of o. All u, p and e
-# are less their values at the middle pixel, which come last.
+# Numbers of a plane that `moments_kernel` leaves: sums of x; of u, p, e; of their products with
+# each other; of the gradient of out and its products with u, p, e; likewise of that of o. All u, p
+# and e are less their values at the middle pixel, which come last.
 FIELDS = tl.constexpr(21)
 X, U, P, E, UU, UP, UE, PP, PE, EE, G, GU, GP, GE, D, DU, DP, DE, U0, P0, E0 = (
     tl.constexpr(i) for i in range(FIELDS.value)
@@ -126,7 +126,7 @@ def features(inputs, first, offset, inside, pixel, channel, exists, size, step):
     u = tl.zeros_like(offset).to(dtype)
     e = tl.zeros_like(offset).to(dtype)
     p = tl.zeros_like(offset).to(dtype)
-    # A loop: of nine taps at once the compiler would load everything first, into too many registers.
+    # A loop: of nine taps at once the compiler would load everything first, into many registers.
     for i in range(3):
         known = inside & (row + i > 0) & (row + i <= size.height)
         for j in tl.static_range(3):
@@ -269,9 +269,7 @@ def moments_kernel(
     # All chunks of a plane subtract the same, so that their sums can be added. A value inside the
     # map is close enough to the mean: float32 squares of large numbers would lose the variance.
     middle = area // 2
-    at, known = tile(
-        middle - begin, pixels, exists, planes, area, PLANES, 1, ALIGN, CHANNELS_LAST
-    )
+    at, known = tile(middle - begin, pixels, exists, planes, area, PLANES, 1, ALIGN, CHANNELS_LAST)
     middle = tl.full((1, 1), middle, tl.int32)
     _, centres = features(inputs, first, at, known, middle, channel, exists, size, step)
     of: tl.constexpr = fields(len(centres), gradients)
@@ -311,7 +309,9 @@ def coefficients(mixture, index, channel, inside):
 
 
 @triton.jit
-def mix(sums, of_u: tl.constexpr, of_p: tl.constexpr, of_e: tl.constexpr, index, inside, mixture, k):
+def mix(
+    sums, of_u: tl.constexpr, of_p: tl.constexpr, of_e: tl.constexpr, index, inside, mixture, k
+):
     """The same of o as three fields are of u, p and e."""
     u = of_field(sums, of_u, index, inside, mixture)
     p = of_field(sums, of_p, index, inside, mixture)
@@ -320,7 +320,7 @@ def mix(sums, of_u: tl.constexpr, of_p: tl.constexpr, of_e: tl.constexpr, index,
 
 @triton.jit
 def block(start, batch, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Index in a [B, C], channel and mask, [ROWS, CHANNELS], of samples and a program's channels."""
+    """Index in a [B, C], channel and mask, [ROWS, CHANNELS]: samples, a program's channels."""
     sample = start + tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     return sample * channels + channel, channel, (sample < batch) & (channel < channels)
@@ -353,7 +353,9 @@ def statistics_kernel(
         square += k[2] * mix(sums, UE, PE, EE, index, inside, mixture, k)
         alone = mix(sums, U, P, E, index, inside, mixture, k)
         centred = square - alone * alone / area
-        deviation = mix(sums, U0, P0, E0, index, inside, mixture, k) + alone / area - middle[None, :]
+        deviation = (
+            mix(sums, U0, P0, E0, index, inside, mixture, k) + alone / area - middle[None, :]
+        )
         spread = tl.where(centred > 0, centred, 0.0) + deviation * deviation * area
         total += tl.where(inside, spread, 0.0)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -378,9 +380,9 @@ def channel_gradients_kernel(
 ):  # fmt: skip
     """What follows from the moments of G = dL/dout, for some channels.
 
-    of_planes [3, B, C]: da, dd and the factor of G in g. of_channels [6, C]: gradients of lam and of
-    the norm's weight and bias; mean, slope and level in g = factor G + slope (o - mean) + level [+
-    gradient of o].
+    of_planes [3, B, C]: da, dd and the factor of G in g. of_channels [6, C]: gradients of lam and
+    of the norm's weight and bias; mean, slope and level in g = factor G + slope (o - mean) + level
+    [+ gradient of o].
     """
     line = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = line < channels
@@ -522,12 +524,12 @@ def gradients_kernel(
 
     These are the correlations of a g with x (9) and of g with p (9); and, where branch_mean is not
     None, sums of the gradient of the normed branch and of its product with the deviation of the
-    branch from that mean. dx is then that gradient, or with SCALED the one of the branch itself, for
-    a norm with constant statistics.
+    branch from that mean. dx is then that gradient, or with SCALED the one of the branch itself,
+    for a norm with constant statistics.
 
-    g is needed around every pixel: a program first forms it for a whole chunk and its neighbourhood,
-    in [PLANES, length] elements of scratch memory that are its own. There are only as many programs
-    as run at a time, so all of that stays in the cache.
+    g is needed around every pixel: a program first forms it for a whole chunk and what is around
+    it, in [PLANES, length] elements of scratch memory that are its own. There are only as many
+    programs as run at a time, so all of that stays in the cache.
     """
     dtype: tl.constexpr = of_planes.dtype.element_ty
     step = planes if CHANNELS_LAST else 1
