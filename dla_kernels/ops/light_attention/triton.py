@@ -386,7 +386,7 @@ def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
     sums = new_sums(x, plan), new_sums(x, plan)
     launch(means_kernel, (plan.programs,), inputs, *sums, x.shape[1], **plan.sizes)
     y, pooled_p = finish(sums)
-    return y / area, pooled_p / area
+    return y / area, pooled_p / area if gated else None
 
 
 def _programs(x: Tensor, plan: Tiles) -> int:
