@@ -161,7 +161,8 @@ def test_any_combination(backend: str, case: dict[str, Any]) -> None:
 def test_planes_cut_in_pieces(backend: str, layout: str, form: dict[str, Any]) -> None:
     """Sums of several programs of a GPU, and pixels whose neighbours are another program's."""
     layouts = {"x_layout": layout, "p_layout": layout, "grad_layout": layout}
-    check(backend, Case(shape=(1, 2, 11, 400), head_dim=2, **layouts, **form))
+    width = 400 if layout == "nchw" else 60
+    check(backend, Case(shape=(1, 2, 11, width), head_dim=2, **layouts, **form))
 
 
 # What the layers really ask for, over all shapes, dtypes and (mixed) layouts.
