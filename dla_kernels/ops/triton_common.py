@@ -67,14 +67,19 @@ class Tiles(NamedTuple):
     sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
 
 
-def tiles(x: Tensor, *, summing: bool = False, size: int = TILE, max_planes: int = TILE) -> Tiles:
+def tiles(
+    x: Tensor, *, summing: bool = False, size: int = TILE, max_planes: int = TILE, chunk: int = 0
+) -> Tiles:
     """One tile per program; for a kernel that sums over planes, a row of tiles.
 
     size, max_planes: of a tile at most, for kernels that keep many numbers per pixel or plane.
+    chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
     """
     batch, channels, height, width = x.shape
-    area, layout = height * width, dense_format(x)
-    return _tiles(batch, channels, area, layout, summing, size, max_planes)
+    layout = dense_format(x)
+    chunk = chunk or (SUMMED_PIXELS[layout] if summing else 1)
+    last = layout is torch.channels_last
+    return _tiles(batch, channels, height * width, last, size, max_planes, chunk)
 
 
 @functools.lru_cache(1024)
@@ -82,20 +87,19 @@ def _tiles(
     batch: int,
     channels: int,
     area: int,
-    layout: torch.memory_format,
-    summing: bool,
+    channels_last: bool,
     size: int,
     max_planes: int,
+    chunk: int,
 ) -> Tiles:
-    channels_last = layout is torch.channels_last
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64, max_planes)
+        tile_planes = min(triton.next_power_of_2(channels), 64, size // 16, max_planes)
         tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
-        tile_pixels = min(triton.next_power_of_2(area), 512)
+        tile_pixels = min(triton.next_power_of_2(area), 512, size)
         tile_planes = min(size // tile_pixels, max_planes)
-    chunk = max(tile_pixels, SUMMED_PIXELS[layout]) if summing else tile_pixels
+    chunk = max(tile_pixels, chunk)
     chunks = triton.cdiv(area, chunk)
     sizes = {
         "planes": planes,
@@ -133,10 +137,18 @@ def place(
         slot: [PLANES], index of its chunk of each plane among all chunks of all planes.
         pixels: how many there are from the beginning of that chunk.
     """
+    return place_of(tl.program_id(0), planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+
+
+@triton.jit
+def place_of(
+    program, planes, area,
+    PLANES: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """`place` for one of several pieces of work of a program."""
     planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
     chunks = tl.cdiv(area, CHUNK)
     blocks = tl.cdiv(planes, PLANES)
-    program = tl.program_id(0)
     chunk = program % chunks
     block = program // chunks
     group = block // blocks

@@ -68,12 +68,13 @@ def needs(compiled: Any) -> dict[str, Any]:
 
 
 def kernels(module: ModuleType) -> set[str]:
-    """Names of the module's own functions for launching: ``..._kernel``, by convention."""
+    """Names of the functions of the op for launching: ``..._kernel``, by convention."""
+    package = f"{module.__package__}."
     functions = {name: getattr(value, "fn", None) for name, value in vars(module).items()}
     return {
         name
         for name, function in functions.items()
-        if function and function.__module__ == module.__name__ and name.endswith("_kernel")
+        if function and function.__module__.startswith(package) and name.endswith("_kernel")
     }
 
 

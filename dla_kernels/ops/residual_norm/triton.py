@@ -71,7 +71,7 @@ def backward(
     bias."""
     layout = dense_format(x)
     grad, x, out = (dense(t, layout) for t in (grad, x, out))
-    small = contiguous(mean=mean, var=var, weight=weight).values()
+    small = [*contiguous(mean=mean, var=var, weight=weight).values()]
     dx, dshortcut = empty_features(x), empty_features(x)
     channels, running = x.shape[1], norm == "running"
     plan = tiles(x, summing=True, size=SMALL_TILE)
@@ -84,16 +84,37 @@ def backward(
     )
     dweight, dbias = fold_sums(sums)
     if not running:
-        plan = tiles(x, size=SMALL_TILE)
-        launch(
-            _backward_kernel,
-            (plan.programs,),
-            *(dshortcut, x, *small, dweight, dbias, dx, channels, x.numel() // channels, eps),
-            **plan.sizes,
-        )
+        through_norm(dshortcut, x, *small, dweight, dbias, eps, out=dx)
     if weight is None:
         dweight, dbias = mean.new_empty(0), mean.new_empty(0)
     return [dx, dshortcut, dweight, dbias]
+
+
+def through_norm(
+    passed: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of x, given that of its norm with the statistics of the batch, and the sums [C] that
+    are the gradients of the norm's weight and bias. All maps are dense and of one format.
+    """
+    dx = empty_features(x) if out is None else out
+    channels, plan = x.shape[1], tiles(x, size=SMALL_TILE)
+    small = contiguous(mean=mean, var=var, weight=weight, dweight=dweight, dbias=dbias).values()
+    launch(
+        _backward_kernel,
+        (plan.programs,),
+        *(passed, x, *small, dx, channels, x.numel() // channels, eps),
+        **plan.sizes,
+    )
+    return dx
 
 
 @triton.jit
