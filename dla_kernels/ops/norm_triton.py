@@ -123,7 +123,7 @@ def _fold_moments_kernel(
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)
         count = tl.minimum(area - chunk * chunk_size, chunk_size)
         total += tl.load(means + slot, inside, 0.0) * count
-    middle = tl.sum(total, axis=1) / samples / area
+    middle = tl.sum(total, axis=1) / values
     total = tl.zeros((CHANNELS, PARTS), var.dtype.element_ty)
     for start in range(0, parts, PARTS):
         slot, inside, chunk = _parts(start, channels, parts, chunks, CHANNELS, PARTS)
@@ -133,7 +133,7 @@ def _fold_moments_kernel(
         total += tl.where(inside, spread, 0.0)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(mean + channel, middle, channel < channels)
-    tl.store(var + channel, tl.sum(total, axis=1) / samples / area, channel < channels)
+    tl.store(var + channel, tl.sum(total, axis=1) / values, channel < channels)
 
 
 @triton.jit

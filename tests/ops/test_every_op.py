@@ -28,7 +28,7 @@ from op_cases import (
 from op_samples import NAMES, SMALL, Call, sample
 from tolerances import assert_gradients_close
 
-# On Triton's interpreter a layer step, dozens of launches, takes seconds: there one of its variants.
+# On Triton's interpreter a layer step, dozens of launches, takes seconds: there one variant of it.
 SLOW = {"light_attention": "whole_block", "base_attention": "official"}
 
 
