@@ -43,6 +43,7 @@ from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
+REGISTERS = 128  # per thread of `moments_kernel`; with a limit, ptxas does not spill to be below it
 GRADIENTS, GRADIENTS_WARPS = 256, 4  # of `gradients_kernel`, which needs the most registers
 # Pixels that a program forms g of before it reads what is around them.
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
@@ -369,6 +370,7 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
         moments_kernel,
         (plan.programs,),
         *(inputs, gradients, sums, sums.stride(0), size),
+        maxnreg=REGISTERS,
         **plan.sizes,
     )
     (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])
@@ -382,7 +384,7 @@ def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
     if inputs.shortcut is None:
         y, *pooled_p = plane_sums([x, inputs.p] if gated else [x], area)
         return y, *(pooled_p or [None])
-    plan = tiles(x, summing=True)
+    plan = tiles(x, summing=True, size=STENCIL)
     sums = new_sums(x, plan), new_sums(x, plan)
     launch(means_kernel, (plan.programs,), inputs, *sums, x.shape[1], **plan.sizes)
     y, pooled_p = finish(sums)
