@@ -71,6 +71,15 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
   }
 }
 
+// Calls body(row, vector, mask of the lanes within the map) for a strip.
+template <class Place, class Body>
+inline void for_strip_vectors(const Place& place, const Body& body) {
+  const auto& grid = place.grid;
+  const auto channels = grid.channel_mask(place.group);
+  for (int64_t row = place.strip.first; row < place.strip.last; ++row)
+    for (int64_t k = 0; k < grid.vectors; ++k) body(row, k, channels & grid.columns[3 * k + 1]);
+}
+
 // Calls body with a constant that says whether the strides along a row are known to the compiler.
 template <class A, class Body>
 void with_strides(const Grid<A>& grid, const Body& body) {
