@@ -3,6 +3,7 @@ them the small part, on tensors [B, C]."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,6 +51,8 @@ GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
 PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
 FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
+
+_contiguous = functools.partial(dense, layout=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -347,10 +350,6 @@ def _inputs(
 ) -> Inputs:
     filters = v_weight.contiguous(), _contiguous(prev_weight)
     return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _norm(norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Norm:
