@@ -20,20 +20,25 @@ from dla_kernels.ops.base_attention.reference import attend, value_weights
 from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features, without_autocast
 from dla_kernels.ops.differentiate import Recorded
 from dla_kernels.ops.norm_triton import (
-    channel_norm,
+    Ending,
     chunk_moments,
+    ending,
+    finished,
     fold_moments,
     fold_sums,
     new_moments,
     norm_gradient,
+    normed,
     welford,
 )
 from dla_kernels.ops.triton_common import (
     SMALL_TILE,
     finish,
     launch,
+    neighbour,
     new_sums,
     padded,
+    per_plane,
     place,
     plane_sums,
     tile,
@@ -65,14 +70,13 @@ class Mix(NamedTuple):
     width: int
 
 
-class Branch(NamedTuple):
-    """What lies between o and the sum with x. The first four are None where there is no norm."""
+class Size(NamedTuple):
+    """Of a map."""
 
-    mean: Tensor | None
-    var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    drop_scale: Tensor | None
+    batch: int
+    channels: int
+    height: int
+    width: int
 
 
 def forward(
@@ -116,7 +120,7 @@ def forward(
         weights = value_weights(scores, gates, head_dim)
 
     mix = _mix(x, values, v_weight, weights)
-    branch = _branch(norm, mean_in, var_in, norm_weight, norm_bias, drop_scale)
+    end = ending(norm, mean_in, var_in, norm_weight, norm_bias, drop_scale)
     options = {"EPS": eps, "RELU": relu, "RESIDUAL": residual, **REGISTERS}
     plan = tiles(x, summing=True, **LIMITS)
     out, v, sums_v = empty_features(x), None, None
@@ -127,13 +131,13 @@ def forward(
     o, moments = None, None
     if norm == "batch":
         o, moments = torch.empty_like(x, dtype=y.dtype), new_moments(x, plan)
-    tensors = mix, branch, v, sums_v, o, moments, out
+    tensors = mix, end, v, sums_v, o, moments, out
     launch(_mix_kernel, (plan.programs,), *tensors, **options, **plan.sizes)
     mean, var = y.new_empty(0), y.new_empty(0)
     if norm == "batch":
         mean, var = fold_moments(*moments, plan)
         plan = tiles(x, size=SMALL_TILE)
-        tensors = x, o, branch._replace(mean=mean, var=var), out, mix.channels
+        tensors = x, o, end._replace(mean=mean, var=var), out, mix.channels
         launch(_output_kernel, (plan.programs,), *tensors, **options, **plan.sizes)
 
     own_mean = y.new_empty(0)
@@ -205,9 +209,9 @@ def backward(
     dnorm = [torch.zeros_like(w) for w in (norm_weight, norm_bias) if w is not None]
     if grad_out is not None:
         mix = _mix(x, values, v_weight, weights)
-        branch = _branch(norm, mean, var, norm_weight, norm_bias, drop_scale)
-        g, dweights, *sums = _mix_backward(grad_out, mix, branch, norm, eps, relu)
-        dnorm = sums if branch.weight is not None else dnorm
+        end = ending(norm, mean, var, norm_weight, norm_bias, drop_scale)
+        g, dweights, *sums = _mix_backward(grad_out, mix, end, norm, eps, relu)
+        dnorm = sums if end.weight is not None else dnorm
         terms.append((g, weights[-1]))
     dv = _weighted_sum(terms) if terms else None
 
@@ -230,20 +234,8 @@ def _mix(x: Tensor, values: Sequence[Tensor], v_weight: Tensor, weights: Tensor)
     return Mix(*tensors, channels, batch * channels, height, width)
 
 
-def _branch(
-    norm: str,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    drop_scale: Tensor | None,
-) -> Branch:
-    of_norm = (None,) * 4 if norm == "none" else (mean, var, weight, bias)
-    return Branch(**contiguous(**Branch(*of_norm, drop_scale)._asdict()))
-
-
 def _mix_backward(
-    grad: Tensor, mix: Mix, branch: Branch, norm: str, eps: float, relu: bool
+    grad: Tensor, mix: Mix, end: Ending, norm: str, eps: float, relu: bool
 ) -> list[Tensor]:
     """Gradients of o and of the weights of the values; with a norm, of its weight and bias."""
     plan = tiles(grad, summing=True, **LIMITS)
@@ -251,11 +243,11 @@ def _mix_backward(
     sums = None if norm == "none" else (new_sums(grad, plan), new_sums(grad, plan))
     dnorm: Sequence[Tensor] = ()
     if norm == "batch":
-        launch(_norm_sums_kernel, (plan.programs,), grad, mix, branch, sums, **options)
+        launch(_norm_sums_kernel, (plan.programs,), grad, mix, end, sums, **options)
         dnorm, sums = tuple(fold_sums(sums)), None
     g, products = empty_features(grad), new_sums(grad, plan, mix.count + 1)
     count = grad.numel() // mix.channels
-    tensors = grad, mix, branch, dnorm or None, count, g, products, sums
+    tensors = grad, mix, end, dnorm or None, count, g, products, sums
     options["WEIGHTS"] = triton.next_power_of_2(mix.count + 1)
     launch(_mix_backward_kernel, (plan.programs,), *tensors, **options)
     if sums is not None:
@@ -290,16 +282,8 @@ def _value_backward(
     small = contiguous(dmean_v=dmean_v, dy=dy, v_weight=v_weight).values()
     tensors = dv, x, grad, *small, dx, sums
     options = REGISTERS | plan.sizes
-    launch(_value_backward_kernel, (plan.programs,), *tensors, TAPS, *x.shape, **options)
+    launch(_value_backward_kernel, (plan.programs,), *tensors, TAPS, Size(*x.shape), **options)
     return dx, torch.stack(fold_sums(sums.unbind(0)), dim=1).view(v_weight.shape)
-
-
-@triton.jit
-def neighbour(offset, inside, pixel, height, width, stride, down, right):
-    """Offsets and mask of the pixels so many lines further down and columns further right."""
-    line, column = pixel // width + down, pixel % width + right
-    there = inside & (line >= 0) & (line < height) & (column >= 0) & (column < width)
-    return offset + (down * width + right) * stride, there
 
 
 @triton.jit
@@ -311,7 +295,7 @@ def weighted_sum(
     total = tl.zeros((PLANES, PIXELS), weights.dtype.element_ty)
     for t in tl.static_range(len(maps)):
         if t < count:
-            factor = tl.load(weights + t * rows + row, exists, 0.0)[:, None]
+            factor = per_plane(weights, tl.cast(rows, tl.int64) * t + row, exists)
             total += factor * tl.load(maps[t] + first + offset, inside, 0.0).to(total.dtype)
     return total
 
@@ -325,60 +309,26 @@ def mixture(
     dtype = mix.weights.dtype.element_ty
     filters = mix.v_weight + row % mix.channels * mix.taps
     own = tl.zeros((PLANES, PIXELS), dtype)
-    stride = planes if CHANNELS_LAST else 1
+    step = planes if CHANNELS_LAST else 1
     for tap in range(mix.taps):
-        offset_there, there = neighbour(
-            offset, inside, pixel, mix.height, mix.width, stride, tap // 3 - 1, tap % 3 - 1
-        )
-        near = tl.load(mix.x + first + offset_there, there, 0.0).to(dtype)
-        own += tl.load(filters + tap, exists, 0.0)[:, None] * near
+        near, there = neighbour(offset, inside, pixel, tap // 3 - 1, tap % 3 - 1, mix, step)
+        x = tl.load(mix.x + first + near, there, 0.0).to(dtype)
+        own += per_plane(filters, tap, exists) * x
     o = weighted_sum(
         mix.maps, mix.count, mix.weights, mix.rows, first, row, exists, offset, inside,
         PLANES, PIXELS,
     )  # fmt: skip
-    factor = tl.load(mix.weights + mix.count * mix.rows + row, exists, 0.0)[:, None]
+    factor = per_plane(mix.weights, tl.cast(mix.rows, tl.int64) * mix.count + row, exists)
     return o + factor * own, own
 
 
 @triton.jit
-def normed(o, branch, row, exists, channels, EPS: tl.constexpr):
-    """norm(o), o less the mean, and per plane 1 / deviation and the norm's factor."""
-    if branch.mean is None:
-        result, deviation, rstd, factor = o, o, None, None
-    else:
-        middle, rstd, factor = channel_norm(
-            branch.mean, branch.var, branch.weight, row, exists, channels, EPS
-        )
-        deviation = o - middle
-        result = deviation * factor
-        if branch.bias is not None:
-            result += tl.load(branch.bias + row % channels, exists, 0.0)[:, None]
-    return result, deviation, rstd, factor
-
-
-@triton.jit
-def finished(
-    o, branch, x, row, exists, channels,
-    EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """out of one tile."""
-    total, _, _, _ = normed(o, branch, row, exists, channels, EPS)
-    if RELU:
-        total = tl.where(total < 0, 0.0, total)  # NaN stays NaN, as in torch.relu
-    if branch.drop_scale is not None:
-        total *= tl.load(branch.drop_scale + row // channels, exists, 0.0)[:, None]
-    if RESIDUAL:
-        total += x.to(total.dtype)
-    return total
-
-
-@triton.jit
-def unfinished(grad, o, branch, row, exists, channels, EPS: tl.constexpr, RELU: tl.constexpr):
+def unfinished(grad, o, end, row, exists, channels, EPS: tl.constexpr, RELU: tl.constexpr):
     """Gradient of norm(o) for that of out; and what `normed` returns beside norm(o)."""
-    result, deviation, rstd, factor = normed(o, branch, row, exists, channels, EPS)
+    result, deviation, rstd, factor = normed(o, end, row, exists, channels, EPS)
     grad = grad.to(o.dtype)
-    if branch.drop_scale is not None:
-        grad *= tl.load(branch.drop_scale + row // channels, exists, 0.0)[:, None]
+    if end.drop_scale is not None:
+        grad *= per_plane(end.drop_scale, row // channels, exists)
     if RELU:
         grad = tl.where(result > 0, grad, 0.0)
     return grad, deviation, rstd, factor
@@ -386,7 +336,7 @@ def unfinished(grad, o, branch, row, exists, channels, EPS: tl.constexpr, RELU: 
 
 @triton.jit
 def _mix_kernel(
-    mix, branch, v, sums_v, o, moments, out, planes, area,
+    mix, end, v, sums_v, o, moments, out, planes, area,
     EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -414,9 +364,7 @@ def _mix_kernel(
             mean, squares = welford(mean, squares, sum_of_values, inside, start // PIXELS + 1)
         else:
             x = tl.load(mix.x + first + offset, inside, 0.0)
-            result = finished(
-                sum_of_values, branch, x, row, exists, mix.channels, EPS, RELU, RESIDUAL
-            )
+            result = finished(sum_of_values, end, x, row, exists, mix.channels, EPS, RELU, RESIDUAL)
             tl.store(out + first + offset, result.to(out.dtype.element_ty), inside)
     if sums_v is not None:
         tl.store(sums_v + slot, tl.sum(total, axis=1), exists)
@@ -428,7 +376,7 @@ def _mix_kernel(
 
 @triton.jit
 def _output_kernel(
-    x, o, branch, out, channels, planes, area,
+    x, o, end, out, channels, planes, area,
     EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -438,13 +386,13 @@ def _output_kernel(
     offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
     value = tl.load(o + first + offset, inside, 0.0)
     given = tl.load(x + first + offset, inside, 0.0)
-    result = finished(value, branch, given, row, exists, channels, EPS, RELU, RESIDUAL)
+    result = finished(value, end, given, row, exists, channels, EPS, RELU, RESIDUAL)
     tl.store(out + first + offset, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _norm_sums_kernel(
-    grad, mix, branch, sums, planes, area, EPS: tl.constexpr, RELU: tl.constexpr,
+    grad, mix, end, sums, planes, area, EPS: tl.constexpr, RELU: tl.constexpr,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
@@ -461,9 +409,7 @@ def _norm_sums_kernel(
             mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
         )
         given = tl.load(grad + first + offset, inside, 0.0)
-        passed, deviation, rstd, _ = unfinished(
-            given, o, branch, row, exists, mix.channels, EPS, RELU
-        )
+        passed, deviation, rstd, _ = unfinished(given, o, end, row, exists, mix.channels, EPS, RELU)
         dweight += passed * deviation * rstd
         dbias += passed
     tl.store(sums[0] + slot, tl.sum(dweight, axis=1), exists)
@@ -472,7 +418,7 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _mix_backward_kernel(
-    grad, mix, branch, dnorm, values, g, products, sums, planes, area, WEIGHTS: tl.constexpr,
+    grad, mix, end, dnorm, values, g, products, sums, planes, area, WEIGHTS: tl.constexpr,
     EPS: tl.constexpr, RELU: tl.constexpr,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -498,7 +444,7 @@ def _mix_backward_kernel(
         )
         given = tl.load(grad + first + offset, inside, 0.0)
         change, deviation, rstd, factor = unfinished(
-            given, o, branch, row, exists, mix.channels, EPS, RELU
+            given, o, end, row, exists, mix.channels, EPS, RELU
         )
         if sums is not None:
             dweight += change * deviation * rstd
@@ -517,7 +463,7 @@ def _mix_backward_kernel(
                 value = tl.load(mix.maps[t] + first + offset, inside, 0.0).to(dtype)
                 found += tl.where(number == t, tl.sum(change * value, axis=1)[:, None], 0.0)
         found += tl.where(number == mix.count, tl.sum(change * own, axis=1)[:, None], 0.0)
-    slots = mix.rows * tl.cdiv(area, CHUNK)
+    slots = tl.cast(mix.rows, tl.int64) * tl.cdiv(area, CHUNK)
     wanted = exists[:, None] & (number <= mix.count)
     tl.store(products + number * slots + slot[:, None], found, wanted)
     if sums is not None:
@@ -542,20 +488,19 @@ def _weighted_sum_kernel(
 
 @triton.jit
 def _value_backward_kernel(
-    dv, x, grad, dmean_v, dy, v_weight, dx, sums, taps, batch, channels, height, width,
-    planes, area,
+    dv, x, grad, dmean_v, dy, v_weight, dx, sums, taps, size, planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk of planes, and what it adds to the gradients of their filters."""
     first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     dtype = v_weight.dtype.element_ty
-    filters = v_weight + row % channels * taps
+    filters = v_weight + row % size.channels * taps
     level = tl.load(dy + row, exists, 0.0) / area
     level_v = tl.zeros((PLANES,), dtype)
     if dmean_v is not None:
         level_v += tl.load(dmean_v + row, exists, 0.0) / area
-    stride = planes if CHANNELS_LAST else 1
+    step = planes if CHANNELS_LAST else 1
     number = tl.arange(0, 16)[None, :]
     found = tl.zeros((PLANES, 16), dtype)
     for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
@@ -569,15 +514,13 @@ def _value_backward_kernel(
             total += tl.load(grad + first + offset, inside, 0.0).to(dtype)
         for tap in range(taps):
             # A pixel adds to the value on the other side of it.
-            offset_there, there = neighbour(
-                offset, inside, pixel, height, width, stride, 1 - tap // 3, 1 - tap % 3
-            )
+            near, there = neighbour(offset, inside, pixel, 1 - tap // 3, 1 - tap % 3, size, step)
             change = tl.where(there, level_v[:, None], 0.0)
             if dv is not None:
-                change += tl.load(dv + first + offset_there, there, 0.0).to(dtype)
-            total += tl.load(filters + tap, exists, 0.0)[:, None] * change
+                change += tl.load(dv + first + near, there, 0.0).to(dtype)
+            total += per_plane(filters, tap, exists) * change
             found += tl.where(number == tap, tl.sum(own * change, axis=1)[:, None], 0.0)
         tl.store(dx + first + offset, total.to(dx.dtype.element_ty), inside)
-    slots = batch * channels * tl.cdiv(area, CHUNK)
+    slots = tl.cast(size.batch, tl.int64) * size.channels * tl.cdiv(area, CHUNK)
     wanted = exists[:, None] & (number < taps)
     tl.store(sums + number * slots + slot[:, None], found, wanted)

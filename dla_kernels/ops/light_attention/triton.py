@@ -3,9 +3,7 @@ them the small part, on tensors [B, C]."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from dla_kernels.ops.cell import triton as cell
 from dla_kernels.ops.common import (
     compute_dtype,
+    contiguous,
     dense,
     dense_format,
     empty_features,
@@ -28,8 +27,9 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     Gradients,
     Inputs,
     Mixture,
-    Norm,
+    Moments,
     P,
+    Rule,
     Size,
     X,
     channel_gradients_kernel,
@@ -39,24 +39,24 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     output_kernel,
     statistics_kernel,
 )
+from dla_kernels.ops.norm_triton import ending
 from dla_kernels.ops.residual_norm.triton import moments, through_norm
+from dla_kernels.ops.step_formulas import context_of
 from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane_sums, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
-REGISTERS = 128  # per thread of `moments_kernel`; with a limit, ptxas does not spill to be below it
 GRADIENTS, GRADIENTS_WARPS = 256, 4  # of `gradients_kernel`, which needs the most registers
+# Per thread; with a limit, ptxas does not spill to get below it.
+REGISTERS, GRADIENTS_REGISTERS = 128, 255
 # Pixels that a program forms g of before it reads what is around them.
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
 PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
 FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
 
-_contiguous = functools.partial(dense, layout=torch.contiguous_format)
 
-
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     """The cell's part of a step: the new state, and the gates under it."""
 
     kind: str
@@ -74,7 +74,7 @@ class _Cell:
         new_state = cell.forward(y, state, self.params, self.kind, self.activation)
         if pooled_p is None:
             return new_state, None
-        context = self._context(new_state)
+        context = context_of(new_state, self.context)
         output = cell.forward(pooled_p, context, self.params, self.kind, self.activation)[0]
         return new_state, torch.sigmoid(output) if self.gate == "sigmoid" else output
 
@@ -89,34 +89,24 @@ class _Cell:
         new_state: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, Tensor, list[Tensor]]:
         """Gradients of y and pooled p (None: zeros), of the state and of the parameters."""
-        dpooled_p, dparams = None, None
+        dpooled_p, dparams = None, [torch.zeros_like(w) for w in self.params]
         if pooled_p is not None:
             grad = torch.zeros_like(new_state)
             grad[0] = dd * d * (1 - d) if self.gate == "sigmoid" else dd
-            context = self._context(new_state)
+            context = context_of(new_state, self.context)
             dpooled_p, dcontext, *dparams = cell.backward(
                 grad, pooled_p, context, self.params, self.kind, self.activation
             )
             if self.context == "first_sample":
-                dcontext = torch.cat(
-                    [dcontext.sum(1, keepdim=True), torch.zeros_like(dcontext[:, 1:])], dim=1
-                )
+                of_all = dcontext.sum(1)
+                dcontext.zero_()[:, 0] = of_all
             grad_state = dcontext if grad_state is None else grad_state + dcontext
         if grad_state is None or self.kind == "none":
-            zeros = [torch.zeros_like(w) for w in self.params]
-            return None, dpooled_p, torch.zeros_like(state), zeros
-        dy, dstate, *own = cell.backward(
+            return None, dpooled_p, torch.zeros_like(state), dparams
+        dy, dstate, *of_y = cell.backward(
             grad_state, y, state, self.params, self.kind, self.activation
         )
-        if dparams is not None:
-            own = torch._foreach_add(own, dparams)
-        return dy, dpooled_p, dstate, list(own)
-
-    def _context(self, new_state: Tensor) -> Tensor:
-        """What the gates read: of the first sample, all the same (the official defect)."""
-        if self.context == "first_sample":
-            return new_state[:, :1].expand_as(new_state)
-        return new_state
+        return dy, dpooled_p, dstate, list(torch._foreach_add(of_y, dparams))
 
 
 def forward(
@@ -165,9 +155,9 @@ def forward(
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     gated = p is not None and kind != "none"
     if norm == "batch":
-        sums = _moments(inputs, Gradients(None, None))
-        y = sums[X.value] / area
-        pooled_p = sums[P0.value] + sums[P.value] / area if gated else None
+        found = _moments(inputs, Gradients(None, None))
+        y = found.sums[X.value] / area
+        pooled_p = found.sums[P0.value] + found.sums[P.value] / area if gated else None
     else:
         y, pooled_p = _means(inputs, gated)
     with without_autocast(x):
@@ -176,20 +166,24 @@ def forward(
     new_state, d = step.forward(y, pooled_p, state)
     pooled_p = torch.zeros_like(y) if pooled_p is None else pooled_p
     summary = torch.stack([y, pooled_p, attention, torch.ones_like(y) if d is None else d])
-    mixture = Mixture(summary, lam.contiguous(), batch * channels)
+    mixture = Mixture(*summary[2:], lam.contiguous())
     mean, var = state.new_empty(0), state.new_empty(0)
     if norm == "batch":
         mean, var = state.new_empty(channels), state.new_empty(channels)
-        grid = (triton.cdiv(channels, FOLD["CHANNELS"]),)
-        launch(statistics_kernel, grid, sums, mixture, mean, var, batch, channels, area, **FOLD)
+        launch(
+            statistics_kernel,
+            (triton.cdiv(channels, FOLD["CHANNELS"]),),
+            *(found, mixture, mean, var, batch, channels, area),
+            **FOLD,
+        )
     used = (mean_in, var_in) if norm == "running" else (mean, var)
     out, o = empty_features(x), empty_features(x) if return_o else None
     plan = tiles(x, size=STENCIL)
     launch(
         output_kernel,
         (plan.programs,),
-        *(inputs, mixture, _norm(norm, *used, norm_weight, norm_bias), _contiguous(drop_scale)),
-        *(out, o, Size(channels, height, width)),
+        *(inputs, mixture, ending(norm, *used, norm_weight, norm_bias, drop_scale), out, o),
+        Size(channels, height, width),
         EPS=eps,
         RESIDUAL=residual,
         **plan.sizes,
@@ -243,20 +237,22 @@ def backward(
     branch = _branch(branch_norm, branch_mean, branch_var, branch_weight, branch_bias, branch_eps)
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     arriving = Gradients(grad_out, grad_o)
-    summary = summary.contiguous()
-    mixture = Mixture(summary, lam.contiguous(), batch * channels)
+    y, pooled_p, a, d = summary.contiguous()
+    mixture = Mixture(a, d, lam.contiguous())
     of_planes, of_channels = state.new_empty(3, batch, channels), state.new_empty(6, channels)
     launch(
         channel_gradients_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(_moments(inputs, arriving), mixture, _norm(norm, mean, var, norm_weight, norm_bias)),
-        *(_contiguous(drop_scale), of_planes, of_channels, batch, channels, area),
+        *(_moments(inputs, arriving), mixture),
+        *(ending(norm, mean, var, norm_weight, norm_bias, drop_scale), of_planes, of_channels),
+        *(batch, channels, area),
         EPS=eps,
         THROUGH_NORM=norm == "batch",
         **FOLD,
     )
-    y, pooled_p, _, d = summary
-    da, dd, _ = of_planes
+    da, dd, factor = of_planes
+    dlam, dnorm_weight, dnorm_bias, *rule = of_channels
+    rule = Rule(factor, *rule) if norm == "batch" else Rule(factor, None, None, None)
     dy, dq, dk = differentiate(
         lambda *inputs: scores_of(*inputs, head_dim), [y, q_weight, k_weight], [da]
     )
@@ -275,12 +271,12 @@ def backward(
     launch(
         gradients_kernel,
         (programs,),
-        *(inputs, arriving, mixture, of_planes, of_channels, dy.contiguous(), dpooled_p, dx, dp),
+        *(inputs, arriving, mixture, rule, dy.contiguous(), dpooled_p, dx, dp),
         *(filters, filters.stride(0), None if branch is None else branch_mean.contiguous()),
         *(scratch, plan.programs, length, Size(channels, height, width)),
-        THROUGH_NORM=norm == "batch",
         RESIDUAL=residual,
         SCALED=branch_norm == "running",
+        maxnreg=GRADIENTS_REGISTERS,
         **{**plan.sizes, "num_warps": GRADIENTS_WARPS},
     )
     of_filters = filters.sum((1, 3))
@@ -288,8 +284,8 @@ def backward(
     if branch is not None:
         dbranch = of_filters[19] * torch.rsqrt(branch_var + branch_eps), of_filters[18]
     if branch_norm == "batch":
-        dx = through_norm(dx, x, branch_mean, branch_var, branch_weight, *dbranch, branch_eps)
-    dlam, dnorm_weight, dnorm_bias, *_ = of_channels
+        statistics = branch_mean, branch_var, branch_weight
+        through_norm(dx, x, *statistics, *dbranch, branch_eps, out=dx)
     dweights = [
         _gradient_of(q_weight, dq),
         _gradient_of(k_weight, dk),
@@ -348,17 +344,12 @@ def _inputs(
     join: bool,
     branch: _Branch | None,
 ) -> Inputs:
-    filters = v_weight.contiguous(), _contiguous(prev_weight)
+    filters = contiguous(v_weight=v_weight, prev_weight=prev_weight).values()
     return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
 
 
-def _norm(norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Norm:
-    statistics = (None, None) if norm == "none" else (mean, var)
-    return Norm(*(_contiguous(t) for t in (*statistics, weight, bias)))
-
-
-def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
-    """The numbers of all planes [FIELDS, B, C], see `moments_kernel`."""
+def _moments(inputs: Inputs, gradients: Gradients) -> Moments:
+    """The numbers of all planes."""
     x = inputs.x
     batch, channels, height, width = x.shape
     plan = tiles(x, summing=True, size=STENCIL)
@@ -373,7 +364,7 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
         **plan.sizes,
     )
     (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])
-    return sums.view(FIELDS.value, batch, channels)
+    return Moments(sums.view(FIELDS.value, batch, channels), batch * channels)
 
 
 def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
