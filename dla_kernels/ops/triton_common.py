@@ -184,17 +184,6 @@ def per_plane(values, index, exists):
     return tl.load(values + index, exists, 0.0)[:, None]
 
 
-@triton.jit
-def neighbour(offset, inside, pixel, down, right, size, step):
-    """Offsets and mask of the pixels so many lines further down and columns further right.
-
-    pixel: within the map. size: has its height and width. step: offset from pixel to pixel.
-    """
-    line, column = pixel // size.width + down, pixel % size.width + right
-    there = inside & (line >= 0) & (line < size.height) & (column >= 0) & (column < size.width)
-    return offset + (down * size.width + right) * step, there
-
-
 def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
     """Plane sums, over ``count``, of dense maps [B, C, H, W] of one shape, dtype and format.
 

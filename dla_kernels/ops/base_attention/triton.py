@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dla_kernels.ops._registration import flatten, sizes_of, unflatten
 from dla_kernels.ops.base_attention.reference import attend, value_weights
-from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features, without_autocast
+from dla_kernels.ops.common import dense, dense_format, empty_features, without_autocast
 from dla_kernels.ops.differentiate import Recorded
 from dla_kernels.ops.norm_triton import (
     Ending,
@@ -31,11 +31,11 @@ from dla_kernels.ops.norm_triton import (
     normed,
     welford,
 )
+from dla_kernels.ops.stencil_triton import added, filtered, store_sums, through_filter, zeros
 from dla_kernels.ops.triton_common import (
     SMALL_TILE,
     finish,
     launch,
-    neighbour,
     new_sums,
     padded,
     per_plane,
@@ -50,9 +50,8 @@ from dla_kernels.ops.triton_common import unsupported as unsupported
 # have a sum for every value, or for every coefficient of a filter.
 LIMITS = {"size": 1024, "max_planes": 32}
 REGISTERS = {"maxnreg": 128}  # per thread: with a limit, ptxas does not spill to get below it
-# Coefficients of a filter; an argument of the kernels, lest the compiler unroll the loop over them:
-# loads of all at once would need too many registers.
-TAPS = 9
+TAPS = tl.constexpr(9)  # of a filter
+STENCIL = 512  # elements of a tile of the kernel that sums for each tap
 
 
 class Mix(NamedTuple):
@@ -60,7 +59,6 @@ class Mix(NamedTuple):
 
     x: Tensor
     v_weight: Tensor
-    taps: int
     maps: tuple[Tensor, ...]  # values of the earlier layers, padded
     count: int  # of these
     weights: Tensor  # [count + 1, B, C]; the last is that of the layer's own value
@@ -213,13 +211,15 @@ def backward(
         g, dweights, *sums = _mix_backward(grad_out, mix, end, norm, eps, relu)
         dnorm = sums if end.weight is not None else dnorm
         terms.append((g, weights[-1]))
-    dv = _weighted_sum(terms) if terms else None
+    level = torch.zeros_like(pooled_x)
+    if grad_pooled is not None and gated == "projections":
+        level = grad_pooled / (x.shape[2] * x.shape[3])
+    dv = _value_gradient(x, terms, level)
 
     dy, *dsmall = step.gradients([dweights, grad_state, grad_keys, grad_gates])
-    dmean_v = grad_pooled
-    if gated == "features" and grad_pooled is not None:
-        dy, dmean_v = dy + grad_pooled, None
-    dx, dfilter = _value_backward(dv, dmean_v, x, grad_out if residual else None, dy, v_weight)
+    if grad_pooled is not None and gated == "features":
+        dy = dy + grad_pooled
+    dx, dfilter = _value_backward(dv, x, grad_out if residual else None, dy, v_weight)
     if not needs_values or grad_out is None:
         g, weights = x.new_empty(0), state.new_empty(0)
     dsmall = [t.clone(memory_format=torch.contiguous_format) for t in dsmall]
@@ -230,7 +230,7 @@ def backward(
 def _mix(x: Tensor, values: Sequence[Tensor], v_weight: Tensor, weights: Tensor) -> Mix:
     batch, channels, height, width = x.shape
     maps = [dense(value, dense_format(x)) for value in values] or [x]
-    tensors = x, v_weight.contiguous(), TAPS, padded(maps), len(values), weights.contiguous()
+    tensors = x, v_weight.contiguous(), padded(maps), len(values), weights.contiguous()
     return Mix(*tensors, channels, batch * channels, height, width)
 
 
@@ -256,33 +256,26 @@ def _mix_backward(
     return [g, dweights.view(mix.weights.shape), *dnorm]
 
 
-def _weighted_sum(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """sum_t w_t m_t of maps [B, C, H, W], dense in one format, and weights [B, C]."""
-    maps = [g for g, _ in terms]
-    weights = torch.stack([w for _, w in terms])
-    out = empty_features(maps[0])
-    plan = tiles(out)
-    tensors = padded(maps), len(maps), weights, weights[0].numel(), out
-    launch(_weighted_sum_kernel, (plan.programs,), *tensors, **plan.sizes)
-    return out
+def _value_gradient(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], level: Tensor) -> Tensor:
+    """dv = level + sum_t w_t m_t of maps like x and weights [B, C]; level is [B, C]."""
+    maps, dv = [m for m, _ in terms], empty_features(x)
+    weights = torch.stack([*(w for _, w in terms), level])
+    plan = tiles(x)
+    tensors = padded(maps or [x]), len(maps), weights, level.numel(), dv
+    launch(_value_gradient_kernel, (plan.programs,), *tensors, **plan.sizes)
+    return dv
 
 
 def _value_backward(
-    dv: Tensor | None,
-    dmean_v: Tensor | None,
-    x: Tensor,
-    grad: Tensor | None,
-    dy: Tensor,
-    v_weight: Tensor,
+    dv: Tensor, x: Tensor, grad: Tensor | None, dy: Tensor, v_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and v_weight for those of v, its mean, the sum with x, and the mean of x."""
+    """Gradients of x and v_weight for those of v, of the sum with x, and of the mean of x."""
     dx = empty_features(x)
-    plan = tiles(x, summing=True, **LIMITS)
-    sums = new_sums(x, plan, TAPS)
-    small = contiguous(dmean_v=dmean_v, dy=dy, v_weight=v_weight).values()
-    tensors = dv, x, grad, *small, dx, sums
+    plan = tiles(x, summing=True, size=STENCIL)
+    sums = new_sums(x, plan, TAPS.value)
+    tensors = dv, x, grad, dy.contiguous(), v_weight.contiguous(), dx, sums
     options = REGISTERS | plan.sizes
-    launch(_value_backward_kernel, (plan.programs,), *tensors, TAPS, Size(*x.shape), **options)
+    launch(_value_backward_kernel, (plan.programs,), *tensors, Size(*x.shape), **options)
     return dx, torch.stack(fold_sums(sums.unbind(0)), dim=1).view(v_weight.shape)
 
 
@@ -306,14 +299,8 @@ def mixture(
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """o and the layer's own value, of one tile."""
-    dtype = mix.weights.dtype.element_ty
-    filters = mix.v_weight + row % mix.channels * mix.taps
-    own = tl.zeros((PLANES, PIXELS), dtype)
-    step = planes if CHANNELS_LAST else 1
-    for tap in range(mix.taps):
-        near, there = neighbour(offset, inside, pixel, tap // 3 - 1, tap % 3 - 1, mix, step)
-        x = tl.load(mix.x + first + near, there, 0.0).to(dtype)
-        own += per_plane(filters, tap, exists) * x
+    channel, step = row % mix.channels, planes if CHANNELS_LAST else 1
+    own = filtered(mix.x + first, mix.v_weight, offset, inside, pixel, channel, exists, mix, step)
     o = weighted_sum(
         mix.maps, mix.count, mix.weights, mix.rows, first, row, exists, offset, inside,
         PLANES, PIXELS,
@@ -472,55 +459,47 @@ def _mix_backward_kernel(
 
 
 @triton.jit
-def _weighted_sum_kernel(
-    maps, count, weights, rows, out, planes, area,
+def _value_gradient_kernel(
+    maps, count, weights, rows, dv, planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the sum."""
+    """One tile of dv. weights: [count + 1, B, C]; the last is that of 1."""
     first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
     total = weighted_sum(
         maps, count, weights, rows, first, row, exists, offset, inside, PLANES, PIXELS
     )
-    tl.store(out + first + offset, total.to(out.dtype.element_ty), inside)
+    total += per_plane(weights, tl.cast(rows, tl.int64) * count + row, exists)
+    tl.store(dv + first + offset, total.to(dv.dtype.element_ty), inside)
 
 
 @triton.jit
 def _value_backward_kernel(
-    dv, x, grad, dmean_v, dy, v_weight, dx, sums, taps, size, planes, area,
+    dv, x, grad, dy, v_weight, dx, sums, size, planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk of planes, and what it adds to the gradients of their filters."""
     first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
     dtype = v_weight.dtype.element_ty
-    filters = v_weight + row % size.channels * taps
-    level = tl.load(dy + row, exists, 0.0) / area
-    level_v = tl.zeros((PLANES,), dtype)
-    if dmean_v is not None:
-        level_v += tl.load(dmean_v + row, exists, 0.0) / area
+    level = per_plane(dy, row, exists) / area
     step = planes if CHANNELS_LAST else 1
-    number = tl.arange(0, 16)[None, :]
-    found = tl.zeros((PLANES, 16), dtype)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
+    totals = zeros(TAPS, PLANES, PIXELS, dtype)
+    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
         offset, inside = tile(
             start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
         )
         pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
         own = tl.load(x + first + offset, inside, 0.0).to(dtype)
-        total = tl.zeros((PLANES, PIXELS), dtype) + level[:, None]
+        total, terms = through_filter(
+            dv + first, v_weight, own, offset, inside, pixel, row % size.channels, exists, size,
+            step,
+        )  # fmt: skip
+        totals = added(totals, terms)
+        total += level
         if grad is not None:
             total += tl.load(grad + first + offset, inside, 0.0).to(dtype)
-        for tap in range(taps):
-            # A pixel adds to the value on the other side of it.
-            near, there = neighbour(offset, inside, pixel, 1 - tap // 3, 1 - tap % 3, size, step)
-            change = tl.where(there, level_v[:, None], 0.0)
-            if dv is not None:
-                change += tl.load(dv + first + near, there, 0.0).to(dtype)
-            total += per_plane(filters, tap, exists) * change
-            found += tl.where(number == tap, tl.sum(own * change, axis=1)[:, None], 0.0)
         tl.store(dx + first + offset, total.to(dx.dtype.element_ty), inside)
-    slots = tl.cast(size.batch, tl.int64) * size.channels * tl.cdiv(area, CHUNK)
-    wanted = exists[:, None] & (number < taps)
-    tl.store(sums + number * slots + slot[:, None], found, wanted)
+    stride = tl.cast(size.batch, tl.int64) * size.channels * tl.cdiv(area, CHUNK)
+    store_sums(totals, sums, stride, slot, exists)

@@ -266,31 +266,32 @@ def backward(
     dp = empty_features(x) if p is not None and needs_p else None
     plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[layout])
     programs, length = _programs(x, plan), _neighbourhood(x, plan)
-    filters = state.new_empty(20, batch, channels, plan.chunks)
+    parts = [9, 0 if prev_weight is None else 9, 0 if branch is None else 2]
+    shares = state.new_empty(sum(parts), batch, channels, plan.chunks)
     scratch = state.new_empty(programs, plan.sizes["PLANES"], length)
     launch(
         gradients_kernel,
         (programs,),
         *(inputs, arriving, mixture, rule, dy.contiguous(), dpooled_p, dx, dp),
-        *(filters, filters.stride(0), None if branch is None else branch_mean.contiguous()),
+        *(shares, shares.stride(0), None if branch is None else branch_mean.contiguous()),
         *(scratch, plan.programs, length, Size(channels, height, width)),
         RESIDUAL=residual,
         SCALED=branch_norm == "running",
         maxnreg=GRADIENTS_REGISTERS,
         **{**plan.sizes, "num_warps": GRADIENTS_WARPS},
     )
-    of_filters = filters.sum((1, 3))
+    dv_weight, dprev_weight, of_branch = shares.sum((1, 3)).split(parts)
     dbranch = None, None
     if branch is not None:
-        dbranch = of_filters[19] * torch.rsqrt(branch_var + branch_eps), of_filters[18]
+        dbranch = of_branch[1] * torch.rsqrt(branch_var + branch_eps), of_branch[0]
     if branch_norm == "batch":
         statistics = branch_mean, branch_var, branch_weight
         through_norm(dx, x, *statistics, *dbranch, branch_eps, out=dx)
     dweights = [
         _gradient_of(q_weight, dq),
         _gradient_of(k_weight, dk),
-        _gradient_of(v_weight, of_filters[:9].t()),
-        _gradient_of(prev_weight, of_filters[9:18].t() * lam[:, None]),
+        _gradient_of(v_weight, dv_weight.t()),
+        _gradient_of(prev_weight, dprev_weight.t()),
         _gradient_of(lam, dlam),
         _gradient_of(norm_weight, dnorm_weight),
         _gradient_of(norm_bias, dnorm_bias),

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from dla_kernels.ops.norm_triton import finished
-from dla_kernels.ops.triton_common import neighbour, per_plane, place, place_of, tile
+from dla_kernels.ops.stencil_triton import added, neighbour, store_sums, through_filter, zeros
+from dla_kernels.ops.triton_common import per_plane, place, place_of, tile
 
 
 class Inputs(NamedTuple):
@@ -221,24 +222,6 @@ def deviations(values, centres, inside):
     found = ()
     for i in tl.static_range(len(values)):
         found = found + (tl.where(inside, values[i] - centres[i], 0.0),)
-    return found
-
-
-@triton.jit
-def zeros(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, dtype: tl.constexpr):
-    """A tuple of tiles."""
-    found = ()
-    for _ in tl.static_range(count):
-        found = found + (tl.zeros((rows, columns), dtype),)
-    return found
-
-
-@triton.jit
-def added(totals, values):
-    """Sums of two tuples, member by member."""
-    found = ()
-    for i in tl.static_range(len(totals)):
-        found = found + (totals[i] + values[i],)
     return found
 
 
@@ -482,41 +465,19 @@ def form_g(
 
 
 @triton.jit
-def through_filters(inputs, x, p, g, offset, inside, pixel, channel, exists, size, step):
-    """What the filters take back from g to a tile of x and of p; and their own gradients' terms.
-
-    g: where it begins; ``offset`` and ``step`` are those of its pixels. No prev_weight: 0 for p.
-    """
-    to_x = tl.zeros_like(x)
-    to_p = tl.zeros_like(x)
-    with_x = ()
-    with_p = ()
-    for tap in tl.static_range(9):
-        # Of the neighbour on the other side, this pixel lies under the tap.
-        near, there = neighbour(offset, inside, pixel, 1 - tap // 3, 1 - tap % 3, size, step)
-        g_near = tl.load(g + near, there, 0.0)
-        to_x += per_plane(inputs.v_weight, channel * 9 + tap, exists) * g_near
-        with_x = with_x + (x * g_near,)
-        if inputs.prev_weight is not None:
-            to_p += per_plane(inputs.prev_weight, channel * 9 + tap, exists) * g_near
-            with_p = with_p + (p * g_near,)
-    return to_x, to_p, with_x + with_p
-
-
-@triton.jit
 def gradients_kernel(
-    inputs, gradients, mixture, rule, dy, dpooled_p, dx, dp, filters, stride, branch_mean,
+    inputs, gradients, mixture, rule, dy, dpooled_p, dx, dp, shares, stride, branch_mean,
     scratch, programs, length, size, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
     planes, area,
     PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """dx and dp of chunks of planes, and their shares of filters [20, plane, chunk].
+    """dx and dp of chunks of planes, and their shares [., plane, chunk] of gradients of weights.
 
-    These are the correlations of a g with x (9) and of g with p (9); and, where branch_mean is not
-    None, sums of the gradient of the normed branch and of its product with the deviation of the
-    branch from that mean. dx is then that gradient, or with SCALED the one of the branch itself,
-    for a norm with constant statistics.
+    These are of v_weight (9) and prev_weight (9), as far as they are there; and, where branch_mean
+    is not None, sums of the gradient of the normed branch and of its product with the deviation of
+    the branch from that mean. dx is then that gradient, or with SCALED the one of the branch
+    itself, for a norm with constant statistics.
 
     g is needed around every pixel: a program first forms it for a whole chunk and what is around
     it, in [PLANES, length] elements of scratch memory that are its own. There are only as many
@@ -551,9 +512,10 @@ def gradients_kernel(
             )  # fmt: skip
             tl.store(scratch + at, g, inside)
         tl.debug_barrier()  # all of g is there
-        filtered: tl.constexpr = 9 if inputs.prev_weight is None else 18
-        sums: tl.constexpr = filtered if branch_mean is None else filtered + 2
-        totals = zeros(sums, PLANES, PIXELS, dtype)
+        a = per_plane(mixture.a, row, exists)
+        lam = per_plane(mixture.lam, channel, exists)
+        taps: tl.constexpr = 9 if inputs.prev_weight is None else 18
+        totals = zeros(taps if branch_mean is None else taps + 2, PLANES, PIXELS, dtype)
         for start in range(0, count, PIXELS):
             offset, inside = tile(
                 start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
@@ -566,17 +528,24 @@ def gradients_kernel(
             if inputs.p is not None:
                 p = read_p(inputs, first + offset, inside)
             x = read_x(inputs, first + offset, inside, channel, exists, p)
-            to_x, to_p, found = through_filters(
-                inputs, x, p, scratch, at, inside, pixel, channel, exists, size, own_step
+            to_x, found = through_filter(
+                scratch, inputs.v_weight, a * x, at, inside, pixel, channel, exists, size, own_step
             )
-            to_x = per_plane(mixture.a, row, exists) * to_x + per_plane(dy, row, exists) / area
+            to_p = tl.zeros_like(x)
+            if inputs.prev_weight is not None:
+                to_p, with_p = through_filter(
+                    scratch, inputs.prev_weight, lam * p, at, inside, pixel, channel, exists, size,
+                    own_step,
+                )  # fmt: skip
+                found = found + with_p
+            to_x = a * to_x + per_plane(dy, row, exists) / area
             if RESIDUAL and gradients.out is not None:
                 to_x += tl.load(gradients.out + first + offset, inside, 0.0).to(dtype)
             if inputs.shortcut is not None:
                 to_x = tl.where(x <= 0, 0.0, to_x)
             if dp is not None:
                 to_p += per_plane(mixture.d, row, exists) * tl.load(scratch + at, inside, 0.0)
-                to_p *= per_plane(mixture.lam, channel, exists)
+                to_p *= lam
                 if dpooled_p is not None:
                     to_p += per_plane(dpooled_p, row, exists) / area
                 if inputs.shortcut is not None:
@@ -590,10 +559,4 @@ def gradients_kernel(
             if SCALED:
                 to_x *= per_plane(inputs.scale, channel, exists)
             tl.store(dx + first + offset, to_x.to(dx.dtype.element_ty), inside)
-        a = tl.load(mixture.a + row, exists, 0.0)
-        for i in tl.static_range(sums):
-            value = tl.sum(totals[i], axis=1)
-            if i < 9:
-                value *= a
-            field = i if i < filtered else 18 + i - filtered
-            tl.store(filters + tl.cast(stride, tl.int64) * field + slot, value, exists)
+        store_sums(totals, shares, stride, slot, exists)
