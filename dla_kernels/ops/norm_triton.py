@@ -32,11 +32,11 @@ def welford(mean, squares, value, inside, number):
 
 
 @triton.jit
-def chunk_moments(mean, squares, pixels, PIXELS: tl.constexpr, CHUNK: tl.constexpr):
+def chunk_moments(mean, squares, pixels, cut):
     """Moments [PLANES] of a chunk from those of its tiles' elements [PLANES, PIXELS]."""
-    pixel = tl.arange(0, PIXELS)[None, :]
-    count = tl.minimum(pixels, CHUNK)
-    counts = tl.cdiv(count - pixel, PIXELS).to(mean.dtype)
+    pixel = tl.arange(0, cut.PIXELS)[None, :]
+    count = tl.minimum(pixels, cut.CHUNK)
+    counts = tl.cdiv(count - pixel, cut.PIXELS).to(mean.dtype)
     first = tl.sum(tl.where(pixel == 0, mean, 0.0), axis=1)
     shifted = mean - first[:, None]
     middle = tl.sum(shifted * counts, axis=1) / count
@@ -133,13 +133,13 @@ def new_moments(x: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
 def fold_moments(means: Tensor, squares: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] from the moments of the chunks of ``plan``."""
     batch, channels, chunks = squares.shape
-    area = plan.sizes["area"]
+    area = plan.cut.area
     mean, var = (squares.new_empty(channels) for _ in range(2))
     launch(
         _fold_moments_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
         *(means, squares, mean, var, batch * area, channels),
-        *(batch * chunks, chunks, area, plan.sizes["CHUNK"]),
+        *(batch * chunks, chunks, area, plan.cut.CHUNK.value),
         **FOLD,
     )
     return mean, var

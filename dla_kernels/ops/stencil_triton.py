@@ -52,11 +52,11 @@ def through_filter(g, weight, x, offset, inside, pixel, channel, exists, size, s
 
 
 @triton.jit
-def zeros(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, dtype: tl.constexpr):
+def zeros(count: tl.constexpr, cut, dtype: tl.constexpr):
     """A tuple of tiles."""
     found = ()
     for _ in tl.static_range(count):
-        found = found + (tl.zeros((rows, columns), dtype),)
+        found = found + (tl.zeros((cut.PLANES, cut.PIXELS), dtype),)
     return found
 
 

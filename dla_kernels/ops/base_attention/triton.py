@@ -35,23 +35,25 @@ from dla_kernels.ops.stencil_triton import added, filtered, store_sums, through_
 from dla_kernels.ops.triton_common import (
     SMALL_TILE,
     finish,
-    launch,
+    in_plane,
+    launch_tiles,
     new_sums,
     padded,
     per_plane,
     place,
     plane_sums,
+    step_of,
     tile,
     tiles,
 )
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-# Elements of a tile of the kernels with a stencil: 4 per thread. And its planes, each of which may
-# have a sum for every value, or for every coefficient of a filter.
+# Elements of a tile of the kernels that form o: 4 per thread. And its planes, each of which may
+# have a sum for every value.
 LIMITS = {"size": 1024, "max_planes": 32}
 REGISTERS = {"maxnreg": 128}  # per thread: with a limit, ptxas does not spill to get below it
 TAPS = tl.constexpr(9)  # of a filter
-STENCIL = 512  # elements of a tile of the kernel that sums for each tap
+STENCIL = 512  # elements of a tile of the kernel that keeps a sum for each tap
 
 
 class Mix(NamedTuple):
@@ -130,13 +132,13 @@ def forward(
     if norm == "batch":
         o, moments = torch.empty_like(x, dtype=y.dtype), new_moments(x, plan)
     tensors = mix, end, v, sums_v, o, moments, out
-    launch(_mix_kernel, (plan.programs,), *tensors, **options, **plan.sizes)
+    launch_tiles(plan, _mix_kernel, *tensors, **options)
     mean, var = y.new_empty(0), y.new_empty(0)
     if norm == "batch":
         mean, var = fold_moments(*moments, plan)
         plan = tiles(x, size=SMALL_TILE)
         tensors = x, o, end._replace(mean=mean, var=var), out, mix.channels
-        launch(_output_kernel, (plan.programs,), *tensors, **options, **plan.sizes)
+        launch_tiles(plan, _output_kernel, *tensors, **options)
 
     own_mean = y.new_empty(0)
     if features:
@@ -239,17 +241,17 @@ def _mix_backward(
 ) -> list[Tensor]:
     """Gradients of o and of the weights of the values; with a norm, of its weight and bias."""
     plan = tiles(grad, summing=True, **LIMITS)
-    options = {"EPS": eps, "RELU": relu, **REGISTERS, **plan.sizes}
+    options = {"EPS": eps, "RELU": relu, **REGISTERS}
     sums = None if norm == "none" else (new_sums(grad, plan), new_sums(grad, plan))
     dnorm: Sequence[Tensor] = ()
     if norm == "batch":
-        launch(_norm_sums_kernel, (plan.programs,), grad, mix, end, sums, **options)
+        launch_tiles(plan, _norm_sums_kernel, grad, mix, end, sums, **options)
         dnorm, sums = tuple(fold_sums(sums)), None
     g, products = empty_features(grad), new_sums(grad, plan, mix.count + 1)
     count = grad.numel() // mix.channels
     tensors = grad, mix, end, dnorm or None, count, g, products, sums
     options["WEIGHTS"] = triton.next_power_of_2(mix.count + 1)
-    launch(_mix_backward_kernel, (plan.programs,), *tensors, **options)
+    launch_tiles(plan, _mix_backward_kernel, *tensors, **options)
     if sums is not None:
         dnorm = fold_sums(sums)
     (dweights,) = finish([products.flatten(0, 1)])
@@ -262,7 +264,7 @@ def _value_gradient(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], level: Te
     weights = torch.stack([*(w for _, w in terms), level])
     plan = tiles(x)
     tensors = padded(maps or [x]), len(maps), weights, level.numel(), dv
-    launch(_value_gradient_kernel, (plan.programs,), *tensors, **plan.sizes)
+    launch_tiles(plan, _value_gradient_kernel, *tensors)
     return dv
 
 
@@ -274,18 +276,14 @@ def _value_backward(
     plan = tiles(x, summing=True, size=STENCIL)
     sums = new_sums(x, plan, TAPS.value)
     tensors = dv, x, grad, dy.contiguous(), v_weight.contiguous(), dx, sums
-    options = REGISTERS | plan.sizes
-    launch(_value_backward_kernel, (plan.programs,), *tensors, Size(*x.shape), **options)
+    launch_tiles(plan, _value_backward_kernel, *tensors, Size(*x.shape), **REGISTERS)
     return dx, torch.stack(fold_sums(sums.unbind(0)), dim=1).view(v_weight.shape)
 
 
 @triton.jit
-def weighted_sum(
-    maps, count, weights, rows, first, row, exists, offset, inside,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+def weighted_sum(maps, count, weights, rows, first, row, exists, offset, inside):
     """sum_t weights_t maps_t of one tile, t < count, in the dtype of the weights."""
-    total = tl.zeros((PLANES, PIXELS), weights.dtype.element_ty)
+    total = tl.zeros_like(offset).to(weights.dtype.element_ty)
     for t in tl.static_range(len(maps)):
         if t < count:
             factor = per_plane(weights, tl.cast(rows, tl.int64) * t + row, exists)
@@ -294,17 +292,11 @@ def weighted_sum(
 
 
 @triton.jit
-def mixture(
-    mix, first, row, exists, offset, inside, pixel, planes,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
+def mixture(mix, first, row, exists, offset, inside, pixel, step):
     """o and the layer's own value, of one tile."""
-    channel, step = row % mix.channels, planes if CHANNELS_LAST else 1
+    channel = row % mix.channels
     own = filtered(mix.x + first, mix.v_weight, offset, inside, pixel, channel, exists, mix, step)
-    o = weighted_sum(
-        mix.maps, mix.count, mix.weights, mix.rows, first, row, exists, offset, inside,
-        PLANES, PIXELS,
-    )  # fmt: skip
+    o = weighted_sum(mix.maps, mix.count, mix.weights, mix.rows, first, row, exists, offset, inside)
     factor = per_plane(mix.weights, tl.cast(mix.rows, tl.int64) * mix.count + row, exists)
     return o + factor * own, own
 
@@ -323,32 +315,26 @@ def unfinished(grad, o, end, row, exists, channels, EPS: tl.constexpr, RELU: tl.
 
 @triton.jit
 def _mix_kernel(
-    mix, end, v, sums_v, o, moments, out, planes, area,
+    mix, end, v, sums_v, o, moments, out, cut,
     EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """v of one chunk of planes and its sums; and o and its moments if they are wanted, else out."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     dtype = mix.weights.dtype.element_ty
-    total = tl.zeros((PLANES, PIXELS), dtype)
-    mean = tl.zeros((PLANES, PIXELS), dtype)
-    squares = tl.zeros((PLANES, PIXELS), dtype)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
-        sum_of_values, own = mixture(
-            mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
-        )
+    total = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    mean = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    squares = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    for start in tl.range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS, disable_licm=True):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
+        sum_of_values, own = mixture(mix, first, row, exists, offset, inside, pixel, step_of(cut))
         if v is not None:
             tl.store(v + first + offset, own.to(v.dtype.element_ty), inside)
         if sums_v is not None:
             total += own
         if moments is not None:
             tl.store(o + first + offset, sum_of_values, inside)
-            mean, squares = welford(mean, squares, sum_of_values, inside, start // PIXELS + 1)
+            mean, squares = welford(mean, squares, sum_of_values, inside, start // cut.PIXELS + 1)
         else:
             x = tl.load(mix.x + first + offset, inside, 0.0)
             result = finished(sum_of_values, end, x, row, exists, mix.channels, EPS, RELU, RESIDUAL)
@@ -356,21 +342,19 @@ def _mix_kernel(
     if sums_v is not None:
         tl.store(sums_v + slot, tl.sum(total, axis=1), exists)
     if moments is not None:
-        middle, spread = chunk_moments(mean, squares, pixels, PIXELS, CHUNK)
+        middle, spread = chunk_moments(mean, squares, pixels, cut)
         tl.store(moments[0] + slot, middle, exists)
         tl.store(moments[1] + slot, spread, exists)
 
 
 @triton.jit
 def _output_kernel(
-    x, o, end, out, channels, planes, area,
+    x, o, end, out, channels, cut,
     EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of out."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
     value = tl.load(o + first + offset, inside, 0.0)
     given = tl.load(x + first + offset, inside, 0.0)
     result = finished(value, end, given, row, exists, channels, EPS, RELU, RESIDUAL)
@@ -379,22 +363,16 @@ def _output_kernel(
 
 @triton.jit
 def _norm_sums_kernel(
-    grad, mix, end, sums, planes, area, EPS: tl.constexpr, RELU: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grad, mix, end, sums, cut, EPS: tl.constexpr, RELU: tl.constexpr
 ):  # fmt: skip
     """What one chunk of planes adds to the gradients of the norm's weight and bias."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    dweight = tl.zeros((PLANES, PIXELS), mix.weights.dtype.element_ty)
-    dbias = tl.zeros((PLANES, PIXELS), mix.weights.dtype.element_ty)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
-        o, _ = mixture(
-            mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
-        )
+    first, row, exists, slot, pixels = place(cut)
+    dweight = tl.zeros((cut.PLANES, cut.PIXELS), mix.weights.dtype.element_ty)
+    dbias = tl.zeros((cut.PLANES, cut.PIXELS), mix.weights.dtype.element_ty)
+    for start in tl.range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS, disable_licm=True):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
+        o, _ = mixture(mix, first, row, exists, offset, inside, pixel, step_of(cut))
         given = tl.load(grad + first + offset, inside, 0.0)
         passed, deviation, rstd, _ = unfinished(given, o, end, row, exists, mix.channels, EPS, RELU)
         dweight += passed * deviation * rstd
@@ -405,30 +383,24 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _mix_backward_kernel(
-    grad, mix, end, dnorm, values, g, products, sums, planes, area, WEIGHTS: tl.constexpr,
-    EPS: tl.constexpr, RELU: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grad, mix, end, dnorm, values, g, products, sums, cut,
+    WEIGHTS: tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """g = dL/do of one chunk of planes, and the sums of its products with the values.
 
     dnorm: of the norm's weight and bias, if g depends on them as the batch's moments do; else sums
     takes what the chunk adds to them, if there is a norm.
     """
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     dtype = mix.weights.dtype.element_ty
     number = tl.arange(0, WEIGHTS)[None, :]
-    found = tl.zeros((PLANES, WEIGHTS), dtype)
-    dweight = tl.zeros((PLANES, PIXELS), dtype)
-    dbias = tl.zeros((PLANES, PIXELS), dtype)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
-        o, own = mixture(
-            mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
-        )
+    found = tl.zeros((cut.PLANES, WEIGHTS), dtype)
+    dweight = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    dbias = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    for start in tl.range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS, disable_licm=True):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
+        o, own = mixture(mix, first, row, exists, offset, inside, pixel, step_of(cut))
         given = tl.load(grad + first + offset, inside, 0.0)
         change, deviation, rstd, factor = unfinished(
             given, o, end, row, exists, mix.channels, EPS, RELU
@@ -450,7 +422,7 @@ def _mix_backward_kernel(
                 value = tl.load(mix.maps[t] + first + offset, inside, 0.0).to(dtype)
                 found += tl.where(number == t, tl.sum(change * value, axis=1)[:, None], 0.0)
         found += tl.where(number == mix.count, tl.sum(change * own, axis=1)[:, None], 0.0)
-    slots = tl.cast(mix.rows, tl.int64) * tl.cdiv(area, CHUNK)
+    slots = tl.cast(mix.rows, tl.int64) * tl.cdiv(cut.area, cut.CHUNK)
     wanted = exists[:, None] & (number <= mix.count)
     tl.store(products + number * slots + slot[:, None], found, wanted)
     if sums is not None:
@@ -460,37 +432,29 @@ def _mix_backward_kernel(
 
 @triton.jit
 def _value_gradient_kernel(
-    maps, count, weights, rows, dv, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    maps, count, weights, rows, dv, cut,
 ):  # fmt: skip
     """One tile of dv. weights: [count + 1, B, C]; the last is that of 1."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
-    total = weighted_sum(
-        maps, count, weights, rows, first, row, exists, offset, inside, PLANES, PIXELS
-    )
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
+    total = weighted_sum(maps, count, weights, rows, first, row, exists, offset, inside)
     total += per_plane(weights, tl.cast(rows, tl.int64) * count + row, exists)
     tl.store(dv + first + offset, total.to(dv.dtype.element_ty), inside)
 
 
 @triton.jit
 def _value_backward_kernel(
-    dv, x, grad, dy, v_weight, dx, sums, size, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    dv, x, grad, dy, v_weight, dx, sums, size, cut,
 ):  # fmt: skip
     """dx of one chunk of planes, and what it adds to the gradients of their filters."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     dtype = v_weight.dtype.element_ty
-    level = per_plane(dy, row, exists) / area
-    step = planes if CHANNELS_LAST else 1
-    totals = zeros(TAPS, PLANES, PIXELS, dtype)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
+    level = per_plane(dy, row, exists) / cut.area
+    step = step_of(cut)
+    totals = zeros(TAPS, cut, dtype)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
         own = tl.load(x + first + offset, inside, 0.0).to(dtype)
         total, terms = through_filter(
             dv + first, v_weight, own, offset, inside, pixel, row % size.channels, exists, size,
@@ -501,5 +465,5 @@ def _value_backward_kernel(
         if grad is not None:
             total += tl.load(grad + first + offset, inside, 0.0).to(dtype)
         tl.store(dx + first + offset, total.to(dx.dtype.element_ty), inside)
-    stride = tl.cast(size.batch, tl.int64) * size.channels * tl.cdiv(area, CHUNK)
+    stride = tl.cast(size.batch, tl.int64) * size.channels * tl.cdiv(cut.area, cut.CHUNK)
     store_sums(totals, sums, stride, slot, exists)

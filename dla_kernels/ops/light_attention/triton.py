@@ -42,7 +42,15 @@ from dla_kernels.ops.light_attention.triton_kernels import (
 from dla_kernels.ops.norm_triton import ending
 from dla_kernels.ops.residual_norm.triton import moments, through_norm
 from dla_kernels.ops.step_formulas import context_of
-from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane_sums, tiles
+from dla_kernels.ops.triton_common import (
+    Tiles,
+    finish,
+    launch,
+    launch_tiles,
+    new_sums,
+    plane_sums,
+    tiles,
+)
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
@@ -179,14 +187,13 @@ def forward(
     used = (mean_in, var_in) if norm == "running" else (mean, var)
     out, o = empty_features(x), empty_features(x) if return_o else None
     plan = tiles(x, size=STENCIL)
-    launch(
+    launch_tiles(
+        plan,
         output_kernel,
-        (plan.programs,),
         *(inputs, mixture, ending(norm, *used, norm_weight, norm_bias, drop_scale), out, o),
         Size(channels, height, width),
         EPS=eps,
         RESIDUAL=residual,
-        **plan.sizes,
     )
     o = x.new_empty(0) if o is None else o
     return out, o, new_state, mean, var, branch_mean, branch_var, summary
@@ -268,17 +275,17 @@ def backward(
     programs, length = _programs(x, plan), _neighbourhood(x, plan)
     parts = [9, 0 if prev_weight is None else 9, 0 if branch is None else 2]
     shares = state.new_empty(sum(parts), batch, channels, plan.chunks)
-    scratch = state.new_empty(programs, plan.sizes["PLANES"], length)
+    scratch = state.new_empty(programs, plan.cut.PLANES.value, length)
     launch(
         gradients_kernel,
         (programs,),
         *(inputs, arriving, mixture, rule, dy.contiguous(), dpooled_p, dx, dp),
         *(shares, shares.stride(0), None if branch is None else branch_mean.contiguous()),
-        *(scratch, plan.programs, length, Size(channels, height, width)),
+        *(scratch, plan.programs, length, Size(channels, height, width), plan.cut),
         RESIDUAL=residual,
         SCALED=branch_norm == "running",
         maxnreg=GRADIENTS_REGISTERS,
-        **{**plan.sizes, "num_warps": GRADIENTS_WARPS},
+        num_warps=GRADIENTS_WARPS,
     )
     dv_weight, dprev_weight, of_branch = shares.sum((1, 3)).split(parts)
     dbranch = None, None
@@ -357,12 +364,11 @@ def _moments(inputs: Inputs, gradients: Gradients) -> Moments:
     dtype = compute_dtype(x.dtype)
     sums = x.new_zeros((FIELDS.value, batch, channels, plan.chunks), dtype=dtype)
     size = Size(channels, height, width)
-    launch(
+    launch_tiles(
+        plan,
         moments_kernel,
-        (plan.programs,),
         *(inputs, gradients, sums, sums.stride(0), size),
         maxnreg=REGISTERS,
-        **plan.sizes,
     )
     (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])
     return Moments(sums.view(FIELDS.value, batch, channels), batch * channels)
@@ -377,7 +383,7 @@ def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
         return y, *(pooled_p or [None])
     plan = tiles(x, summing=True, size=STENCIL)
     sums = new_sums(x, plan), new_sums(x, plan)
-    launch(means_kernel, (plan.programs,), inputs, *sums, x.shape[1], **plan.sizes)
+    launch_tiles(plan, means_kernel, inputs, *sums, x.shape[1])
     y, pooled_p = finish(sums)
     return y / area, pooled_p / area if gated else None
 
@@ -393,4 +399,4 @@ def _programs(x: Tensor, plan: Tiles) -> int:
 def _neighbourhood(x: Tensor, plan: Tiles) -> int:
     """Pixels of a plane that a chunk of it and all that is around can have."""
     height, width = x.shape[2:]
-    return min(height * width, plan.sizes["CHUNK"] + 2 * (width + 1))
+    return min(height * width, plan.cut.CHUNK.value + 2 * (width + 1))

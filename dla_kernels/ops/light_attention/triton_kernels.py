@@ -17,7 +17,16 @@ import triton.language as tl
 
 from dla_kernels.ops.norm_triton import finished
 from dla_kernels.ops.stencil_triton import added, neighbour, store_sums, through_filter, zeros
-from dla_kernels.ops.triton_common import per_plane, place, place_of, tile
+from dla_kernels.ops.triton_common import (
+    aligned,
+    in_plane,
+    offsets,
+    per_plane,
+    place,
+    place_of,
+    step_of,
+    tile,
+)
 
 
 class Inputs(NamedTuple):
@@ -152,18 +161,14 @@ def mixed(mixture, row, channel, exists, values):
 
 @triton.jit
 def means_kernel(
-    inputs, of_x, of_p, channels, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, of_x, of_p, channels, cut,
 ):  # fmt: skip
     """Sums of a joined x and of p over one chunk of planes."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    total_x = tl.zeros((PLANES, PIXELS), of_x.dtype.element_ty)
-    total_p = tl.zeros((PLANES, PIXELS), of_x.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    first, row, exists, slot, pixels = place(cut)
+    total_x = tl.zeros((cut.PLANES, cut.PIXELS), of_x.dtype.element_ty)
+    total_p = tl.zeros((cut.PLANES, cut.PIXELS), of_x.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         p = read_p(inputs, first + offset, inside)
         total_p += p
         total_x += read_x(inputs, first + offset, inside, row % channels, exists, p)
@@ -227,28 +232,24 @@ def deviations(values, centres, inside):
 
 @triton.jit
 def moments_kernel(
-    inputs, gradients, sums, stride, size, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, gradients, sums, stride, size, cut,
 ):  # fmt: skip
     """sums[field, plane, chunk] for one chunk of planes; ``stride`` is that of a field."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     channel = row % size.channels
-    step = planes if CHANNELS_LAST else 1
-    begin = area - pixels
+    step = step_of(cut)
+    begin = cut.area - pixels
     # All chunks of a plane subtract the same, so that their sums can be added. A value inside the
     # map is close enough to the mean: float32 squares of large numbers would lose the variance.
-    middle = area // 2
-    at, known = tile(middle - begin, pixels, exists, planes, area, PLANES, 1, ALIGN, CHANNELS_LAST)
-    middle = tl.full((1, 1), middle, tl.int32)
-    _, centres = features(inputs, first, at, known, middle, channel, exists, size, step)
+    middle = tl.full((1, 1), cut.area // 2, tl.int32)
+    planes, area = aligned(cut)
+    at = offsets(cut, middle - begin, planes, area)
+    _, centres = features(inputs, first, at, exists[:, None], middle, channel, exists, size, step)
     of: tl.constexpr = fields(len(centres), gradients)
-    totals = zeros(len(of), PLANES, PIXELS, centres[0].dtype)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = begin + start + tl.arange(0, PIXELS)[None, :]
+    totals = zeros(len(of), cut, centres[0].dtype)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
         x, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
         values = deviations(values, centres, inside)
         totals = added(totals, terms(x, values, gradients, first + offset, inside))
@@ -421,17 +422,14 @@ def with_g(
 
 @triton.jit
 def output_kernel(
-    inputs, mixture, end, out, o, size, EPS: tl.constexpr, RESIDUAL: tl.constexpr,
-    planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, mixture, end, out, o, size, cut, EPS: tl.constexpr, RESIDUAL: tl.constexpr
 ):  # fmt: skip
     """One tile of out, and of o if that is not None."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
     channel = row % size.channels
-    step = planes if CHANNELS_LAST else 1
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
-    pixel = area - pixels + tl.arange(0, PIXELS)[None, :]
+    step = step_of(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
+    pixel = in_plane(cut, 0, pixels)
     x, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
     mixture_here = mixed(mixture, row, channel, exists, values)
     if o is not None:
@@ -467,10 +465,7 @@ def form_g(
 @triton.jit
 def gradients_kernel(
     inputs, gradients, mixture, rule, dy, dpooled_p, dx, dp, shares, stride, branch_mean,
-    scratch, programs, length, size, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-    planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    scratch, programs, length, size, cut, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """dx and dp of chunks of planes, and their shares [., plane, chunk] of gradients of weights.
 
@@ -485,45 +480,35 @@ def gradients_kernel(
     there, others read after a barrier, which orders accesses to global memory too (bar.sync).
     """
     dtype: tl.constexpr = rule.factor.dtype.element_ty
-    step = planes if CHANNELS_LAST else 1
-    own_step = PLANES if CHANNELS_LAST else 1
-    scratch += tl.program_id(0).to(tl.int64) * PLANES * length
+    step = step_of(cut)
+    own_step = cut.PLANES if cut.CHANNELS_LAST else 1
+    scratch += tl.program_id(0).to(tl.int64) * cut.PLANES * length
     for number in range(tl.program_id(0), programs, tl.num_programs(0)):
-        first, row, exists, slot, pixels = place_of(
-            number, planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST
-        )
+        first, row, exists, slot, pixels = place_of(cut, number)
         channel = row % size.channels
-        begin = area - pixels
-        count = tl.minimum(pixels, CHUNK)
-        lowest = tl.maximum(-size.width - 1, -begin)
+        count = tl.minimum(pixels, cut.CHUNK)
+        lowest = tl.maximum(-size.width - 1, pixels - cut.area)
         end = tl.minimum(count + size.width + 1, pixels)
+        first_pixel = cut.area - pixels + lowest
         tl.debug_barrier()  # the chunk before has been read
-        for start in range(lowest, end, PIXELS):
-            offset, inside = tile(
-                start, end, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-            )
-            at, _ = tile(
-                start - lowest, end, exists, PLANES, length, PLANES, PIXELS, 1, CHANNELS_LAST
-            )
-            pixel = begin + start + tl.arange(0, PIXELS)[None, :]
+        for start in range(lowest, end, cut.PIXELS):
+            offset, inside = tile(cut, start, end, exists)
+            pixel = in_plane(cut, start, pixels)
             g = form_g(
                 inputs, gradients, mixture, rule, first, offset, inside, pixel, row, exists, size,
                 step,
             )  # fmt: skip
+            at = offsets(cut, pixel - first_pixel, cut.PLANES, length)
             tl.store(scratch + at, g, inside)
         tl.debug_barrier()  # all of g is there
         a = per_plane(mixture.a, row, exists)
         lam = per_plane(mixture.lam, channel, exists)
         taps: tl.constexpr = 9 if inputs.prev_weight is None else 18
-        totals = zeros(taps if branch_mean is None else taps + 2, PLANES, PIXELS, dtype)
-        for start in range(0, count, PIXELS):
-            offset, inside = tile(
-                start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-            )
-            at, _ = tile(
-                start - lowest, end, exists, PLANES, length, PLANES, PIXELS, 1, CHANNELS_LAST
-            )
-            pixel = begin + start + tl.arange(0, PIXELS)[None, :]
+        totals = zeros(taps if branch_mean is None else taps + 2, cut, dtype)
+        for start in range(0, count, cut.PIXELS):
+            offset, inside = tile(cut, start, pixels, exists)
+            pixel = in_plane(cut, start, pixels)
+            at = offsets(cut, pixel - first_pixel, cut.PLANES, length)
             p = tl.zeros_like(offset).to(dtype)
             if inputs.p is not None:
                 p = read_p(inputs, first + offset, inside)
@@ -538,7 +523,7 @@ def gradients_kernel(
                     own_step,
                 )  # fmt: skip
                 found = found + with_p
-            to_x = a * to_x + per_plane(dy, row, exists) / area
+            to_x = a * to_x + per_plane(dy, row, exists) / cut.area
             if RESIDUAL and gradients.out is not None:
                 to_x += tl.load(gradients.out + first + offset, inside, 0.0).to(dtype)
             if inputs.shortcut is not None:
@@ -547,7 +532,7 @@ def gradients_kernel(
                 to_p += per_plane(mixture.d, row, exists) * tl.load(scratch + at, inside, 0.0)
                 to_p *= lam
                 if dpooled_p is not None:
-                    to_p += per_plane(dpooled_p, row, exists) / area
+                    to_p += per_plane(dpooled_p, row, exists) / cut.area
                 if inputs.shortcut is not None:
                     to_p += to_x
                 tl.store(dp + first + offset, to_p.to(dp.dtype.element_ty), inside)
