@@ -39,7 +39,7 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     output_kernel,
     statistics_kernel,
 )
-from dla_kernels.ops.norm_triton import ending
+from dla_kernels.ops.norm_triton import Ending, ending
 from dla_kernels.ops.residual_norm.triton import moments, through_norm
 from dla_kernels.ops.step_formulas import context_of
 from dla_kernels.ops.triton_common import (
@@ -239,29 +239,17 @@ def backward(
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
-    batch, channels, height, width = x.shape
-    area = height * width
     branch = _branch(branch_norm, branch_mean, branch_var, branch_weight, branch_bias, branch_eps)
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     arriving = Gradients(grad_out, grad_o)
     y, pooled_p, a, d = summary.contiguous()
     mixture = Mixture(a, d, lam.contiguous())
-    of_planes, of_channels = state.new_empty(3, batch, channels), state.new_empty(6, channels)
-    launch(
-        channel_gradients_kernel,
-        (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(_moments(inputs, arriving), mixture),
-        *(ending(norm, mean, var, norm_weight, norm_bias, drop_scale), of_planes, of_channels),
-        *(batch, channels, area),
-        EPS=eps,
-        THROUGH_NORM=norm == "batch",
-        **FOLD,
-    )
-    da, dd, factor = of_planes
-    dlam, dnorm_weight, dnorm_bias, *rule = of_channels
-    rule = Rule(factor, *rule) if norm == "batch" else Rule(factor, None, None, None)
+    end = ending(norm, mean, var, norm_weight, norm_bias, drop_scale)
+    found = _channel_gradients(inputs, arriving, mixture, end, eps, norm == "batch")
+    da, dd, dlam, dnorm_weight, dnorm_bias, rule = found
+
     dy, dq, dk = differentiate(
-        lambda *inputs: scores_of(*inputs, head_dim), [y, q_weight, k_weight], [da]
+        lambda *given: scores_of(*given, head_dim), [y, q_weight, k_weight], [da]
     )
     gated = p is not None and kind != "none"
     step = _Cell(kind, activation, gate, context, cell_params)
@@ -269,25 +257,13 @@ def backward(
         dd, grad_state, y, pooled_p if gated else None, d, state, new_state
     )
     dy = dy if of_cell is None else dy + of_cell
-    dx = empty_features(x)
-    dp = empty_features(x) if p is not None and needs_p else None
-    plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[layout])
-    programs, length = _programs(x, plan), _neighbourhood(x, plan)
-    parts = [9, 0 if prev_weight is None else 9, 0 if branch is None else 2]
-    shares = state.new_empty(sum(parts), batch, channels, plan.chunks)
-    scratch = state.new_empty(programs, plan.cut.PLANES.value, length)
-    launch(
-        gradients_kernel,
-        (programs,),
-        *(inputs, arriving, mixture, rule, dy.contiguous(), dpooled_p, dx, dp),
-        *(shares, shares.stride(0), None if branch is None else branch_mean.contiguous()),
-        *(scratch, plan.programs, length, Size(channels, height, width), plan.cut),
+
+    dx, dp, dv_weight, dprev_weight, of_branch = _map_gradients(
+        *(inputs, arriving, mixture, rule, dy.contiguous(), dpooled_p),
+        *(None if branch is None else branch_mean.contiguous(), needs_p),
         RESIDUAL=residual,
         SCALED=branch_norm == "running",
-        maxnreg=GRADIENTS_REGISTERS,
-        num_warps=GRADIENTS_WARPS,
     )
-    dv_weight, dprev_weight, of_branch = shares.sum((1, 3)).split(parts)
     dbranch = None, None
     if branch is not None:
         dbranch = of_branch[1] * torch.rsqrt(branch_var + branch_eps), of_branch[0]
@@ -386,6 +362,69 @@ def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
     launch_tiles(plan, means_kernel, inputs, *sums, x.shape[1])
     y, pooled_p = finish(sums)
     return y / area, pooled_p / area if gated else None
+
+
+def _channel_gradients(
+    inputs: Inputs,
+    arriving: Gradients,
+    mixture: Mixture,
+    end: Ending,
+    eps: float,
+    through_norm: bool,
+) -> tuple[Tensor | Rule, ...]:
+    """Gradients of a, d [B, C], of lam and of the norm's weight and bias [C]; what g is made by."""
+    batch, channels, height, width = inputs.x.shape
+    of_planes = mixture.a.new_empty(3, batch, channels)
+    of_channels = mixture.a.new_empty(6, channels)
+    launch(
+        channel_gradients_kernel,
+        (triton.cdiv(channels, FOLD["CHANNELS"]),),
+        *(_moments(inputs, arriving), mixture, end, of_planes, of_channels),
+        *(batch, channels, height * width),
+        EPS=eps,
+        THROUGH_NORM=through_norm,
+        **FOLD,
+    )
+    da, dd, factor = of_planes
+    of_norm = of_channels[3:] if through_norm else (None,) * 3
+    return da, dd, *of_channels[:3], Rule(factor, *of_norm)
+
+
+def _map_gradients(
+    inputs: Inputs,
+    arriving: Gradients,
+    mixture: Mixture,
+    rule: Rule,
+    dy: Tensor,
+    dpooled_p: Tensor | None,
+    branch_mean: Tensor | None,
+    needs_p: bool,
+    **flags: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, p and the filters [9, C], and sums for the branch's norm [2, C].
+
+    The last two are empty where there is no such thing. A branch's x is what has passed its norm;
+    see `gradients_kernel`.
+    """
+    x = inputs.x
+    batch, channels, height, width = x.shape
+    dx = empty_features(x)
+    dp = empty_features(x) if inputs.p is not None and needs_p else None
+    plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[dense_format(x)])
+    programs, length = _programs(x, plan), _neighbourhood(x, plan)
+    parts = [9, 0 if inputs.prev_weight is None else 9, 0 if branch_mean is None else 2]
+    shares = dy.new_empty(sum(parts), batch, channels, plan.chunks)
+    scratch = dy.new_empty(programs, plan.cut.PLANES.value, length)
+    launch(
+        gradients_kernel,
+        (programs,),
+        *(inputs, arriving, mixture, rule, dy, dpooled_p, dx, dp, shares, shares.stride(0)),
+        *(branch_mean, scratch, plan.programs, length, Size(channels, height, width), plan.cut),
+        maxnreg=GRADIENTS_REGISTERS,
+        num_warps=GRADIENTS_WARPS,
+        **flags,
+    )
+    return dx, dp, *shares.sum((1, 3)).split(parts)
 
 
 def _programs(x: Tensor, plan: Tiles) -> int:
