@@ -66,11 +66,11 @@ def define(
     def run(*args: Any) -> Any:
         check(*args)
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x).forward, args)
+        return _on_device_of(x, backend.select(op, x, args).forward, args)
 
     def run_backward(*args: Any) -> Any:
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x).backward, args)
+        return _on_device_of(x, backend.select(op, x, args).backward, args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
