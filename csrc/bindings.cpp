@@ -221,6 +221,13 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            width, channels_last, dtype, norm, eps, threads, stream, scratch, pieces, grad, out, mean,
            var, dx, dshortcut, dweight, dbias);
 
+  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, stream, scratch, mean_in, var_in, branch_mean_in, branch_var_in,
+           out, o, new_state, mean, var, branch_mean, branch_var, summary);
+
 #ifdef DLA_CPU
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("max_threads", &max_threads);
@@ -240,12 +247,6 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            dx, g, weights, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight, dk_weight,
            dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
 
-  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, mean_in, var_in, branch_mean_in, branch_var_in, out, o,
-           new_state, mean, var, branch_mean, branch_var, summary);
   DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,

@@ -46,6 +46,7 @@ struct Step {
   Size batch;
   int channels, units;  // units: of a hidden layer; 0 without
   bool packs;           // rows of weights are packs of 16 bytes
+  bool first_sample;    // every row reads row 0 of the state
 
   __device__ int gate_inputs() const { return units > 0 ? units : channels; }
 };
@@ -130,17 +131,19 @@ struct Tile {
   }
   __device__ int hidden(int b) const { return at.hidden + b * step.units; }
   __device__ int grad_hidden(int b) const { return at.grad_hidden + b * step.units; }
-  __device__ const A* state(int slot) const {
-    return step.state + slot * step.batch * step.channels;
+  __device__ A state(int slot, int r, int c) const {
+    return step.state[(slot * step.batch + state_row(r)) * step.channels + c];
   }
 
-  // A panel from rows [batch][n], and of what `change` makes of the values.
-  template <class Change>
-  __device__ void load(int panel, const A* from, int n, const Change& change) const {
+  __device__ Size state_row(int r) const { return step.first_sample ? 0 : first_row + r; }
+
+  // A panel of what read(row, channel) gives.
+  template <class Read>
+  __device__ void load(int panel, const Read& read) const {
 #pragma unroll
     for (int r = 0; r < rows; ++r)
-      for (int i = thread(); i < n; i += kThreads)
-        value(panel + i, r) = exists(r) ? change(from[(first_row + r) * n + i]) : A(0);
+      for (int c = thread(); c < step.channels; c += kThreads)
+        value(panel + c, r) = exists(r) ? read(r, c) : A(0);
   }
 
   // Column i of rows [batch][n].
@@ -215,12 +218,10 @@ struct Tile {
   // ---- layers -----------------------------------------------------------------------------------
 
   __device__ void load_inputs() const {
-    const auto same = [](A u) { return u; };
-    load(input(kInput), step.y, step.channels, same);
-    if (other() != kNormalised) return load(input(kSlot0), state(0), step.channels, same);
-    const Activation activation = step.activation;
-    load(input(kNormalised), state(layout().memory), step.channels,
-         [=](A memory) { return activate(activation, memory); });
+    load(input(kInput), [&](int r, int c) { return step.y[(first_row + r) * step.channels + c]; });
+    const int slot = other() == kNormalised ? layout().memory : 0;
+    const Activation activation = other() == kNormalised ? step.activation : Activation::identity;
+    load(input(other()), [&](int r, int c) { return activate(activation, state(slot, r, c)); });
   }
 
   __device__ void hidden_layer(int b) const {
@@ -299,7 +300,7 @@ struct Tile {
     const Size element = row * step.channels + c;
     A grad_gate[kMostGates] = {}, grad_old = 0;
     if (exists(r)) {
-      const A old = state(layout().memory)[element];
+      const A old = state(layout().memory, r, c);
       with_tail(step.kind.kind, [&](auto tail) {
         using Tail = decltype(tail);
         A grad = step.grad_out[Tail::layout.memory * size + element];
@@ -388,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Size element = (tile.first_row + r) * step.channels + c;
     with_tail(step.kind.kind, [&](auto tail) {
       using Tail = decltype(tail);
-      const A memory = Tail::update(gate, tile.state(Tail::layout.memory)[element]);
+      const A memory = Tail::update(gate, tile.state(Tail::layout.memory, r, c));
       step.out[Tail::layout.memory * size + element] = memory;
       if constexpr (Tail::layout.slots > 1)
         step.out[element] = Tail::output(gate, activate(step.kind.squash, memory));
@@ -558,6 +559,7 @@ void cell_forward(const CellForward& args) {
     using A = decltype(zero);
     Step<A> step = step_of<A>(args);
     step.out = static_cast<A*>(args.out);
+    step.first_sample = args.first_sample;
     const Call call{"cell", args.batch, args.channels, 1, args.stream};
     launch_rows(call, step, false, forward_kernel<A, kMostRows<A>>, forward_kernel<A, 1>);
   });

@@ -27,7 +27,8 @@ struct CellForward {
   Activation activation;
   DType dtype;
   int threads;
-  void* stream = nullptr;  // cudaStream_t
+  void* stream = nullptr;     // cudaStream_t
+  bool first_sample = false;  // CUDA: every row reads row 0 of the state
 };
 
 struct CellBackward {

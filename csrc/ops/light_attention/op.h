@@ -30,6 +30,8 @@ struct LightAttentionInputs {
   bool join;  // ReLU(branch_norm(x) + p) takes the place of x
   double eps, branch_eps;
   int threads;
+  void* stream = nullptr;   // cudaStream_t
+  void* scratch = nullptr;  // CUDA: (13 + S) batch channels elements of the compute type
 };
 
 struct LightAttentionForward : LightAttentionInputs {
@@ -56,3 +58,4 @@ struct LightAttentionBackward : LightAttentionInputs {
 
 DLA_CPU_ENTRY(light_attention_forward, dla::LightAttentionForward)
 DLA_CPU_ENTRY(light_attention_backward, dla::LightAttentionBackward)
+DLA_CUDA_ENTRY(light_attention_forward, dla::LightAttentionForward)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import NORMS, address, addresses
+from dla_kernels.ops.cpp_common import NORMS, Loader, address, addresses, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import flags, sizes
 
@@ -43,8 +43,10 @@ def forward(
     branch_norm: str,
     branch_eps: float,
     return_o: bool,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Arguments and results of ``dla_kernels::light_attention``."""
+    """Arguments and results of ``dla_kernels::light_attention``; ``scratch`` is for GPUs."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
     small = contiguous(
@@ -74,10 +76,12 @@ def forward(
         for kind in (norm, norm, branch_norm, branch_norm)
     )
     summary = state.new_empty(4, batch, channels)
-    module = native.load()
+    module = load()
     module.light_attention_forward(
         module.LightAttentionForward(
             **sizes(x, layout, q_weight, params),
+            stream=execution(x)["stream"],
+            scratch=address(scratch),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
             branch_norm=NORMS[branch_norm],

@@ -1,0 +1,132 @@
+// How the threads of a grid share out a dense feature map for kernels that look at the neighbours
+// of a pixel. A thread has one channel; it walks down columns of it and keeps the 3x3 pixels around
+// it. Threads side by side have what lies side by side in memory: columns (NCHW) or channels
+// (channels_last). What three columns or three rows share comes from the L1 cache.
+#pragma once
+
+#include "common/cuda/map.h"
+
+namespace dla::cuda {
+
+struct Walk {
+  Size batch, channels;
+  int height, width;
+  bool channels_last;
+  int across = 0;    // threads side by side on the columns of a channel
+  int together = 0;  // channels of a block
+  int rows = 0;      // rows that a block takes
+  Size groups = 0, strips = 0, blocks = 0;  // blocks along channels and rows; all together
+};
+
+// At most `rows` rows to a block; 0: all of them.
+inline Walk walk_map(Size batch, Size channels, Size height, Size width, bool channels_last,
+                     int rows) {
+  Walk walk{batch, channels, static_cast<int>(height), static_cast<int>(width), channels_last};
+  if (channels_last) {
+    for (walk.together = 1; walk.together < kWarp && walk.together < channels;) walk.together *= 2;
+    walk.across = kThreads / walk.together;
+  } else {
+    for (walk.across = 1; walk.across < kThreads && walk.across < width;) walk.across *= 2;
+    walk.together = kThreads / walk.across;
+  }
+  walk.rows = rows == 0 ? walk.height : rows;
+  walk.groups = ceil_div(channels, walk.together);
+  walk.strips = ceil_div(height, walk.rows);
+  walk.blocks = batch * walk.groups * walk.strips;
+  return walk;
+}
+
+// What a thread does of it.
+struct Path {
+  Size sample, channel, plane;
+  bool exists;               // whether it has a channel
+  int first_column;          // then every walk.across-th
+  int first_row, last_row;
+  Size origin, down, right;  // offset of the plane's first pixel; from pixel to pixel
+  int height, width;
+
+  __device__ explicit Path(const Walk& walk) : height(walk.height), width(walk.width) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const bool last = walk.channels_last;
+    Size block = blockIdx.x;
+    first_row = static_cast<int>(block % walk.strips) * walk.rows;
+    last_row = first_row + walk.rows < height ? first_row + walk.rows : height;
+    block /= walk.strips;
+    sample = block / walk.groups;
+    channel = block % walk.groups * walk.together +
+              (last ? thread % walk.together : thread / walk.across);
+    first_column = last ? thread / walk.together : thread % walk.across;
+    exists = channel < walk.channels;
+    plane = sample * walk.channels + channel;
+    const Size area = static_cast<Size>(height) * width;
+    origin = last ? sample * area * walk.channels + channel : plane * area;
+    right = last ? walk.channels : 1;
+    down = right * width;
+  }
+
+  __device__ Size offset(int row, int column) const {
+    return origin + row * down + column * right;
+  }
+  __device__ bool inside(int row, int column) const {
+    return row >= 0 && row < height && column >= 0 && column < width;
+  }
+};
+
+// The pixels around one of a map, zeros outside. `read` gives the pixel at an offset.
+template <class A>
+struct Window {
+  A at[9];
+
+  template <class Read>
+  __device__ void next(const Path& path, const Read& read, int row, int column) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) at[i] = at[i + 3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int c = column + i - 1;
+      at[6 + i] = path.inside(row, c) ? read(path.offset(row, c)) : A(0);
+    }
+  }
+
+  // Around (row, column), but for the last row: next(row + 1) completes it.
+  template <class Read>
+  __device__ void begin(const Path& path, const Read& read, int row, int column) {
+    next(path, read, row - 1, column);
+    next(path, read, row, column);
+  }
+
+  __device__ A centre() const { return at[4]; }
+
+  __device__ A dot(const A (&filter)[9]) const {
+    A sum = 0;
+#pragma unroll
+    for (int i = 0; i < 9; ++i) sum += filter[i] * at[i];
+    return sum;
+  }
+};
+
+// Adds up what all threads of a block have summed for their channels, and calls write(totals) in
+// one thread of each. All threads of the block call it, once.
+template <class A, int count, class Write>
+__device__ inline void finish_walk(const Walk& walk, const Path& path, const A (&sums)[count],
+                                   const Write& write) {
+  DLA_SHARED(A, of_warps, count * kThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int step = walk.channels_last ? walk.together : 1;
+  const int most = kWarp / step, lanes = walk.across < most ? walk.across : most;
+  A totals[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    totals[i] = sum_lanes(sums[i], lanes, step);
+    of_warps[i * kThreads + thread] = totals[i];
+  }
+  __syncthreads();
+  if (path.first_column > 0 || !path.exists) return;
+#pragma unroll
+  for (int i = 0; i < count; ++i)
+    for (int warp = 1; warp < walk.across / lanes; ++warp)
+      totals[i] += of_warps[i * kThreads + thread + warp * kWarp];
+  write(totals);
+}
+
+}  // namespace dla::cuda
