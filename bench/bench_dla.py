@@ -2,7 +2,7 @@
 """Times dla-kernels against PyTorch: how much faster and leaner the fused layers are.
 
     python bench/bench_dla.py                      # one DLA-L layer, then ResNet-56; < 5 minutes
-    python bench/bench_dla.py --suite ops          # the standalone ops
+    python bench/bench_dla.py --suite ops,first    # the standalone ops; the first call of a layer
     python bench/bench_dla.py --suite family,depth # every model, cell and depth; half an hour
     python bench/bench_dla.py --json out.json --plot out.png
     python bench/bench_dla.py --quick              # smoke test, < 30 seconds
@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 
-SUITES = ("layer", "model", "ops", "family", "depth")
+SUITES = ("layer", "model", "ops", "first", "family", "depth")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="smoke test: tiny shapes, 2 repeats, no torch.compile")
     add("--json", metavar="FILE", help="write all rows here, again after every measurement")
     add("--plot", metavar="PNG", help="draw the results (needs matplotlib: the extra 'bench')")
-    # How this program calls itself to find the peak memory of one model in a process of its own.
-    add("--peak-of", type=json.loads, help=argparse.SUPPRESS)
+    # How this program calls itself for what has to be measured in a process of its own.
+    add("--child", type=json.loads, help=argparse.SUPPRESS)
     return result
 
 
@@ -93,12 +93,12 @@ def prepare_process(cpus: list[int] | None) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    child = options.peak_of
+    child = options.child
     cpus = prepare_process(child and child["cpus"])
     import runner  # imports torch
 
     if child:
-        return runner.print_peak(child)
+        return runner.print_child(child)
     return runner.run(options, cpus)
 
 

@@ -57,6 +57,7 @@ step tests 240 "$python" -m pytest "${tests[@]}"
 bench ops_bfloat16 --suite ops --no-compile --dtype bfloat16
 bench layer_bfloat16 --suite layer --dtype bfloat16 # with torch.compile, which takes its time
 bench float32 --suite layer,ops --no-compile --dtype float32
+bench first --suite first --dtype bfloat16 # compiles everything anew
 if command -v compute-sanitizer >/dev/null; then
   # The report's self-check is one small call of every op. Without torch's cache of memory, every
   # tensor is an allocation of its own, whose bounds are seen.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ REPEATS = {"layer": 30, "ops": 30, "model": 10, "family": 10, "depth": 5}
 DEPTHS = (20, 29, 56, 110)
 QUICK_REPEATS = 2
 PEAK_STEPS = 3
+FIRST = replace(cases.LAYER, formats=(cases.NCHW,))  # whose first call is timed
 
 
 class Bench:
@@ -44,6 +48,7 @@ class Bench:
         suites = {
             "layer": self.layer,
             "ops": self.ops,
+            "first": self.first,
             "model": lambda: self.model("model"),
             "family": lambda: self.model("family"),
             "depth": self.depth,
@@ -116,24 +121,68 @@ class Bench:
 
     def peak(self, settings: Settings, name: str) -> Row:
         """Peak memory of one model, trained in a process of its own."""
+        try:
+            return self.child("peak", settings, name=name)
+        except RuntimeError as error:
+            self.fail(f"peak memory of {name}: {error}")
+            return {}
+
+    def first(self) -> None:
+        """What the first training step of the layer takes, at the first shape."""
+        shape, case = self.shapes()[0], f"{FIRST.name}, first call"
+        contestants = [
+            c for c in FIRST.contestants(self.settings, shape, "training") if c.role != "copy"
+        ]
+        about = {"suite": "first", "case": case, "mode": "training", "shape": list(shape)}
+        about |= {"dtype": dtype_name(self.settings.dtype), "device": str(self.settings.device)}
+        rows = []
+        with self.view.progress(case, len(contestants)) as tick:
+            for contestant in contestants:
+                measured = self.first_call(contestant, shape)
+                rows.append({**about, "peer": contestant.name, "role": contestant.role, **measured})
+                tick()
+        self.store.add(rows)
+        self.view.op_table(rows)
+
+    def first_call(self, contestant: Contestant, shape: Shape) -> Row:
+        """Its first step in a process of its own that finds nothing compiled."""
+        caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        with tempfile.TemporaryDirectory() as empty:
+            fresh = {name: str(Path(empty, name)) for name in caches}
+            try:
+                return self.child("first", self.settings, fresh, name=contestant.name, shape=shape)
+            except RuntimeError as error:
+                if contestant.role == "ours":
+                    self.fail(f"first call of {contestant.name}: {error}")
+                return {"skipped": str(error)}
+
+    def child(
+        self, what: str, settings: Settings, environment: Mapping[str, str] | None = None, **of: Any
+    ) -> Row:
+        """What `print_child` finds in a process of its own; RuntimeError if that fails."""
         child = {
-            "name": name,
+            **of,
+            "what": what,
             "cpus": self.cpus,
             "device": str(settings.device),
             "dtype": dtype_name(settings.dtype),
             "threads": torch.get_num_threads(),
             "settings": {
                 key: getattr(settings, key)
-                for key in ("backends", "spec", "channels_last", "networks", "model", "batch")
+                for key in (
+                    "backends", "spec", "compile", "channels_last", "networks", "model", "batch",
+                )
             },
-        }
+        }  # fmt: skip
         script = Path(__file__).with_name("bench_dla.py")
-        command = [sys.executable, str(script), "--peak-of", json.dumps(child)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, str(script), "--child", json.dumps(child)]
+        done = subprocess.run(
+            command, env={**os.environ, **(environment or {})}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            self.fail(f"peak memory of {name}: {lines[-1]}")
-            return {}
+            raise RuntimeError(lines[-1])
         return json.loads(done.stdout.splitlines()[-1])
 
     def contest(self, key: Row, contestants: list[Contestant]) -> list[Row]:
@@ -266,14 +315,21 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return replace(settings, model="resnet20", batch=4) if options.quick else settings
 
 
-def print_peak(child: Row) -> int:
-    """In a process of its own: trains one model for a few steps, prints its peak memory."""
+def print_child(child: Row) -> int:
+    """In a process of its own: measures what `Bench.child` asks for and prints it."""
     torch.set_num_threads(child["threads"])
     chosen = child["settings"]
     chosen["backends"] = tuple(chosen["backends"])
     settings = Settings(
         device=default_device(child["device"]), dtype=getattr(torch, child["dtype"]), **chosen
     )
+    measured = {"peak": peak_of, "first": first_call_of}[child["what"]](settings, child)
+    print(json.dumps(measured))
+    return 0
+
+
+def peak_of(settings: Settings, child: Row) -> Row:
+    """Trains one model for a few steps."""
     case, backend = cases.networks(settings)[child["name"]]
 
     def train() -> None:
@@ -282,8 +338,19 @@ def print_peak(child: Row) -> int:
             peer.step()
             peer.reset()
 
-    print(json.dumps(measure.peak_memory(train, settings.device)))
-    return 0
+    return measure.peak_memory(train, settings.device)
+
+
+def first_call_of(settings: Settings, child: Row) -> Row:
+    """Builds one contestant and trains for a step, from a device that is awake to the results."""
+    contestants = FIRST.contestants(settings, tuple(child["shape"]), "training")
+    build = next(c.build for c in contestants if c.name == child["name"])
+    torch.ones(1, device=settings.device).item()
+    start = time.perf_counter()
+    peer = build()
+    results = peer.results(peer.step())
+    results[-1].sum().item()  # waits for a GPU
+    return {"ms": (time.perf_counter() - start) * 1e3}
 
 
 def run(options: argparse.Namespace, cpus: list[int]) -> int:

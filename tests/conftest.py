@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Workers of pytest-xdist share the cores: a thread that has nothing to do must not keep one busy.
+# OpenMP asks when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

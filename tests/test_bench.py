@@ -206,7 +206,7 @@ def test_quick_run(tmp_path: Path) -> None:
         str(BENCH / "bench_dla.py"),
         "--quick",
         "--suite",
-        "layer,ops,model",
+        "layer,ops,first,model",
     ]
     # One thread: bound threads crawl where other processes hold a core, as in parallel tests.
     command += ["--device", "cpu", "--threads", "1", "--json", str(data), "--plot", str(picture)]
@@ -222,6 +222,8 @@ def test_quick_run(tmp_path: Path) -> None:
         (mode, peer) for mode in cases.MODES for peer in ("fused", "fused NHWC")
     }
     assert all(row["speedup"] > 0 and row["gb_per_s"] > 0 for row in layers)
+    first = [row for row in rows if row["suite"] == "first"]
+    assert [(row["peer"], row["role"]) for row in first] == [("fused", "ours"), ("eager", "peer")]
     trained = [row for row in rows if row["suite"] == "model" and row["mode"] == "training"]
     assert [row["peer"] for row in trained] == list(cases.model_cases(cases.Settings(CPU)))
     assert all(row["kept_bytes"] > 0 and row["peak_bytes"] > row["base_bytes"] for row in trained)

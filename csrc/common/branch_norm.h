@@ -150,20 +150,17 @@ struct BranchGradients {
     A *z_memory = arena.take<A>(elements), *dz_memory = arena.take<A>(elements);
     for_strips<kFixedStrides>(
         units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t) {
-          const Mask<A> channels = grid.channel_mask(place.group);
           V factor[3];
           for (int i = 0; i < 3; ++i)
             factor[i] = channel_vector(factors + i * grid.shape.channels, grid, place.group);
           const auto z_in = place.open(z, 0, z_memory);
           const auto in = place.open(Feature{dz.data, dz.dtype}, 0, dz_memory);
           const auto out = place.open(dz, dz_memory);
-          for (int64_t row = place.strip.first; row < place.strip.last; ++row)
-            for (int64_t k = 0; k < grid.vectors; ++k) {
-              const Mask<A> own = channels & grid.columns[3 * k + 1];
-              const V of_z = factor[1] * load_masked<A>(z_in.at(row, k), own) + factor[2];
-              store_masked<A>(out.at(row, k),
-                              factor[0] * load_masked<A>(in.at(row, k), own) + of_z, own);
-            }
+          for_strip_vectors(place, [&](int64_t row, int64_t k, Mask<A> own) {
+            const V of_z = factor[1] * load_masked<A>(z_in.at(row, k), own) + factor[2];
+            store_masked<A>(out.at(row, k), factor[0] * load_masked<A>(in.at(row, k), own) + of_z,
+                            own);
+          });
           place.close(dz, dz_memory);
         });
   }

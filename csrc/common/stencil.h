@@ -4,6 +4,7 @@
 // above, at and below it), so that the loads stay well under the arithmetic.
 #pragma once
 
+#include "filter.h"
 #include "map.h"
 
 namespace dla::DLA_ISA {
@@ -43,14 +44,15 @@ inline __attribute__((always_inline)) void for_taps(const Window<const A, kFixed
   }
 }
 
-// acc[r] += sum_ij weight[3i + j] * (vector at tap (i, j) of row r).
+// acc[r] += sum_ij filter[3i + j] * (vector at tap (i, j) of row r).
 template <int R, class A, bool kFixedStrides>
 inline __attribute__((always_inline)) void stencil_block(const Window<const A, kFixedStrides>& in,
                                                          const A* at, const TapMasks<A>& masks,
-                                                         const Vec<A>* weight, Vec<A> (&acc)[R]) {
+                                                         const Filter<A, kFixedStrides>& filter,
+                                                         Vec<A> (&acc)[R]) {
   Vec<A> w[9];
 #pragma GCC unroll 9
-  for (int tap = 0; tap < 9; ++tap) w[tap] = in_register(weight[tap]);
+  for (int tap = 0; tap < 9; ++tap) w[tap] = in_register(filter[tap]);
   for_taps<R, A>(in, at, masks,
                  [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
                    acc[r] = add(w[3 * i + j], acc[r]);

@@ -71,14 +71,13 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
   }
 }
 
-// 3x3 filters [C, 3, 3] of a group's channels: one vector per tap.
-template <class A>
-[[gnu::noinline]] void load_filter(const A* weight, const Grid<A>& grid, int64_t group,
-                                   Vec<A> (&filter)[9]) {
-  const A* from = weight + group * grid.planes * 9;
-  if (grid.channel_lanes)
-    return Copy<A, A>::load_planes(from, 9, grid.lanes(group), 9, reinterpret_cast<A*>(filter));
-  for (int tap = 0; tap < 9; ++tap) filter[tap] = splat(from[tap]);
+// Calls body(row, vector, mask of the lanes within the map) for a strip.
+template <class Place, class Body>
+inline void for_strip_vectors(const Place& place, const Body& body) {
+  const auto& grid = place.grid;
+  const auto channels = grid.channel_mask(place.group);
+  for (int64_t row = place.strip.first; row < place.strip.last; ++row)
+    for (int64_t k = 0; k < grid.vectors; ++k) body(row, k, channels & grid.columns[3 * k + 1]);
 }
 
 // Calls body with a constant that says whether the strides along a row are known to the compiler.

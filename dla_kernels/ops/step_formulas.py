@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, conv1d, conv2d
+from torch.nn.functional import batch_norm, conv2d, pad
 
 from dla_kernels.ops.cell.reference import cell as cell_step
 
@@ -41,9 +41,12 @@ def gates_of(
 
 
 def filter_channels(y: Tensor, weight: Tensor) -> Tensor:
-    """One filter [1, 1, k] along the channels of y [..., C]: queries and keys."""
-    rows = y.reshape(-1, 1, y.shape[-1])
-    return conv1d(rows, weight, padding=weight.shape[-1] // 2).view(y.shape)
+    """One filter [1, 1, k] along the channels of y [..., C]: queries and keys.
+
+    Not as a convolution, which GPUs may compute in TF32.
+    """
+    taps = weight.shape[-1]
+    return (pad(y, (taps // 2, taps // 2)).unfold(-1, taps, 1) * weight.flatten()).sum(-1)
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:

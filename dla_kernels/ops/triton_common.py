@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ from dla_kernels.ops.common import compute_dtype, dense_format
 # TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
 INTERPRETED = triton.knobs.runtime.interpret
 
-TILE, WARPS = 4096, 8  # elements and warps: 16 elements per thread
+# Elements and warps: 16 elements per thread; 8 where a kernel has more maps or sums to keep.
+TILE, SMALL_TILE, WARPS = 4096, 2048, 8
 # Pixels per program of a kernel that sums over planes. Fixed, so that a plane's sum does not depend
 # on the batch that it comes in; few enough that a small batch still makes many programs.
 SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
@@ -42,17 +42,6 @@ def launch(kernel: Any, grid: tuple[int, ...] | Callable[..., Any], *args: Any, 
     Products and sums contract to FMAs in every Triton version; the default changes in 3.10.
     """
     kernel[grid](*args, enable_fp_fusion=True, **options)
-
-
-def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Decorator of a kernel: the fastest of a few configurations, measured once per ``key``.
-
-    Only where the choice matters and cannot change the order of a sum. ``key`` names arguments that
-    stand for a class of shapes, never the batch size. The first configuration is the default: it is
-    taken when the kernel is interpreted, and everywhere with DLA_AUTOTUNE=0.
-    """
-    fixed = INTERPRETED or os.environ.get("DLA_AUTOTUNE") == "0"
-    return triton.autotune(list(configs[:1] if fixed else configs), list(key), cache_results=True)
 
 
 def padded(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -78,25 +67,39 @@ class Tiles(NamedTuple):
     sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
 
 
-def tiles(x: Tensor, *, summing: bool = False) -> Tiles:
-    """One tile per program; for a kernel that sums over planes, a row of tiles."""
+def tiles(
+    x: Tensor, *, summing: bool = False, size: int = TILE, max_planes: int = TILE, chunk: int = 0
+) -> Tiles:
+    """One tile per program; for a kernel that sums over planes, a row of tiles.
+
+    size, max_planes: of a tile at most, for kernels that keep many numbers per pixel or plane.
+    chunk: pixels of a row of tiles, if not `SUMMED_PIXELS`.
+    """
     batch, channels, height, width = x.shape
-    return _tiles(batch, channels, height * width, dense_format(x), summing)
+    layout = dense_format(x)
+    chunk = chunk or (SUMMED_PIXELS[layout] if summing else 1)
+    last = layout is torch.channels_last
+    return _tiles(batch, channels, height * width, last, size, max_planes, chunk)
 
 
 @functools.lru_cache(1024)
 def _tiles(
-    batch: int, channels: int, area: int, layout: torch.memory_format, summing: bool
+    batch: int,
+    channels: int,
+    area: int,
+    channels_last: bool,
+    size: int,
+    max_planes: int,
+    chunk: int,
 ) -> Tiles:
-    channels_last = layout is torch.channels_last
     groups, planes = (batch, channels) if channels_last else (1, batch * channels)
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64)
-        tile_pixels = min(triton.next_power_of_2(area), TILE // tile_planes)
+        tile_planes = min(triton.next_power_of_2(channels), 64, size // 16, max_planes)
+        tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
     else:
-        tile_pixels = min(triton.next_power_of_2(area), 512)
-        tile_planes = TILE // tile_pixels
-    chunk = max(tile_pixels, SUMMED_PIXELS[layout]) if summing else tile_pixels
+        tile_pixels = min(triton.next_power_of_2(area), 512, size)
+        tile_planes = min(size // tile_pixels, max_planes)
+    chunk = max(tile_pixels, chunk)
     chunks = triton.cdiv(area, chunk)
     sizes = {
         "planes": planes,
@@ -134,10 +137,18 @@ def place(
         slot: [PLANES], index of its chunk of each plane among all chunks of all planes.
         pixels: how many there are from the beginning of that chunk.
     """
+    return place_of(tl.program_id(0), planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+
+
+@triton.jit
+def place_of(
+    program, planes, area,
+    PLANES: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """`place` for one of several pieces of work of a program."""
     planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
     chunks = tl.cdiv(area, CHUNK)
     blocks = tl.cdiv(planes, PLANES)
-    program = tl.program_id(0)
     chunk = program % chunks
     block = program // chunks
     group = block // blocks
@@ -182,9 +193,9 @@ def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
     return finish(sums, count)
 
 
-def new_sums(x: Tensor, plan: Tiles) -> Tensor:
-    """Room for what a summing kernel leaves of a map: [B, C, chunks] in the compute dtype."""
-    return x.new_empty((*x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
+def new_sums(x: Tensor, plan: Tiles, *counts: int) -> Tensor:
+    """Room for what a summing kernel leaves of a map: [*counts, B, C, chunks], compute dtype."""
+    return x.new_empty((*counts, *x.shape[:2], plan.chunks), dtype=compute_dtype(x.dtype))
 
 
 def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 MODULE = "_dla_native_cuda_emulated"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,9 +23,10 @@ def build() -> None:
     configure = ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja"]
     configure += [f"-DDLA_OUTPUT_DIR={folder}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += ["-DDLA_EMULATE_CUDA=ON", "-DDLA_BUILD_CUDA=0"]
-    for command in (configure, ["cmake", "--build", folder, "--target", MODULE]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{command}:\n{done.stdout}\n{done.stderr}")
+    with FileLock(f"{folder}.lock"):  # of pytest's workers the first one builds
+        for command in (configure, ["cmake", "--build", folder, "--target", MODULE]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{command}:\n{done.stdout}\n{done.stderr}")
     sys.path.append(str(folder))
     importlib.invalidate_caches()

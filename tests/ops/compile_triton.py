@@ -29,7 +29,8 @@ AXES = {
     "capability": (80, 90, 100),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "layout": DENSE,
-    "shape": ((2, 256, 28, 28), (2, 2048, 7, 7), (3, 33, 19, 17)),  # aligned, odd area, odd both
+    # Aligned; an odd area; both odd, and one sample: Triton compiles a size of 1 as a constant.
+    "shape": ((2, 256, 28, 28), (2, 2048, 7, 7), (1, 33, 19, 17)),
 }
 
 
@@ -67,17 +68,18 @@ def needs(compiled: Any) -> dict[str, Any]:
 
 
 def kernels(module: ModuleType) -> set[str]:
-    """Names of the module's own functions for launching: ``..._kernel``, by convention."""
+    """Names of the functions of the op for launching: ``..._kernel``, by convention."""
+    package = f"{module.__package__}."
     functions = {name: getattr(value, "fn", None) for name, value in vars(module).items()}
     return {
         name
         for name, function in functions.items()
-        if function and function.__module__ == module.__name__ and name.endswith("_kernel")
+        if function and function.__module__.startswith(package) and name.endswith("_kernel")
     }
 
 
 def main(op: str) -> None:
-    """Compiles a covering set of dtypes, formats, shapes and GPUs for every variant of the op."""
+    """Compiles a covering set of the op's variants, dtypes, formats, shapes and GPUs."""
     module = importlib.import_module(f"dla_kernels.ops.{op}.triton")
     module.unsupported = lambda x: None
     gpu, jit_run = Driver(), JITFunction.run
@@ -92,13 +94,12 @@ def main(op: str) -> None:
             found[compiled.hash] = {"kernel": self.__name__, "case": name, **needs(compiled)}
 
     JITFunction.run = compile_only
-    for variant in SAMPLES[op]:
-        for case in covering(AXES):
-            name = f"{variant} {case_id(case)}".strip()
-            gpu.capability = case.pop("capability")
-            call = sample(op, variant, **case)
-            with use_backend("triton"):
-                run(call.function, call.inputs, call.cotangents, **call.options)
+    for case in covering({"variant": list(SAMPLES[op]), **AXES}):
+        name = case_id(case).strip()
+        gpu.capability = case.pop("capability")
+        call = sample(op, **case)
+        with use_backend("triton"):
+            run(call.function, call.inputs, call.cotangents, **call.options)
     forgotten = sorted(kernels(module) - launched)
     print(json.dumps({"compiled": list(found.values()), "forgotten": forgotten}))
 

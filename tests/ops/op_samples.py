@@ -143,7 +143,9 @@ SAMPLES: dict[str, dict[str, Make]] = {
         "official": light_attention(drop="some"),
         "paper": light_attention(cell="dsu", has_prev=False, return_o=True),
         "first_layer": light_attention(cell="dsu", has_p=False, has_prev=False, return_o=True),
-        "evaluation": light_attention(norm="running", context="first_sample"),
+        "evaluation": light_attention(
+            norm="running", context="first_sample", join=True, branch_norm="running"
+        ),
         "static": light_attention(cell="none", has_prev=False),
         "whole_block": light_attention(join=True, branch_norm="batch"),
         "own_norm": light_attention(cell="dsu", gate="sigmoid", norm="none", residual=False),

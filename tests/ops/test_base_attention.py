@@ -21,8 +21,8 @@ from op_cases import (
     assert_dense,
     compare,
     compute_dtype,
-    covering,
     each_backend,
+    each_case,
     feature,
     random_small,
     reference,
@@ -113,10 +113,25 @@ def check(backend: str, case: Case) -> None:
         assert_dense(gradients["x"], case.x_layout, "gradient of x")
 
 
-@each_backend("base_attention")
-@pytest.mark.parametrize("axes", covering(AXES, is_valid), ids=lambda a: str(make_case(**a)))
-def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
-    check(backend, make_case(**axes))
+@each_case(
+    "base_attention",
+    AXES,
+    is_valid,
+    interpreted={
+        "where": [*SHAPES[1:4], SHAPES[5]],
+        "layers": [0, 1, 3, 8],
+        "x_layout": LAYOUTS[:3],
+        "value_layout": ["nchw", "nhwc"],
+        "grad_layout": ["nhwc", "transposed"],
+        "cell": ["dsu_split", "dsu", "none"],
+        "activation": ["sigmoid"],
+        "arrives": ARRIVES[:3],
+        "wants": [None, ("x",)],
+    },
+    ids=lambda case: str(make_case(**case)),
+)
+def test_any_combination(backend: str, case: dict[str, Any]) -> None:
+    check(backend, make_case(**case))
 
 
 # What the layers really ask for.
@@ -135,7 +150,7 @@ PRESETS = {
 }
 
 
-@each_backend("base_attention")
+@each_backend("base_attention", interpreted=False)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -147,7 +162,7 @@ def test_presets_in_every_dtype(backend: str, preset: str, dtype: torch.dtype, l
     check(backend, PRESETS[preset].with_(dtype=dtype, **where, **layouts))
 
 
-@each_backend("base_attention")
+@each_backend("base_attention", interpreted=False)
 @pytest.mark.parametrize("wants", WANTS, ids=str)
 @pytest.mark.parametrize("gated", ["projections", "features"])
 def test_only_some_inputs_are_differentiated(
@@ -156,7 +171,7 @@ def test_only_some_inputs_are_differentiated(
     check(backend, Case(wants=wants, gated=gated))
 
 
-@each_backend("base_attention")
+@each_backend("base_attention", interpreted=False)
 @pytest.mark.parametrize("layers", [0, 1, 2, 3, 7, 8, 9, 31, 63])
 @pytest.mark.parametrize("gated", ["projections", "features"])
 def test_number_of_layers(backend: str, gated: str, layers: int) -> None:
@@ -176,7 +191,7 @@ def any_case(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-@each_backend("base_attention", but="reference")
+@each_backend("base_attention", but="reference", interpreted=False)
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(case=any_case().filter(lambda case: case.valid))
 def test_any_case(backend: str, case: Case) -> None:
@@ -347,7 +362,7 @@ def assert_all_close(got: Any, want: Any) -> None:
         assert_close(one + 0, other, name=f"gradient {i}", gradient=True, scale=1.0)
 
 
-@each_backend("base_attention")
+@each_backend("base_attention", interpreted=False)
 @pytest.mark.parametrize("form", FORMS)
 def test_three_layers_numerically(backend: str, form: str) -> None:
     stage = stage_of(form)
@@ -380,7 +395,7 @@ def test_losses_one_after_the_other(backend: str, form: str) -> None:
             assert_all_close(got, want)
 
 
-@each_backend("base_attention")
+@each_backend("base_attention", interpreted=False)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_values(backend: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be asked for, with or without what lies before, and values may enter a loss."""

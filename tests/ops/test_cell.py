@@ -13,7 +13,7 @@ from torch import Tensor
 import dla_kernels
 from dla_kernels import use_backend
 from light_cases import SLOTS, cell_params
-from op_cases import backends, case_id, compare, covering, each_backend, random_small
+from op_cases import backends, compare, each_backend, each_case, random_small
 from refusals import assert_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -76,14 +76,19 @@ def check(
     assert outputs[0].dtype == dtype
 
 
-@each_backend("cell")
-@pytest.mark.parametrize("case", covering(AXES), ids=case_id)
+INTERPRETED = {
+    "batch": [1, 20], "channels": [1, 5, 33], "hidden": [1, 20],
+    "strides": ["dense", "expanded"], "wants": [None],
+}  # fmt: skip
+
+
+@each_case("cell", AXES, interpreted=INTERPRETED)
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
 
 
-@each_backend("cell")
+@each_backend("cell", interpreted=False)
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
     kind=st.sampled_from(AXES["kind"]), activation=st.sampled_from(ACTIVATIONS),

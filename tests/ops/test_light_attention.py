@@ -23,6 +23,7 @@ from op_cases import (
     compute_dtype,
     covering,
     each_backend,
+    each_case,
     feature,
     in_float64,
     mapped,
@@ -129,10 +130,39 @@ def check(backend: str, case: Case) -> None:
         assert_dense(gradients["x"], case.x_layout, "gradient of x")
 
 
-@each_backend("light_attention")
-@pytest.mark.parametrize("axes", covering(AXES, is_valid), ids=lambda a: str(make_case(**a)))
-def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
-    check(backend, make_case(**axes))
+# For Triton's interpreter: every form, on maps of a few hundred values.
+INTERPRETED_AXES: dict[str, Any] = {
+    "where": [((2, 6, 5, 4), 3, 3, 3), ((3, 1, 1, 7), 1, 1, 1), ((1, 3, 3, 2), 3, 3, 2)],
+    "x_layout": ["nchw", "nhwc", "channel_slice"],
+    "p_layout": ["nchw", "nhwc"],
+    "grad_layout": ["nchw", "nhwc"],
+    "cell": ["dsu_split", "dsu", "none"],
+    "activation": ["sigmoid"],
+    "drop": ["none", "some"],
+    "arrives": [("out", "o", "state"), ("out",), ("state",)],
+    "wants": [None, ("x",), ("v_weight",)],
+}
+
+
+@each_case(
+    "light_attention",
+    AXES,
+    is_valid,
+    interpreted=INTERPRETED_AXES,
+    ids=lambda a: str(make_case(**a)),
+)
+def test_any_combination(backend: str, case: dict[str, Any]) -> None:
+    check(backend, make_case(**case))
+
+
+@each_backend("light_attention", but="reference")  # which cuts nothing
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("form", [{}, {"join": True, "branch_norm": "batch"}], ids=str)
+def test_planes_cut_in_pieces(backend: str, layout: str, form: dict[str, Any]) -> None:
+    """Sums of several programs of a GPU, and pixels whose neighbours are another program's."""
+    layouts = {"x_layout": layout, "p_layout": layout, "grad_layout": layout}
+    width = 400 if layout == "nchw" else 60
+    check(backend, Case(shape=(1, 2, 11, width), head_dim=2, **layouts, **form))
 
 
 # What the layers really ask for, over all shapes, dtypes and (mixed) layouts.
@@ -193,14 +223,14 @@ def preset_cases() -> list[Case]:
     return list(dict.fromkeys(preset_case(**a) for a in axes))
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @pytest.mark.parametrize("case", preset_cases(), ids=str)
 @pytest.mark.simd
 def test_presets(backend: str, case: Case) -> None:
     check(backend, case)
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -209,7 +239,7 @@ def test_presets_in_every_dtype(backend: str, preset: str, dtype: torch.dtype, l
     check(backend, preset_case(preset, ((2, 33, 9, 11), 11, 3, 8), dtype, (layout,) * 3))
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @pytest.mark.parametrize("wants", WANTS, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_only_some_inputs_are_differentiated(
@@ -218,7 +248,7 @@ def test_only_some_inputs_are_differentiated(
     check(backend, Case(wants=wants, norm=norm, return_o=True))
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @pytest.mark.parametrize("arrives", ARRIVES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -231,7 +261,7 @@ def test_gradients_arrive_anywhere(
         check(backend, Case(cell=cell, arrives=arrives, norm=norm, return_o=True, **layouts))
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @pytest.mark.parametrize("drop", DROPS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("residual", [True, False])
@@ -254,7 +284,7 @@ def any_case(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(case=any_case().filter(lambda case: case.valid))
 def test_any_case(backend: str, case: Case) -> None:
@@ -434,7 +464,7 @@ def test_four_layers_against_numpy(backend: str, spec: str, generator: torch.Gen
         assert_close(actual, torch.from_numpy(expected), name=name)
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", interpreted=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("spec", SPECS)

@@ -14,11 +14,10 @@ from op_cases import (
     DTYPES,
     LAYOUTS,
     assert_dense,
-    case_id,
     compare,
     compute_dtype,
-    covering,
     each_backend,
+    each_case,
     feature,
     random_small,
     reference,
@@ -73,15 +72,18 @@ def make_inputs(
     }
 
 
-@each_backend("residual_norm")
-@pytest.mark.parametrize("axes", covering(AXES), ids=case_id)
+@each_case(
+    "residual_norm",
+    AXES,
+    interpreted={"shape": SHAPES[:7], "shortcut_layout": LAYOUTS[:4], "grad_layout": LAYOUTS[:5]},
+)
 @pytest.mark.simd
-def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
+def test_any_combination(backend: str, case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    shape, dtype, norm = axes["shape"], axes["dtype"], axes["norm"]
-    layouts = axes["x_layout"], axes["shortcut_layout"]
-    inputs = make_inputs(shape, dtype, norm, axes["affine"], layouts, generator)
-    grad = feature(shape, dtype, axes["grad_layout"], generator=generator)
+    shape, dtype, norm = case["shape"], case["dtype"], case["norm"]
+    layouts = case["x_layout"], case["shortcut_layout"]
+    inputs = make_inputs(shape, dtype, norm, case["affine"], layouts, generator)
+    grad = feature(shape, dtype, case["grad_layout"], generator=generator)
     (out, mean, var), gradients = compare(
         "residual_norm",
         backend,
@@ -90,15 +92,15 @@ def test_any_combination(backend: str, axes: dict[str, Any]) -> None:
         case=dtype,
         names=("out", "mean", "var"),
         constant=CONSTANT,
-        wants=axes["wants"],
+        wants=case["wants"],
         norm=norm,
         eps=0.1,  # a few values may be next to equal
     )
-    assert_dense(out, axes["x_layout"], "out")
+    assert_dense(out, case["x_layout"], "out")
     assert mean.dtype == var.dtype == compute_dtype(dtype)
     for name in ("x", "shortcut"):
         if gradients.get(name) is not None:
-            assert_dense(gradients[name], axes["x_layout"], f"gradient of {name}")
+            assert_dense(gradients[name], case["x_layout"], f"gradient of {name}")
 
 
 @each_backend("residual_norm")

@@ -114,17 +114,16 @@ struct PlacedTerms {
 // A map that a filter is applied to, at a place.
 template <class A, bool kFixedStrides>
 struct PlacedFilter {
-  Vec<A> filter[9];
+  Filter<A, kFixedStrides> filter;
   Window<const A, kFixedStrides> map;
 
   static std::size_t bytes(const Grid<A>& grid) {
     return Arena::bytes_of<A>(grid.strip_elements(1));
   }
 
-  PlacedFilter(const A* weight, Feature x, const Place<A, kFixedStrides>& place, Arena& arena) {
-    load_filter(weight, place.grid, place.group, filter);
-    map = place.open(x, 1, arena.take<A>(place.grid.strip_elements(1)));
-  }
+  PlacedFilter(const A* weight, Feature x, const Place<A, kFixedStrides>& place, Arena& arena)
+      : filter(weight, place.grid, place.group),
+        map(place.open(x, 1, arena.take<A>(place.grid.strip_elements(1)))) {}
 
   template <int R>
   void apply(int64_t row, int64_t k, const TapMasks<A>& masks, Vec<A> (&v)[R]) const {
@@ -598,9 +597,7 @@ struct ValueGradientsPass {
 
   void spread(const Place& place, Mask<A> channels, const In& dv, const In& shortcut,
               const Out& to) const {
-    V filter[9], flipped[9];
-    load_filter(v_weight, grid, place.group, filter);
-    std::reverse_copy(filter, filter + 9, flipped);
+    const auto flipped = Filter<A, kFixedStrides>(v_weight, grid, place.group).flipped();
     const V offset = pooling_share(dpooled_x, place);
     for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
       for (int64_t k = 0; k < grid.vectors; ++k) {

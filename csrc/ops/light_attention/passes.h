@@ -100,31 +100,25 @@ struct MomentsPass {
   const BranchStatistics<A>* branch;  // what x takes in its unit before it can be formed; may be null
 
   struct Plane {
-    V v_filter[9], e_filter[9];
+    Filter<A, kFixedStrides> v_filter, e_filter;
     V shift[3], sums[kSums];
     Mask<A> channels;
   };
   enum { kX_, kP_, kOut_, kO_, kInputs };
 
   void begin(int64_t b, int64_t group, Plane& plane) const {
-    load_filter(v_weight, grid, group, plane.v_filter);
-    if (prev_weight != nullptr) load_filter(prev_weight, grid, group, plane.e_filter);
+    plane.v_filter = {v_weight, grid, group};
+    if (prev_weight != nullptr) plane.e_filter = {prev_weight, grid, group};
     plane.channels = grid.channel_mask(group);
     fill_block(plane.sums, V{});
     fill_block(plane.shift, V{});
     const int64_t row = b * grid.shape.channels;
     // The mean of a filtered map is, but for what falls off its edges, the filter's sum times its own.
     if (x_means != nullptr)
-      plane.shift[0] = channel_vector(x_means + row, grid, group) * sum_of_taps(plane.v_filter);
+      plane.shift[0] = channel_vector(x_means + row, grid, group) * plane.v_filter.sum();
     if (p_means == nullptr) return;
     plane.shift[1] = channel_vector(p_means + row, grid, group);
-    if (prev_weight != nullptr) plane.shift[2] = plane.shift[1] * sum_of_taps(plane.e_filter);
-  }
-
-  static V sum_of_taps(const V (&filter)[9]) {
-    V sum{};
-    for (const V& tap : filter) sum += tap;
-    return sum;
+    if (prev_weight != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
   }
 
   // Value of the shift: one inside the first block, half way along the row.
@@ -272,21 +266,18 @@ struct Mixture {
   const A *a, *d, *lam;             // d null: 1
 
   // The two filters of o = x_filter * x + p_filter * p.
-  void filters(const Grid<A>& grid, int64_t b, int64_t group, bool has_p, Vec<A> (&x_filter)[9],
-               Vec<A> (&p_filter)[9]) const {
+  template <bool kFixedStrides>
+  void filters(const Grid<A>& grid, int64_t b, int64_t group, bool has_p,
+               Filter<A, kFixedStrides>& x_filter, Filter<A, kFixedStrides>& p_filter) const {
+    using Filter = dla::DLA_ISA::Filter<A, kFixedStrides>;
     const int64_t row = b * grid.shape.channels;
-    load_filter(v_weight, grid, group, x_filter);
-    const Vec<A> scale = channel_vector(a + row, grid, group);
-    for (Vec<A>& tap : x_filter) tap *= scale;
+    x_filter = {v_weight, grid, group};
+    x_filter *= Filter::number(a + row, grid, group);
     if (!has_p) return;
-    const Vec<A> weight = channel_vector(lam, grid, group);
-    if (prev_weight != nullptr) {
-      load_filter(prev_weight, grid, group, p_filter);
-      for (Vec<A>& tap : p_filter) tap *= weight;
-    } else {
-      for (Vec<A>& tap : p_filter) tap = Vec<A>{};
-    }
-    p_filter[4] += d == nullptr ? weight : weight * channel_vector(d + row, grid, group);
+    const typename Filter::Tap weight = Filter::number(lam, grid, group);
+    p_filter = prev_weight != nullptr ? Filter(prev_weight, grid, group) : Filter();
+    p_filter *= weight;
+    p_filter.taps[4] += d == nullptr ? weight : weight * Filter::number(d + row, grid, group);
   }
 };
 
@@ -305,7 +296,7 @@ struct StencilPass {
   bool residual;
 
   struct Plane {
-    V x_filter[9], p_filter[9];
+    Filter<A, kFixedStrides> x_filter, p_filter;
     V scale, shift;
     Mask<A> channels;
   };
@@ -402,7 +393,7 @@ struct GradientsPass {
   };
 
   struct Plane {
-    V x_filter[9], p_filter[9];
+    Filter<A, kFixedStrides> x_filter, p_filter;
     V a, out_scale, o_scale, offset, x_offset, p_offset;
     BranchSums branch;
     Mask<A> channels;
@@ -475,7 +466,7 @@ struct GradientsPass {
   // Gradient of a feature over rows [row, row + R): what `passed` holds is added if it is not null;
   // then it is zero where a not null `rectified` is not positive, and joins not null `sums`.
   template <int R>
-  void spread(int64_t row, const In& g_in, const V (&flipped)[9], V offset, const In* passed,
+  void spread(int64_t row, const In& g_in, const Filter<A, kFixedStrides>& flipped, V offset, const In* passed,
               const In* rectified, BranchSums* sums, const Plane& c, const Out& to) const {
     for (int64_t k = 0; k < grid.vectors; ++k) {
       const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
@@ -508,11 +499,10 @@ struct GradientsPass {
     }
   }
 
-  void spread_rows(const Strip& strip, const In& g, const V (&filter)[9], V offset,
+  void spread_rows(const Strip& strip, const In& g, const Filter<A, kFixedStrides>& filter, V offset,
                    const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
                    const Out& to) const {
-    V flipped[9];
-    std::reverse_copy(filter, filter + 9, flipped);
+    const Filter<A, kFixedStrides> flipped = filter.flipped();
     for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
       spread<R>(row, g, flipped, offset, passed, rectified, sums, c, to);
     });

@@ -9,15 +9,6 @@
 namespace dla::DLA_ISA {
 namespace {
 
-// Calls body(row, vector, mask of the lanes within the map) for a strip.
-template <class Place, class Body>
-void for_strip_vectors(const Place& place, const Body& body) {
-  const auto& grid = place.grid;
-  const auto channels = grid.channel_mask(place.group);
-  for (int64_t row = place.strip.first; row < place.strip.last; ++row)
-    for (int64_t k = 0; k < grid.vectors; ++k) body(row, k, channels & grid.columns[3 * k + 1]);
-}
-
 template <class A>
 struct Step {
   MapShape shape;

@@ -74,22 +74,12 @@ def base_attention(
     """
     with without_autocast(x):
         y = global_pool(x)
-        new_state = forward_path(y, state, cell_params, cell, activation)
-        if cell != "none":
-            gate_path = new_state, cell_params, cell, activation, gate, context
-            means = torch.stack(list(pooled)) if pooled else torch.empty_like(gates)
-            keys = keys * gates_of(keys, *gate_path)
-            gates = gates * gates_of(gates * means, *gate_path)
-        if gated == "features" and values:
-            gated_means = zip(gates * means, key_weights, strict=True)
-            keys = torch.stack([filter_channels(u, weight) for u, weight in gated_means])
-        keys = torch.cat([keys, filter_channels(y, k_weight).unsqueeze(0)])
-        own_gate = torch.ones_like(y).unsqueeze(0)
-        gates = torch.cat([gates, own_gate]) if cell != "none" else torch.empty_like(gates)
-        scores = _scores(filter_channels(y, q_weight), keys, head_dim)
+        given = state, keys, gates, pooled, cell_params, q_weight, k_weight, key_weights
+        flags = cell, activation, gate, context, gated, head_dim
+        new_state, keys, gates, scores = attend(y, *given, *flags)
 
         v = depthwise(x.to(y.dtype), v_weight)
-        o = _mix(_weights(scores, gates, head_dim), [*values, v])
+        o = _mix(value_weights(scores, gates, head_dim), [*values, v])
         ends = norm, norm_weight, norm_bias, mean_in, var_in, eps, relu, drop_scale, residual
         out, mean, var = _finish(o, x, *ends)
 
@@ -104,13 +94,46 @@ def base_attention(
         return out, v, new_state, keys, gates, own_mean, *constants
 
 
+def attend(
+    y: Tensor,
+    state: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    pooled: Sequence[Tensor],
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    key_weights: Sequence[Tensor],
+    cell: str,
+    activation: str,
+    gate: str,
+    context: str,
+    gated: str,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The small part of a step: state', and keys, gates and scores of all layers, from y [B, C]."""
+    new_state = forward_path(y, state, cell_params, cell, activation)
+    if cell != "none":
+        gate_path = new_state, cell_params, cell, activation, gate, context
+        means = torch.stack(list(pooled)) if pooled else torch.empty_like(gates)
+        keys = keys * gates_of(keys, *gate_path)
+        gates = gates * gates_of(gates * means, *gate_path)
+    if gated == "features" and pooled:
+        gated_means = zip(gates * means, key_weights, strict=True)
+        keys = torch.stack([filter_channels(u, weight) for u, weight in gated_means])
+    keys = torch.cat([keys, filter_channels(y, k_weight).unsqueeze(0)])
+    own_gate = torch.ones_like(y).unsqueeze(0)
+    gates = torch.cat([gates, own_gate]) if cell != "none" else torch.empty_like(gates)
+    return new_state, keys, gates, _scores(filter_channels(y, q_weight), keys, head_dim)
+
+
 def _scores(q: Tensor, keys: Tensor, head_dim: int) -> Tensor:
     """Attention of the query [B, C] to all layers' keys [T, B, C], per head: [T, B, C / D]."""
     products = (q * keys).unflatten(-1, (-1, head_dim)).sum(dim=-1)
     return torch.softmax(products / math.sqrt(head_dim), dim=0)
 
 
-def _weights(scores: Tensor, gates: Tensor, head_dim: int) -> Tensor:
+def value_weights(scores: Tensor, gates: Tensor, head_dim: int) -> Tensor:
     """The factor of each value, a_t G_t: [T, B, C]. The gates of a static layer are empty."""
     weights = scores.repeat_interleave(head_dim, dim=-1)
     return weights * gates if len(gates) else weights
@@ -209,7 +232,7 @@ def backward(
     if needs_values and grad_out is not None:
         with torch.no_grad(), without_autocast(x):
             gates = step(*inputs)[4]
-            weights = _weights(scores, gates, options["head_dim"])
+            weights = value_weights(scores, gates, options["head_dim"])
             o = _mix(weights, [*values, depthwise(x.to(weights.dtype), v_weight)])
 
         def finish(o: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ def forward(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:
     u, shortcut, h = dense(u, layout), dense(shortcut, layout), h.contiguous()
     out = empty_features(u)
     plan = tiles(u)
-    launch(_forward_kernel, (plan.programs,), u, h, shortcut, out, **plan.sizes)
+    # ptxas alone stops at 64 registers per thread, and spills.
+    launch(_forward_kernel, (plan.programs,), u, h, shortcut, out, maxnreg=80, **plan.sizes)
     return out
 
 

@@ -1,0 +1,404 @@
+"""``light_attention`` in Triton: which kernels of ``triton_kernels.py`` are launched, and between
+them the small part, on tensors [B, C]."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dla_kernels.ops.cell import triton as cell
+from dla_kernels.ops.common import (
+    compute_dtype,
+    dense,
+    dense_format,
+    empty_features,
+    without_autocast,
+)
+from dla_kernels.ops.differentiate import differentiate
+from dla_kernels.ops.light_attention.reference import scores_of
+from dla_kernels.ops.light_attention.triton_kernels import (
+    FIELDS,
+    P0,
+    Gradients,
+    Inputs,
+    Mixture,
+    Norm,
+    P,
+    Size,
+    X,
+    channel_gradients_kernel,
+    gradients_kernel,
+    means_kernel,
+    moments_kernel,
+    output_kernel,
+    statistics_kernel,
+)
+from dla_kernels.ops.residual_norm.triton import moments, through_norm
+from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane_sums, tiles
+from dla_kernels.ops.triton_common import unsupported as unsupported
+
+STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
+REGISTERS = 128  # per thread of `moments_kernel`; with a limit, ptxas does not spill to be below it
+GRADIENTS, GRADIENTS_WARPS = 256, 4  # of `gradients_kernel`, which needs the most registers
+# Pixels that a program forms g of before it reads what is around them.
+GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
+PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
+# Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
+FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
+
+_contiguous = functools.partial(dense, layout=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """The cell's part of a step: the new state, and the gates under it."""
+
+    kind: str
+    activation: str
+    gate: str
+    context: str
+    params: Sequence[Tensor]
+
+    def forward(
+        self, y: Tensor, pooled_p: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """New state, and d if there is a pooled p."""
+        if self.kind == "none":
+            return torch.empty_like(state), None
+        new_state = cell.forward(y, state, self.params, self.kind, self.activation)
+        if pooled_p is None:
+            return new_state, None
+        context = self._context(new_state)
+        output = cell.forward(pooled_p, context, self.params, self.kind, self.activation)[0]
+        return new_state, torch.sigmoid(output) if self.gate == "sigmoid" else output
+
+    def backward(
+        self,
+        dd: Tensor,
+        grad_state: Tensor | None,
+        y: Tensor,
+        pooled_p: Tensor | None,
+        d: Tensor,
+        state: Tensor,
+        new_state: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, list[Tensor]]:
+        """Gradients of y and pooled p (None: zeros), of the state and of the parameters."""
+        dpooled_p, dparams = None, None
+        if pooled_p is not None:
+            grad = torch.zeros_like(new_state)
+            grad[0] = dd * d * (1 - d) if self.gate == "sigmoid" else dd
+            context = self._context(new_state)
+            dpooled_p, dcontext, *dparams = cell.backward(
+                grad, pooled_p, context, self.params, self.kind, self.activation
+            )
+            if self.context == "first_sample":
+                dcontext = torch.cat(
+                    [dcontext.sum(1, keepdim=True), torch.zeros_like(dcontext[:, 1:])], dim=1
+                )
+            grad_state = dcontext if grad_state is None else grad_state + dcontext
+        if grad_state is None or self.kind == "none":
+            zeros = [torch.zeros_like(w) for w in self.params]
+            return None, dpooled_p, torch.zeros_like(state), zeros
+        dy, dstate, *own = cell.backward(
+            grad_state, y, state, self.params, self.kind, self.activation
+        )
+        if dparams is not None:
+            own = torch._foreach_add(own, dparams)
+        return dy, dpooled_p, dstate, list(own)
+
+    def _context(self, new_state: Tensor) -> Tensor:
+        """What the gates read: of the first sample, all the same (the official defect)."""
+        if self.context == "first_sample":
+            return new_state[:, :1].expand_as(new_state)
+        return new_state
+
+
+def forward(
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    lam: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+    branch_mean_in: Tensor | None,
+    branch_var_in: Tensor | None,
+    drop_scale: Tensor | None,
+    kind: str,
+    activation: str,
+    gate: str,
+    context: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    residual: bool,
+    join: bool,
+    branch_norm: str,
+    branch_eps: float,
+    return_o: bool,
+) -> tuple[Tensor, ...]:
+    """Arguments and results of ``dla_kernels::light_attention``."""
+    layout = dense_format(x)
+    x, p = dense(x, layout), dense(p, layout)
+    batch, channels, height, width = x.shape
+    area = height * width
+    branch_mean, branch_var = _statistics(x, branch_norm, state)
+    branch = _branch(
+        branch_norm,
+        *(branch_mean_in, branch_var_in) if branch_norm == "running" else (branch_mean, branch_var),
+        *(branch_weight, branch_bias, branch_eps),
+    )
+    inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
+    gated = p is not None and kind != "none"
+    if norm == "batch":
+        sums = _moments(inputs, Gradients(None, None))
+        y = sums[X.value] / area
+        pooled_p = sums[P0.value] + sums[P.value] / area if gated else None
+    else:
+        y, pooled_p = _means(inputs, gated)
+    with without_autocast(x):
+        attention = scores_of(y, q_weight, k_weight, head_dim)
+    step = _Cell(kind, activation, gate, context, cell_params)
+    new_state, d = step.forward(y, pooled_p, state)
+    pooled_p = torch.zeros_like(y) if pooled_p is None else pooled_p
+    summary = torch.stack([y, pooled_p, attention, torch.ones_like(y) if d is None else d])
+    mixture = Mixture(summary, lam.contiguous(), batch * channels)
+    mean, var = state.new_empty(0), state.new_empty(0)
+    if norm == "batch":
+        mean, var = state.new_empty(channels), state.new_empty(channels)
+        grid = (triton.cdiv(channels, FOLD["CHANNELS"]),)
+        launch(statistics_kernel, grid, sums, mixture, mean, var, batch, channels, area, **FOLD)
+    used = (mean_in, var_in) if norm == "running" else (mean, var)
+    out, o = empty_features(x), empty_features(x) if return_o else None
+    plan = tiles(x, size=STENCIL)
+    launch(
+        output_kernel,
+        (plan.programs,),
+        *(inputs, mixture, _norm(norm, *used, norm_weight, norm_bias), _contiguous(drop_scale)),
+        *(out, o, Size(channels, height, width)),
+        EPS=eps,
+        RESIDUAL=residual,
+        **plan.sizes,
+    )
+    o = x.new_empty(0) if o is None else o
+    return out, o, new_state, mean, var, branch_mean, branch_var, summary
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_o: Tensor | None,
+    grad_state: Tensor | None,
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    lam: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    branch_weight: Tensor | None,
+    branch_bias: Tensor | None,
+    drop_scale: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    branch_mean: Tensor,
+    branch_var: Tensor,
+    new_state: Tensor,
+    summary: Tensor,
+    kind: str,
+    activation: str,
+    gate: str,
+    context: str,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    residual: bool,
+    join: bool,
+    branch_norm: str,
+    branch_eps: float,
+    needs_p: bool,
+) -> list[Tensor]:
+    """Arguments and results of ``dla_kernels::light_attention_backward``."""
+    layout = dense_format(x)
+    x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
+    batch, channels, height, width = x.shape
+    area = height * width
+    branch = _branch(branch_norm, branch_mean, branch_var, branch_weight, branch_bias, branch_eps)
+    inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
+    arriving = Gradients(grad_out, grad_o)
+    summary = summary.contiguous()
+    mixture = Mixture(summary, lam.contiguous(), batch * channels)
+    of_planes, of_channels = state.new_empty(3, batch, channels), state.new_empty(6, channels)
+    launch(
+        channel_gradients_kernel,
+        (triton.cdiv(channels, FOLD["CHANNELS"]),),
+        *(_moments(inputs, arriving), mixture, _norm(norm, mean, var, norm_weight, norm_bias)),
+        *(_contiguous(drop_scale), of_planes, of_channels, batch, channels, area),
+        EPS=eps,
+        THROUGH_NORM=norm == "batch",
+        **FOLD,
+    )
+    y, pooled_p, _, d = summary
+    da, dd, _ = of_planes
+    dy, dq, dk = differentiate(
+        lambda *inputs: scores_of(*inputs, head_dim), [y, q_weight, k_weight], [da]
+    )
+    gated = p is not None and kind != "none"
+    step = _Cell(kind, activation, gate, context, cell_params)
+    of_cell, dpooled_p, dstate, dparams = step.backward(
+        dd, grad_state, y, pooled_p if gated else None, d, state, new_state
+    )
+    dy = dy if of_cell is None else dy + of_cell
+    dx = empty_features(x)
+    dp = empty_features(x) if p is not None and needs_p else None
+    plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[layout])
+    programs, length = _programs(x, plan), _neighbourhood(x, plan)
+    filters = state.new_empty(20, batch, channels, plan.chunks)
+    scratch = state.new_empty(programs, plan.sizes["PLANES"], length)
+    launch(
+        gradients_kernel,
+        (programs,),
+        *(inputs, arriving, mixture, of_planes, of_channels, dy.contiguous(), dpooled_p, dx, dp),
+        *(filters, filters.stride(0), None if branch is None else branch_mean.contiguous()),
+        *(scratch, plan.programs, length, Size(channels, height, width)),
+        THROUGH_NORM=norm == "batch",
+        RESIDUAL=residual,
+        SCALED=branch_norm == "running",
+        **{**plan.sizes, "num_warps": GRADIENTS_WARPS},
+    )
+    of_filters = filters.sum((1, 3))
+    dbranch = None, None
+    if branch is not None:
+        dbranch = of_filters[19] * torch.rsqrt(branch_var + branch_eps), of_filters[18]
+    if branch_norm == "batch":
+        dx = through_norm(dx, x, branch_mean, branch_var, branch_weight, *dbranch, branch_eps)
+    dlam, dnorm_weight, dnorm_bias, *_ = of_channels
+    dweights = [
+        _gradient_of(q_weight, dq),
+        _gradient_of(k_weight, dk),
+        _gradient_of(v_weight, of_filters[:9].t()),
+        _gradient_of(prev_weight, of_filters[9:18].t() * lam[:, None]),
+        _gradient_of(lam, dlam),
+        _gradient_of(norm_weight, dnorm_weight),
+        _gradient_of(norm_bias, dnorm_bias),
+        _gradient_of(branch_weight, dbranch[0]),
+        _gradient_of(branch_bias, dbranch[1]),
+    ]
+    grads = [dx, dp, dstate, *dweights, *dparams]
+    return [state.new_empty(0) if g is None else g for g in grads]
+
+
+def _gradient_of(weight: Tensor | None, found: Tensor | None) -> Tensor | None:
+    """A tensor of its own, of the weight's shape; None for a weight that is not there."""
+    if weight is None:
+        return None
+    return weight.new_empty(weight.shape).copy_(found.reshape(weight.shape))
+
+
+class _Branch(NamedTuple):
+    """The norm that a joined x passes first, as a product and a sum: [C]."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def _statistics(x: Tensor, norm: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of x, or nothing if the norm needs none."""
+    return moments(x) if norm == "batch" else (like.new_empty(0), like.new_empty(0))
+
+
+def _branch(
+    norm: str,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> _Branch | None:
+    if norm == "none":
+        return None
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return _Branch(scale, shift if bias is None else shift + bias)
+
+
+def _inputs(
+    x: Tensor,
+    p: Tensor | None,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    join: bool,
+    branch: _Branch | None,
+) -> Inputs:
+    filters = v_weight.contiguous(), _contiguous(prev_weight)
+    return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
+
+
+def _norm(norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Norm:
+    statistics = (None, None) if norm == "none" else (mean, var)
+    return Norm(*(_contiguous(t) for t in (*statistics, weight, bias)))
+
+
+def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
+    """The numbers of all planes [FIELDS, B, C], see `moments_kernel`."""
+    x = inputs.x
+    batch, channels, height, width = x.shape
+    plan = tiles(x, summing=True, size=STENCIL)
+    dtype = compute_dtype(x.dtype)
+    sums = x.new_zeros((FIELDS.value, batch, channels, plan.chunks), dtype=dtype)
+    size = Size(channels, height, width)
+    launch(
+        moments_kernel,
+        (plan.programs,),
+        *(inputs, gradients, sums, sums.stride(0), size),
+        maxnreg=REGISTERS,
+        **plan.sizes,
+    )
+    (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])
+    return sums.view(FIELDS.value, batch, channels)
+
+
+def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
+    """Means [B, C] of x, and of p if that is wanted."""
+    x = inputs.x
+    area = x.shape[2] * x.shape[3]
+    if inputs.shortcut is None:
+        y, *pooled_p = plane_sums([x, inputs.p] if gated else [x], area)
+        return y, *(pooled_p or [None])
+    plan = tiles(x, summing=True, size=STENCIL)
+    sums = new_sums(x, plan), new_sums(x, plan)
+    launch(means_kernel, (plan.programs,), inputs, *sums, x.shape[1], **plan.sizes)
+    y, pooled_p = finish(sums)
+    return y / area, pooled_p / area if gated else None
+
+
+def _programs(x: Tensor, plan: Tiles) -> int:
+    """How many programs of `gradients_kernel` run at a time."""
+    if not x.is_cuda:
+        return min(plan.programs, PROGRAMS_PER_PROCESSOR)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return min(plan.programs, PROGRAMS_PER_PROCESSOR * processors)
+
+
+def _neighbourhood(x: Tensor, plan: Tiles) -> int:
+    """Pixels of a plane that a chunk of it and all that is around can have."""
+    height, width = x.shape[2:]
+    return min(height * width, plan.sizes["CHUNK"] + 2 * (width + 1))
