@@ -131,10 +131,15 @@ struct Part {
   __device__ Place place(Size i) const {
     const Size offset = origin + i * step;
     if (whole) return {offset, 0, kPack<T>, true};
-    const Size before = low - offset, inside = high + i * high_step - offset;
-    const int begin = before > 0 ? static_cast<int>(before) : 0;
-    const int end = inside < kPack<T> ? static_cast<int>(inside) : kPack<T>;
-    return {offset, begin, end, aligned && offset % kPack<T> == 0 && end - begin == kPack<T>};
+    return clip(offset, high + i * high_step);
+  }
+
+  // The pack at an offset, without what lies before `low` or from `end` on.
+  __device__ Place clip(Size offset, Size end) const {
+    const Size before = low - offset, inside = end - offset;
+    const int first = before > 0 ? static_cast<int>(before) : 0;
+    const int last = inside < kPack<T> ? static_cast<int>(inside) : kPack<T>;
+    return {offset, first, last, aligned && offset % kPack<T> == 0 && last - first == kPack<T>};
   }
 
   // The plane of element e of its packs.

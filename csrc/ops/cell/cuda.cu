@@ -437,6 +437,7 @@ struct Job {
 template <class A>
 struct Jobs {
   int count;
+  bool adds;  // to what is there
   Size batch, blocks;
   Job<A> of[kMostJobs];
 
@@ -469,8 +470,11 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant
       if (first + j < job.m) sums[j] += job.left[row * job.left_stride + first + j] * right;
   }
 #pragma unroll
-  for (int j = 0; j < kTogether; ++j)
-    if (first + j < job.m) job.to[(first + j) * job.to_stride + column] = sums[j];
+  for (int j = 0; j < kTogether; ++j) {
+    if (first + j >= job.m) continue;
+    A& to = job.to[(first + j) * job.to_stride + column];
+    to = jobs.adds ? to + sums[j] : sums[j];
+  }
 }
 
 template <class A>
@@ -579,7 +583,8 @@ void cell_backward(const CellBackward& args) {
     step.grad_hidden = step.hidden + step.batch * layout.branches * step.units;
     const Call call{"cell_backward", args.batch, args.channels, 1, args.stream};
     launch_rows(call, step, true, backward_kernel<A, kMostRows<A>>, backward_kernel<A, 1>);
-    const Jobs<A> jobs = weight_jobs(step, args.grad_params);
+    Jobs<A> jobs = weight_jobs(step, args.grad_params);
+    jobs.adds = args.add_params;
     launch(call, weights_kernel<A>, {jobs.blocks, kThreads}, jobs);
   });
 }

@@ -45,7 +45,8 @@ struct CellBackward {
   Activation activation;
   DType dtype;
   int threads;
-  void* stream = nullptr;  // cudaStream_t
+  void* stream = nullptr;   // cudaStream_t
+  bool add_params = false;  // CUDA: grad_params are added to
 };
 
 }  // namespace dla
