@@ -271,22 +271,22 @@ struct PlaneOfO {
 
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    output_statistics_kernel(Cut cut, const A* table, const A* a, const A* d, const A* lam, A* mean,
-                             A* var) {
-  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
-  const auto plane = [&](Size i, double pixels) {
-    return PlaneOfO(table, cut.planes, i, pixels, a[i], d[i], lam[piece_channel()]);
+    output_statistics_kernel(Size batch, Size channels, double pixels, const A* table, const A* a,
+                             const A* d, const A* lam, A* mean, A* var) {
+  const auto plane = [&](Size i) {
+    return PlaneOfO(table, batch * channels, i, pixels, a[i], d[i], lam[own_channel(channels)]);
   };
-  const double centre = add_pieces(cut, [&](Size i, double pixels) {
-    return pixels * plane(i, pixels).mean;
+  const double count = static_cast<double>(batch) * pixels;
+  const double centre = add_rows(batch, channels, [&](Size, Size i) {
+    return pixels * plane(i).mean;
   }) / count;
-  const double square = add_pieces(cut, [&](Size i, double pixels) {
-    const PlaneOfO found = plane(i, pixels);
+  const double square = add_rows(batch, channels, [&](Size, Size i) {
+    const PlaneOfO found = plane(i);
     return found.square + pixels * (found.mean - centre) * (found.mean - centre);
   });
-  if (!writes_channel(cut)) return;
-  mean[piece_channel()] = static_cast<A>(centre);
-  var[piece_channel()] = static_cast<A>(square / count);
+  if (!writes_channel(channels)) return;
+  mean[own_channel(channels)] = static_cast<A>(centre);
+  var[own_channel(channels)] = static_cast<A>(square / count);
 }
 
 // ---- host ---------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ struct ForwardStep {
       const Cut cut = this->cut();
       A *means = table, *squares = table + planes;
       launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, x, means, squares);
-      launch(call, statistics_kernel<A>, piece_grid(cut), cut, means, squares,
+      launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, means, squares,
              small(args.branch_mean), small(args.branch_var));
     }
     return {x, static_cast<const T*>(args.p), args.join, args.branch_norm != Norm::none,
@@ -376,7 +376,8 @@ struct ForwardStep {
              pooled_p);
     small_part();
     if (args.norm == Norm::batch)
-      launch(call, output_statistics_kernel<A>, piece_grid(cut()), cut(), table, summary.a,
+      launch(call, output_statistics_kernel<A>, channel_grid(args.channels), args.batch,
+             args.channels, static_cast<double>(args.height * args.width), table, summary.a,
              summary.d, small(args.lam), small(args.mean), small(args.var));
     launch(call, stencil_kernel<T>, {strips.blocks, kThreads}, strips, in, v_weight, prev_weight,
            summary.a, summary.d, small(args.lam), norm(), args.residual, static_cast<T*>(args.out),
