@@ -40,16 +40,21 @@ __global__ void __launch_bounds__(kThreads)
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     statistics_kernel(Cut cut, const A* means, const A* squares, A* mean, A* var) {
-  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
-  const double found = add_pieces(cut, [&](Size i, double pixels) { return pixels * means[i]; });
+  const Size channels = cut.channels, rows = piece_rows(cut);
+  const double count = static_cast<double>(cut.planes / channels * cut.area);
+  const auto pixels = [&](Size row) {
+    return static_cast<double>(pixels_of_piece(cut, row % cut.chunks));
+  };
+  const double found =
+      add_rows(rows, channels, [&](Size row, Size i) { return pixels(row) * means[i]; });
   const double centre = found / count;
-  const double square = add_pieces(cut, [&](Size i, double pixels) {
+  const double square = add_rows(rows, channels, [&](Size row, Size i) {
     const double off = means[i] - centre;
-    return squares[i] + pixels * off * off;
+    return squares[i] + pixels(row) * off * off;
   });
-  if (!writes_channel(cut)) return;
-  mean[piece_channel()] = static_cast<A>(centre);
-  var[piece_channel()] = static_cast<A>(square / count);
+  if (!writes_channel(channels)) return;
+  mean[own_channel(channels)] = static_cast<A>(centre);
+  var[own_channel(channels)] = static_cast<A>(square / count);
 }
 
 }  // namespace dla::cuda

@@ -39,26 +39,30 @@ inline Walk walk_map(Size batch, Size channels, Size height, Size width, bool ch
 // What a thread does of it.
 struct Path {
   Size sample, channel, plane;
+  Size piece;                // place of the block's rows in an array [batch, strips, channels]
   bool exists;               // whether it has a channel
   int first_column;          // then every walk.across-th
   int first_row, last_row;
   Size origin, down, right;  // offset of the plane's first pixel; from pixel to pixel
-  int height, width;
+  int height, width;         // height 0 without a channel: no pixel is then inside
 
-  __device__ explicit Path(const Walk& walk) : height(walk.height), width(walk.width) {
+  __device__ explicit Path(const Walk& walk) : width(walk.width) {
     const int thread = static_cast<int>(threadIdx.x);
     const bool last = walk.channels_last;
     Size block = blockIdx.x;
-    first_row = static_cast<int>(block % walk.strips) * walk.rows;
-    last_row = first_row + walk.rows < height ? first_row + walk.rows : height;
+    const Size strip = block % walk.strips;
+    first_row = static_cast<int>(strip) * walk.rows;
+    last_row = first_row + walk.rows < walk.height ? first_row + walk.rows : walk.height;
     block /= walk.strips;
     sample = block / walk.groups;
     channel = block % walk.groups * walk.together +
               (last ? thread % walk.together : thread / walk.across);
     first_column = last ? thread / walk.together : thread % walk.across;
     exists = channel < walk.channels;
+    height = exists ? walk.height : 0;
     plane = sample * walk.channels + channel;
-    const Size area = static_cast<Size>(height) * width;
+    piece = (sample * walk.strips + strip) * walk.channels + channel;
+    const Size area = static_cast<Size>(walk.height) * width;
     origin = last ? sample * area * walk.channels + channel : plane * area;
     right = last ? walk.channels : 1;
     down = right * width;
@@ -77,30 +81,48 @@ template <class A>
 struct Window {
   A at[9];
 
-  template <class Read>
-  __device__ void next(const Path& path, const Read& read, int row, int column) {
+  // Moves on by a row, whose pixels are these.
+  __device__ void push(A left, A middle, A right) {
 #pragma unroll
     for (int i = 0; i < 6; ++i) at[i] = at[i + 3];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const int c = column + i - 1;
-      at[6 + i] = path.inside(row, c) ? read(path.offset(row, c)) : A(0);
-    }
+    at[6] = left;
+    at[7] = middle;
+    at[8] = right;
+  }
+
+  // The same, of a map; without `sides` just its middle column is needed.
+  template <class Read>
+  __device__ void next(const Path& path, const Read& read, int row, int column,
+                       bool sides = true) {
+    const auto pixel = [&](int c) {
+      return path.inside(row, c) ? read(path.offset(row, c)) : A(0);
+    };
+    push(sides ? pixel(column - 1) : A(0), pixel(column), sides ? pixel(column + 1) : A(0));
   }
 
   // Around (row, column), but for the last row: next(row + 1) completes it.
   template <class Read>
-  __device__ void begin(const Path& path, const Read& read, int row, int column) {
-    next(path, read, row - 1, column);
-    next(path, read, row, column);
+  __device__ void begin(const Path& path, const Read& read, int row, int column,
+                        bool sides = true) {
+    next(path, read, row - 1, column, sides);
+    next(path, read, row, column, sides);
   }
 
   __device__ A centre() const { return at[4]; }
+  __device__ A above() const { return at[1]; }
 
   __device__ A dot(const A (&filter)[9]) const {
     A sum = 0;
 #pragma unroll
     for (int i = 0; i < 9; ++i) sum += filter[i] * at[i];
+    return sum;
+  }
+
+  // What reaches the pixel from the gradients around it, of what the filter made of the map.
+  __device__ A transposed_dot(const A (&filter)[9]) const {
+    A sum = 0;
+#pragma unroll
+    for (int i = 0; i < 9; ++i) sum += filter[8 - i] * at[i];
     return sum;
   }
 };

@@ -25,15 +25,14 @@ __global__ void __launch_bounds__(kThreads)
   out[i] = static_cast<A>(factor * sum);
 }
 
-// Gradient of v_weight [C, 3, 3] from sums [9, pieces, C].
+// Gradient of v_weight [C, 3, 3] from sums [9, rows, C].
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    weight_gradients_kernel(Cut pieces, const A* sums, A* dv_weight) {
-  for (int tap = 0; tap < kTaps; ++tap) {
-    const double sum =
-        add_pieces(pieces, [&](Size i, double) { return sums[tap * pieces.planes + i]; });
-    if (writes_channel(pieces)) dv_weight[piece_channel() * kTaps + tap] = static_cast<A>(sum);
-  }
+    weight_gradients_kernel(Size rows, Size channels, const A* sums, A* dv_weight) {
+  const Size tap = field_of_block(channels), c = own_channel(channels);
+  const A* of_tap = sums + tap * rows * channels;
+  const double sum = add_rows(rows, channels, [&](Size, Size i) { return of_tap[i]; });
+  if (writes_channel(channels)) dv_weight[c * kTaps + tap] = static_cast<A>(sum);
 }
 
 // Working memory, handed out bit by bit; without any it is only counted.
@@ -203,7 +202,7 @@ struct ForwardStep : Step<T> {
   void batch_statistics(const Mix<T>& mix) const {
     const Cut cut = this->cut_sums(joined(args.values, {args.x}));
     launch(call, mix_moments_kernel<T>, {cut.blocks, kThreads}, cut, mix, sums[0], sums[1]);
-    launch(call, statistics_kernel<A>, piece_grid(cut), cut, sums[0], sums[1], small(args.mean),
+    launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, sums[0], sums[1], small(args.mean),
            small(args.var));
   }
 
@@ -291,7 +290,8 @@ struct BackwardStep : Step<T> {
       launch(call, norm_sums_kernel<T>, {cut.blocks, kThreads}, cut, mix, norm, map(args.grad_out),
              sums[0], sums[1]);
       const ChannelNorm<A> by_channel{norm.weight, norm.bias, norm.mean, norm.var, args.eps};
-      launch(call, factors_kernel<A>, piece_grid(cut), cut, sums[0], sums[1], by_channel,
+      launch(call, factors_kernel<A>, channel_grid(args.channels), piece_rows(cut), args.channels,
+             static_cast<double>(args.batch * area), sums[0], sums[1], by_channel,
              args.norm == Norm::batch, factors, small(args.dnorm_weight), small(args.dnorm_bias));
     }
     const Cut cut = product_cut();
@@ -349,7 +349,7 @@ struct BackwardStep : Step<T> {
     const CellBackward cell{grad, y, state, args.cell_params, grad_y, grad_of_state,
                             args.dcell_params, cell_scratch, rows, args.channels, args.hidden,
                             this->kind(), this->activation(), this->compute_dtype(), args.threads,
-                            args.stream, add_params};
+                            args.stream, false, add_params};
     cell_backward(cell);
   }
 
@@ -377,9 +377,8 @@ struct BackwardStep : Step<T> {
       in.dv = map(args.dv);
     }
     launch(call, value_gradients_kernel<T>, {walk.blocks, kThreads}, walk, in, map(args.dx), taps);
-    const Cut pieces{planes * walk.strips, args.channels, 1, false, false, false, 1, 1, 1};
-    launch(call, weight_gradients_kernel<A>, piece_grid(pieces), pieces, taps,
-           small(args.dv_weight));
+    launch(call, weight_gradients_kernel<A>, channel_grid(args.channels, kTaps),
+           args.batch * walk.strips, args.channels, taps, small(args.dv_weight));
   }
 
   void run() const {

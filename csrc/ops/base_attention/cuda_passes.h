@@ -3,7 +3,8 @@
 // layers, in the compute type.
 #pragma once
 
-#include "common/cuda/norm.h"
+#include "common/cuda/norm_gradient.h"
+#include "common/cuda/statistics.h"
 #include "common/cuda/walk.h"
 
 namespace dla::cuda::base {
@@ -540,8 +541,7 @@ __global__ void __launch_bounds__(kThreads)
     if (in.dmean_v != nullptr) level_v = in.dmean_v[path.plane] / area;
     if (in.weight != nullptr) weight = in.weight[path.plane];
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap)  // a pixel adds to the value on the other side of it
-      filter[tap] = in.v_weight[path.channel * kTaps + kTaps - 1 - tap];
+    for (int tap = 0; tap < kTaps; ++tap) filter[tap] = in.v_weight[path.channel * kTaps + tap];
   }
   const auto read = [&](Size i) {
     return in.dv == nullptr ? level_v : weight * to_compute(in.dv[i]) + level_v;
@@ -554,17 +554,16 @@ __global__ void __launch_bounds__(kThreads)
       const Size i = path.offset(row, column);
       const A x = to_compute(in.x[i]);
       const A passed = in.shortcut == nullptr ? A(0) : to_compute(in.shortcut[i]);
-      from_compute(passed + level_x + window.dot(filter), dx[i]);
+      from_compute(passed + level_x + window.transposed_dot(filter), dx[i]);
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) products[tap] += x * window.at[tap];
     }
   }
   finish_walk<A, kTaps>(walk, path, products, [&](const A(&totals)[kTaps]) {
-    const Size strip = path.first_row / walk.rows, pieces = walk.batch * walk.strips;
-    const Size piece = path.sample * walk.strips + strip;
+    const Size size = walk.batch * walk.strips * walk.channels;
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap)
-      sums[((kTaps - 1 - tap) * pieces + piece) * walk.channels + path.channel] = totals[tap];
+    for (int tap = 0; tap < kTaps; ++tap)  // a pixel is part of the value on the other side of it
+      sums[(kTaps - 1 - tap) * size + path.piece] = totals[tap];
   });
 }
 

@@ -423,13 +423,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int kMostJobs = kMaxCellParams;
 constexpr int kTogether = 4;  // rows of a matrix that a thread takes
 
-// to[m][n] = sum over the batch of left[m] right[n]; without `right`, n = 1: sums of left.
+// One row of n values for each sample; stride 0: one for all. No data: 1, the only value.
+template <class A>
+struct Rows {
+  const A* data;
+  Size stride;
+};
+
+// to[m][n] = [to[m][n] +] sum over the batch of left[m] right[n].
 template <class A>
 struct Job {
-  const A *left, *right;
+  const A* left;  // [batch][m]
+  Rows<A> right;
   A* to;
   int m, n;
-  Size left_stride, right_stride, to_stride;
+  Size to_stride;
   int width;  // threads side by side along n
   unsigned first_block;
 };
@@ -437,13 +445,13 @@ struct Job {
 template <class A>
 struct Jobs {
   int count;
-  bool adds;  // to what is there
+  bool add_up;  // to what is there
   Size batch, blocks;
   Job<A> of[kMostJobs];
 
-  void add(const A* left, int m, const A* right, int n, A* to, Size to_stride) {
+  void add(const A* left, int m, const Rows<A>& right, int n, A* to, Size to_stride) {
     Job<A>& job = of[count++];
-    job = {left, right, to, m, n, m, n, to_stride, 1, static_cast<unsigned>(blocks)};
+    job = {left, right, to, m, n, to_stride, 1, static_cast<unsigned>(blocks)};
     while (job.width < kThreads && job.width < n) job.width *= 2;
     const Size down = kThreads / job.width * kTogether;
     blocks += (m + down - 1) / down * ((n + job.width - 1) / job.width);
@@ -464,28 +472,33 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant
   A sums[kTogether] = {};
 #pragma unroll 4
   for (Size row = 0; row < jobs.batch; ++row) {
-    const A right = job.right == nullptr ? A(1) : job.right[row * job.right_stride + column];
+    const A right =
+        job.right.data == nullptr ? A(1) : job.right.data[row * job.right.stride + column];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j)
-      if (first + j < job.m) sums[j] += job.left[row * job.left_stride + first + j] * right;
+      if (first + j < job.m) sums[j] += job.left[row * job.m + first + j] * right;
   }
 #pragma unroll
-  for (int j = 0; j < kTogether; ++j) {
-    if (first + j >= job.m) continue;
-    A& to = job.to[(first + j) * job.to_stride + column];
-    to = jobs.adds ? to + sums[j] : sums[j];
-  }
+  for (int j = 0; j < kTogether; ++j)
+    if (first + j < job.m) {
+      A& to = job.to[(first + j) * job.to_stride + column];
+      to = jobs.add_up ? to + sums[j] : sums[j];
+    }
 }
 
 template <class A>
-Jobs<A> weight_jobs(const Step<A>& step, const std::vector<void*>& grads) {
+Jobs<A> weight_jobs(const Step<A>& step, const std::vector<void*>& grads, bool add_up) {
   const CellLayout& layout = step.kind.layout;
   const int gates = layout.gates * step.channels;
   const auto grad = [&](int i) { return static_cast<A*>(grads[static_cast<std::size_t>(i)]); };
-  const auto rows_of = [&](Source source) {
-    return source == kInput ? step.y : source == kNormalised ? step.normalised : step.state;
+  const auto rows_of = [&](Source source) -> Rows<A> {
+    if (source == kInput) return {step.y, step.channels};
+    if (source == kNormalised) return {step.normalised, step.channels};
+    return {step.state, step.first_sample ? 0 : step.channels};
   };
+  const Rows<A> one{nullptr, 0};
   Jobs<A> jobs = {};
+  jobs.add_up = add_up;
   jobs.batch = step.batch;
   for (int b = 0; b < layout.branches; ++b) {
     const Branch& branch = layout.branch[b];
@@ -494,12 +507,13 @@ Jobs<A> weight_jobs(const Step<A>& step, const std::vector<void*>& grads) {
     for (int i = 0; i < branch.sources && branch.has_hidden(); ++i)
       jobs.add(grad_hidden, step.units, rows_of(branch.source[i]), step.channels,
                grad(branch.w1) + i * step.channels, depth);
-    if (branch.b1 >= 0) jobs.add(grad_hidden, step.units, nullptr, 1, grad(branch.b1), 1);
-    const A* inputs = branch.has_hidden() ? step.hidden + b * step.batch * step.units
-                                          : rows_of(branch.source[0]);
+    if (branch.b1 >= 0) jobs.add(grad_hidden, step.units, one, 1, grad(branch.b1), 1);
     const int width = branch.has_hidden() ? step.units : step.channels;
+    const Rows<A> inputs = branch.has_hidden()
+                               ? Rows<A>{step.hidden + b * step.batch * step.units, step.units}
+                               : rows_of(branch.source[0]);
     jobs.add(step.grad_gates, gates, inputs, width, grad(branch.w2), width);
-    jobs.add(step.grad_gates, gates, nullptr, 1, grad(branch.b2), 1);
+    jobs.add(step.grad_gates, gates, one, 1, grad(branch.b2), 1);
   }
   return jobs;
 }
@@ -517,6 +531,7 @@ Step<A> step_of(const Args& args) {
   step.y = static_cast<const A*>(args.y);
   step.state = static_cast<const A*>(args.state);
   step.batch = args.batch;
+  step.first_sample = args.first_sample;
   step.channels = static_cast<int>(args.channels);
   step.units = layout.has_hidden() ? static_cast<int>(args.hidden) : 0;
   step.packs = step.channels % kPack<A> == 0 && step.units % kPack<A> == 0;
@@ -563,7 +578,6 @@ void cell_forward(const CellForward& args) {
     using A = decltype(zero);
     Step<A> step = step_of<A>(args);
     step.out = static_cast<A*>(args.out);
-    step.first_sample = args.first_sample;
     const Call call{"cell", args.batch, args.channels, 1, args.stream};
     launch_rows(call, step, false, forward_kernel<A, kMostRows<A>>, forward_kernel<A, 1>);
   });
@@ -583,8 +597,7 @@ void cell_backward(const CellBackward& args) {
     step.grad_hidden = step.hidden + step.batch * layout.branches * step.units;
     const Call call{"cell_backward", args.batch, args.channels, 1, args.stream};
     launch_rows(call, step, true, backward_kernel<A, kMostRows<A>>, backward_kernel<A, 1>);
-    Jobs<A> jobs = weight_jobs(step, args.grad_params);
-    jobs.adds = args.add_params;
+    const Jobs<A> jobs = weight_jobs(step, args.grad_params, args.add_params);
     launch(call, weights_kernel<A>, {jobs.blocks, kThreads}, jobs);
   });
 }

@@ -45,8 +45,10 @@ struct CellBackward {
   Activation activation;
   DType dtype;
   int threads;
-  void* stream = nullptr;   // cudaStream_t
-  bool add_params = false;  // CUDA: grad_params are added to
+  void* stream = nullptr;  // cudaStream_t
+  // CUDA: every row reads row 0 of the state, and grad_state has the share of each in it.
+  bool first_sample = false;
+  bool add_params = false;  // CUDA: grad_params has gradients to which others are added
 };
 
 }  // namespace dla

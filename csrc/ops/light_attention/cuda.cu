@@ -1,386 +1,329 @@
-// The forward step: moments of u, p and e per plane (or just the pooled values), the small part on
-// [batch, channels], the stencil. o is never written unless asked for.
+// A layer step on a GPU: passes over maps (cuda_passes.h), and between them kernels on [batch,
+// channels] (cuda_small.h) and the cell's own. Sums are left by pieces and added up by a launch after.
 #include "ops/light_attention/op.h"
 
-#include <cmath>
-
+#include "common/cuda/norm_gradient.h"
 #include "common/cuda/statistics.h"
-#include "common/cuda/walk.h"
-#include "ops/cell/op.h"
+#include "ops/cell/tails.h"
+#include "ops/light_attention/cuda_small.h"
 
 namespace dla::cuda {
 namespace {
 
-constexpr int kRows = 16;  // of a block of the stencil, which reads one more above and below
-
-// The x of a step: a map, or with `join` ReLU(norm(map) + p), formed wherever it is read.
-template <class T>
-struct Features {
-  using A = Compute<T>;
-  const T *x, *p;  // p may be null
-  bool join, normed;
-  const A *weight, *bias, *mean, *var;  // of the branch's norm; weight and bias null: 1 and 0
-  A eps;
-};
-
-// The reader of both maps in one channel.
-template <class T>
-struct Reader {
-  using A = Compute<T>;
-  const T *x_map, *p_map;
-  bool join;
-  A mean = 0, scale = 1, bias = 0;
-
-  __device__ Reader(const Features<T>& in, const Path& path)
-      : x_map(in.x), p_map(in.p), join(in.join) {
-    if (!in.normed || !path.exists) return;
-    const Size c = path.channel;
-    mean = in.mean[c];
-    scale = inverse_sqrt(in.var[c] + in.eps);
-    if (in.weight != nullptr) scale *= in.weight[c];
-    if (in.bias != nullptr) bias = in.bias[c];
-  }
-
-  __device__ A p(Size i) const { return to_compute(p_map[i]); }
-  __device__ A x(Size i) const {
-    const A found = to_compute(x_map[i]);
-    if (!join) return found;
-    const A sum = (found - mean) * scale + (bias + p(i));
-    return sum < A(0) ? A(0) : sum;  // NaN stays
-  }
-};
-
-template <class A>
-__device__ inline void load_filter(const A* weight, const Path& path, A (&filter)[9]) {
-#pragma unroll
-  for (int i = 0; i < 9; ++i)
-    filter[i] = weight == nullptr || !path.exists ? A(0) : weight[path.channel * 9 + i];
-}
+using namespace light;
 
 // What is known of every plane, arrays [batch, channels].
 template <class A>
 struct Summary {
   A *y, *pooled_p, *a, *d;
 
-  Summary(void* data, Size planes)
-      : y(static_cast<A*>(data)), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
+  Summary(A* data, Size planes)
+      : y(data), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
 };
 
-// Sums over a plane; u, p and e are taken about their values at one pixel (kShift*).
-enum Sum : int { kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE, kSums };
-enum Shift : int { kShiftU = kSums, kShiftP, kShiftE, kFields };
-
-// ---- passes over maps ---------------------------------------------------------------------------
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    means_kernel(Walk walk, Features<T> in, Compute<T>* y, Compute<T>* pooled_p) {
-  using A = Compute<T>;
-  const Path path(walk);
-  const Reader<T> read(in, path);
-  A sums[2] = {};
-  for (int column = path.first_column; column < path.width && path.exists; column += walk.across)
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      const Size i = path.offset(row, column);
-      sums[0] += read.x(i);
-      if (pooled_p != nullptr) sums[1] += read.p(i);
-    }
-  finish_walk<A, 2>(walk, path, sums, [&](const A(&totals)[2]) {
-    const A area = static_cast<A>(static_cast<Size>(path.height) * path.width);
-    y[path.plane] = totals[0] / area;
-    if (pooled_p != nullptr) pooled_p[path.plane] = totals[1] / area;
-  });
-}
-
-// table: [kFields, batch, channels].
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    plane_moments_kernel(Walk walk, Features<T> in, const Compute<T>* v_weight,
-                   const Compute<T>* prev_weight, Compute<T>* table, Compute<T>* y,
-                   Compute<T>* pooled_p) {
-  using A = Compute<T>;
-  const Path path(walk);
-  const Reader<T> read(in, path);
-  const auto read_x = [&](Size i) { return read.x(i); };
-  const auto read_p = [&](Size i) { return read.p(i); };
-  const bool has_p = in.p != nullptr;
-  A v_filter[9], e_filter[9], shift[3] = {}, sums[kSums] = {};
-  load_filter(v_weight, path, v_filter);
-  load_filter(prev_weight, path, e_filter);
-  if (path.exists) {
-    const int row = path.height / 2, column = path.width / 2;
-    Window<A> window;
-    window.begin(path, read_x, row, column);
-    window.next(path, read_x, row + 1, column);
-    shift[0] = window.dot(v_filter);
-    if (has_p) {
-      window.begin(path, read_p, row, column);
-      window.next(path, read_p, row + 1, column);
-      shift[1] = window.centre();
-      shift[2] = window.dot(e_filter);
-    }
-  }
-  for (int column = path.first_column; column < path.width && path.exists; column += walk.across) {
-    Window<A> x_window, p_window;
-    x_window.begin(path, read_x, path.first_row, column);
-    if (has_p) p_window.begin(path, read_p, path.first_row, column);
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      x_window.next(path, read_x, row + 1, column);
-      const A u = x_window.dot(v_filter) - shift[0];
-      sums[kX] += x_window.centre();
-      sums[kU] += u;
-      sums[kUU] += u * u;
-      if (!has_p) continue;
-      p_window.next(path, read_p, row + 1, column);
-      const A p = p_window.centre() - shift[1], e = p_window.dot(e_filter) - shift[2];
-      sums[kP] += p;
-      sums[kPP] += p * p;
-      sums[kUP] += u * p;
-      sums[kE] += e;
-      sums[kEE] += e * e;
-      sums[kPE] += p * e;
-      sums[kUE] += u * e;
-    }
-  }
-  finish_walk<A, kSums>(walk, path, sums, [&](const A(&totals)[kSums]) {
-    const Size planes = walk.batch * walk.channels;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) table[i * planes + path.plane] = totals[i];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) table[(kShiftU + i) * planes + path.plane] = shift[i];
-    const A area = static_cast<A>(static_cast<Size>(path.height) * path.width);
-    y[path.plane] = totals[kX] / area;
-    if (pooled_p != nullptr) pooled_p[path.plane] = shift[1] + totals[kP] / area;
-  });
-}
-
-// The norm of o; pointers null where there is nothing.
+// Working memory, handed out piece by piece.
 template <class A>
-struct OutputNorm {
-  const A *weight, *bias, *mean, *var, *drop_scale;
-  A eps;
-};
+struct Memory {
+  A* next;
 
-// out = [x] + m (gamma (o - mean) rstd + beta), o = a u + lam (d p + e).
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    stencil_kernel(Walk walk, Features<T> in, const Compute<T>* v_weight,
-                   const Compute<T>* prev_weight, const Compute<T>* a, const Compute<T>* d,
-                   const Compute<T>* lam, OutputNorm<Compute<T>> norm, bool residual, T* out,
-                   T* o) {
-  using A = Compute<T>;
-  const Path path(walk);
-  if (!path.exists) return;
-  const Reader<T> read(in, path);
-  const auto read_x = [&](Size i) { return read.x(i); };
-  const auto read_p = [&](Size i) { return read.p(i); };
-  const Size c = path.channel;
-  A x_filter[9], p_filter[9];
-  load_filter(v_weight, path, x_filter);
-  load_filter(prev_weight, path, p_filter);
-#pragma unroll
-  for (int i = 0; i < 9; ++i) {
-    x_filter[i] *= a[path.plane];
-    p_filter[i] *= lam[c];
-  }
-  p_filter[4] += lam[c] * d[path.plane];
-  const A drop = norm.drop_scale == nullptr ? A(1) : norm.drop_scale[path.sample];
-  const A mean = norm.mean == nullptr ? A(0) : norm.mean[c];
-  const A rstd = norm.mean == nullptr ? A(1) : inverse_sqrt(norm.var[c] + norm.eps);
-  const A scale = drop * (norm.weight == nullptr ? rstd : rstd * norm.weight[c]);
-  const A shift = norm.bias == nullptr ? A(0) : drop * norm.bias[c];
-  for (int column = path.first_column; column < path.width; column += walk.across) {
-    Window<A> x_window, p_window;
-    x_window.begin(path, read_x, path.first_row, column);
-    if (in.p != nullptr) p_window.begin(path, read_p, path.first_row, column);
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      x_window.next(path, read_x, row + 1, column);
-      A mixed = x_window.dot(x_filter);
-      if (in.p != nullptr) {
-        p_window.next(path, read_p, row + 1, column);
-        mixed += p_window.dot(p_filter);
-      }
-      const Size i = path.offset(row, column);
-      if (o != nullptr) from_compute(mixed, o[i]);
-      const A branch = (mixed - mean) * scale + shift;
-      from_compute(residual ? x_window.centre() + branch : branch, out[i]);
-    }
-  }
-}
-
-// ---- the small part -----------------------------------------------------------------------------
-
-// a = sigmoid(q . k / sqrt(head_dim)) of every head, a warp each.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    scores_kernel(Size heads, int channels, int head_dim, int taps, const A* y, const A* q_weight,
-                  const A* k_weight, A* a) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Size head = (static_cast<Size>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
-  if (head >= heads) return;
-  const Size row = head * head_dim / channels * channels;
-  const int first = static_cast<int>(head * head_dim - row);
-  A sum = 0;
-  for (int c = first + lane; c < first + head_dim; c += kWarp) {
-    A q = 0, k = 0;
-    for (int t = 0; t < taps; ++t) {
-      const int from = c + t - taps / 2;
-      if (from < 0 || from >= channels) continue;
-      q += q_weight[t] * y[row + from];
-      k += k_weight[t] * y[row + from];
-    }
-    sum += q * k;
-  }
-  const A scaled = sum_lanes(sum, kWarp) / std::sqrt(static_cast<A>(head_dim));
-  const A score = A(1) / (A(1) + std::exp(-scaled));
-  for (int c = first + lane; c < first + head_dim; c += kWarp) a[row + c] = score;
-}
-
-// d from the cell's output; without (null) there is no gate, nor a pooled p.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    gates_kernel(Size planes, const A* output, bool sigmoid, A* d, A* pooled_p) {
-  const Size i = static_cast<Size>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= planes) return;
-  if (output == nullptr) {
-    d[i] = A(1);
-    pooled_p[i] = A(0);
-  } else {
-    d[i] = sigmoid ? A(1) / (A(1) + std::exp(-output[i])) : output[i];
-  }
-}
-
-// Mean and centred sum of squares of o in one plane.
-struct PlaneOfO {
-  double mean, square;
-
-  template <class A>
-  __device__ PlaneOfO(const A* table, Size planes, Size i, double pixels, double a, double d,
-                      double lam) {
-    const auto at = [&](int field) { return static_cast<double>(table[field * planes + i]); };
-    const auto mix = [&](int u, int p, int e) {
-      return a * at(u) + lam * (d * at(p) + at(e));
-    };
-    const double sum = mix(kU, kP, kE);
-    mean = mix(kShiftU, kShiftP, kShiftE) + sum / pixels;
-    square = a * mix(kUU, kUP, kUE) + lam * (d * mix(kUP, kPP, kPE) + mix(kUE, kPE, kEE)) -
-             sum * sum / pixels;
-    if (square < 0) square = 0;
+  A* take(Size count) {
+    A* found = next;
+    next += count;
+    return found;
   }
 };
 
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    output_statistics_kernel(Cut cut, const A* table, const A* a, const A* d, const A* lam, A* mean,
-                             A* var) {
-  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
-  const auto plane = [&](Size i, double pixels) {
-    return PlaneOfO(table, cut.planes, i, pixels, a[i], d[i], lam[piece_channel()]);
-  };
-  const double centre = add_pieces(cut, [&](Size i, double pixels) {
-    return pixels * plane(i, pixels).mean;
-  }) / count;
-  const double square = add_pieces(cut, [&](Size i, double pixels) {
-    const PlaneOfO found = plane(i, pixels);
-    return found.square + pixels * (found.mean - centre) * (found.mean - centre);
-  });
-  if (!writes_channel(cut)) return;
-  mean[piece_channel()] = static_cast<A>(centre);
-  var[piece_channel()] = static_cast<A>(square / count);
-}
-
-// ---- host ---------------------------------------------------------------------------------------
-
 template <class T>
-struct ForwardStep {
+struct Step {
   using A = Compute<T>;
-  const LightAttentionForward& args;
-  const Call call{"light_attention", args.batch, args.channels, args.height * args.width,
-                  args.stream};
-  const Size planes = args.batch * args.channels;
-  const Summary<A> summary{args.summary, planes};
-  // Working memory: numbers of planes, the state that the gate's cell makes.
-  A* const table = static_cast<A*>(args.scratch);
-  A* const gate_state = table + kFields * planes;
+  const LightAttentionInputs& args;
+  const Call call;
+  const Size planes, area;
+  const Summary<const A> summary;
+  const Walk walk;
+
+  Step(const char* name, const LightAttentionInputs& args, const void* summary)
+      : args(args),
+        call{name, args.batch, args.channels, args.height * args.width, args.stream},
+        planes(args.batch * args.channels),
+        area(args.height * args.width),
+        summary(small(summary), planes),
+        walk(walk_map(args.batch, args.channels, args.height, args.width, args.channels_last,
+                      static_cast<int>(ceil_div(args.height, args.strips)))) {}
 
   static const A* small(const void* p) { return static_cast<const A*>(p); }
   static A* small(void* p) { return static_cast<A*>(p); }
+  static const T* map(const void* p) { return static_cast<const T*>(p); }
+  static T* map(void* p) { return static_cast<T*>(p); }
+
   bool dynamic() const { return !args.cell_params.empty(); }
   bool gated() const { return dynamic() && args.p != nullptr; }
-
-  Walk walk(int rows) const {
-    return walk_map(args.batch, args.channels, args.height, args.width, args.channels_last, rows);
+  int slots() const {
+    if (!dynamic()) return 0;
+    return with_tail(cell(), [](auto tail) { return decltype(tail)::layout.slots; });
   }
-  Cut cut() const {
-    return cut_map<T>(args.batch, args.channels, args.height * args.width, args.channels_last, true,
-                      {args.x});
+  CellKind cell() const { return static_cast<CellKind>(args.cell); }
+  // Rows of arrays with one for every piece of the batch.
+  Size pieces() const { return args.batch * walk.strips; }
+  DType compute_type() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
+
+  Features<T> features(const void* branch_mean, const void* branch_var) const {
+    return {map(args.x), map(args.p), args.join, args.branch_norm != Norm::none,
+            small(args.branch_weight), small(args.branch_bias), small(branch_mean),
+            small(branch_var), static_cast<A>(args.branch_eps)};
+  }
+  Mixture<A> mixture() const {
+    return {small(args.v_weight), small(args.prev_weight), summary.a, summary.d, small(args.lam)};
+  }
+  OutputNorm<A> norm(const void* mean, const void* var) const {
+    const bool none = args.norm == Norm::none;
+    return {small(args.norm_weight), small(args.norm_bias), none ? nullptr : small(mean),
+            none ? nullptr : small(var), small(args.drop_scale), args.eps};
+  }
+  ScoreWeights<A> scores() const {
+    return {small(args.q_weight), small(args.k_weight), static_cast<int>(args.kernel_size),
+            static_cast<int>(args.channels), static_cast<int>(args.head_dim)};
+  }
+  Planes<A> planes_of(const A* table) const {
+    return {args.batch, args.channels, static_cast<double>(area), table, summary.a, summary.d,
+            small(args.lam)};
+  }
+
+  template <class To>
+  void fold(Size fields, const A* partial, const To& to) const {
+    launch(call, fold_kernel<A, To>, grid_of(fields * planes), fields, args.channels, walk.strips,
+           partial, to);
+  }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardStep : Step<T> {
+  using A = Compute<T>;
+  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::walk, Step<T>::small,
+      Step<T>::map, Step<T>::dynamic, Step<T>::gated;
+
+  const LightAttentionForward& args;
+  const Summary<A> found;
+  A *partial, *table, *gate_state;
+
+  explicit ForwardStep(const LightAttentionForward& args)
+      : Step<T>("light_attention", args, args.summary),
+        args(args),
+        found(small(args.summary), planes) {
+    Memory<A> memory{small(args.scratch)};
+    partial = memory.take(kG * this->pieces() * args.channels);
+    table = memory.take(kPlaneFields * planes);
+    gate_state = memory.next;
   }
 
   // Statistics of the branch, if they are of the batch.
-  Features<T> features() const {
-    const bool running = args.branch_norm == Norm::running;
-    const void* mean = running ? args.branch_mean_in : args.branch_mean;
-    const void* var = running ? args.branch_var_in : args.branch_var;
-    const T* x = static_cast<const T*>(args.x);
+  Features<T> prepare_branch() const {
     if (args.branch_norm == Norm::batch) {
-      const Cut cut = this->cut();
-      A *means = table, *squares = table + planes;
-      launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, x, means, squares);
-      launch(call, statistics_kernel<A>, piece_grid(cut), cut, means, squares,
+      const Cut cut = cut_pieces<T>(args.batch, args.channels, area, args.channels_last,
+                                    walk.strips, {args.x});
+      A *means = partial, *squares = partial + piece_rows(cut) * args.channels;
+      launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, map(args.x), means, squares);
+      launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, means, squares,
              small(args.branch_mean), small(args.branch_var));
     }
-    return {x, static_cast<const T*>(args.p), args.join, args.branch_norm != Norm::none,
-            small(args.branch_weight), small(args.branch_bias), small(mean), small(var),
-            static_cast<A>(args.branch_eps)};
+    const bool running = args.branch_norm == Norm::running;
+    return this->features(running ? args.branch_mean_in : args.branch_mean,
+                          running ? args.branch_var_in : args.branch_var);
+  }
+
+  // Pooled values, with the moments if the norm needs them.
+  void pool(const Features<T>& in) const {
+    const Grid grid{walk.blocks, kThreads};
+    const double pixels = static_cast<double>(area);
+    if (args.norm == Norm::batch) {
+      launch(call, plane_moments_kernel<T, false>, grid, walk, in, this->mixture(), Arriving<T>{},
+             partial, table + kShiftU * planes);
+      this->fold(kG, partial, ToTable<A>{planes, pixels, table, found.y,
+                                         gated() ? found.pooled_p : nullptr});
+    } else {
+      launch(call, means_kernel<T>, grid, walk, in, gated(), partial);
+      this->fold(gated() ? 2 : 1, partial, ToMeans<A>{planes, pixels, found.y});
+    }
   }
 
   void evaluate_cell(const void* y, const void* state, void* out, bool first_sample) const {
     CellForward cell{y, state, args.cell_params, out, args.batch, args.channels, args.hidden,
-                     static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation),
-                     sizeof(A) == 8 ? DType::f64 : DType::f32, args.threads, args.stream,
-                     first_sample};
+                     this->cell(), static_cast<Activation>(args.activation), this->compute_type(),
+                     args.threads, args.stream, first_sample};
     cell_forward(cell);
   }
 
   // From the pooled values: scores, new state, gates.
   void small_part() const {
     const Size heads = planes / args.head_dim;
-    launch(call, scores_kernel<A>, {ceil_div(heads * kWarp, kThreads), kThreads}, heads,
-           static_cast<int>(args.channels), static_cast<int>(args.head_dim),
-           static_cast<int>(args.kernel_size), summary.y, small(args.q_weight),
-           small(args.k_weight), summary.a);
-    if (dynamic()) evaluate_cell(summary.y, args.state, args.new_state, false);
-    if (gated()) evaluate_cell(summary.pooled_p, args.new_state, gate_state, args.first_sample);
-    launch(call, gates_kernel<A>, {ceil_div(planes, kThreads), kThreads}, planes,
-           gated() ? gate_state : nullptr, args.sigmoid_gate, summary.d, summary.pooled_p);
-  }
-
-  OutputNorm<A> norm() const {
-    const bool none = args.norm == Norm::none, running = args.norm == Norm::running;
-    return {small(args.norm_weight), small(args.norm_bias),
-            none ? nullptr : small(running ? args.mean_in : args.mean),
-            none ? nullptr : small(running ? args.var_in : args.var), small(args.drop_scale),
-            static_cast<A>(args.eps)};
+    launch(call, scores_kernel<A>, grid_of(heads * kWarp), heads, this->scores(), found.y, found.a);
+    if (dynamic()) evaluate_cell(found.y, args.state, args.new_state, false);
+    if (gated()) evaluate_cell(found.pooled_p, args.new_state, gate_state, args.first_sample);
+    launch(call, gates_kernel<A>, grid_of(planes), planes, gated() ? gate_state : nullptr,
+           args.sigmoid_gate, found.d, found.pooled_p);
   }
 
   void run() const {
-    const Features<T> in = features();
-    const A *v_weight = small(args.v_weight), *prev_weight = small(args.prev_weight);
-    A* pooled_p = gated() ? summary.pooled_p : nullptr;
-    const Walk planewise = walk(0), strips = walk(kRows);
-    if (args.norm == Norm::batch)
-      launch(call, plane_moments_kernel<T>, {planewise.blocks, kThreads}, planewise, in, v_weight,
-             prev_weight, table, summary.y, pooled_p);
-    else
-      launch(call, means_kernel<T>, {planewise.blocks, kThreads}, planewise, in, summary.y,
-             pooled_p);
+    const Features<T> in = prepare_branch();
+    pool(in);
     small_part();
     if (args.norm == Norm::batch)
-      launch(call, output_statistics_kernel<A>, piece_grid(cut()), cut(), table, summary.a,
-             summary.d, small(args.lam), small(args.mean), small(args.var));
-    launch(call, stencil_kernel<T>, {strips.blocks, kThreads}, strips, in, v_weight, prev_weight,
-           summary.a, summary.d, small(args.lam), norm(), args.residual, static_cast<T*>(args.out),
-           static_cast<T*>(args.o));
+      launch(call, output_statistics_kernel<A>, channel_grid(args.channels),
+             this->planes_of(table), small(args.mean), small(args.var));
+    const bool running = args.norm == Norm::running;
+    const auto norm = this->norm(running ? args.mean_in : args.mean,
+                                 running ? args.var_in : args.var);
+    launch(call, stencil_kernel<T>, {walk.blocks, kThreads}, walk, in, this->mixture(), norm,
+           args.residual, map(args.out), map(args.o));
+  }
+};
+
+// ---- backward -----------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardStep : Step<T> {
+  using A = Compute<T>;
+  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::walk, Step<T>::small,
+      Step<T>::map, Step<T>::dynamic, Step<T>::gated, Step<T>::summary;
+
+  const LightAttentionBackward& args;
+  const Size state_size;  // elements of a state
+  T* normed_dx;           // gradient of the normed branch, where dx is not that or a multiple of it
+  A *partial, *table;
+  ChannelGradients<A> found;
+  A *grad_state, *of_gates;  // of the new state: altogether, and the gates' share
+  A *dy_of_cell, *dy, *dpooled_p, *score_grads, *dfilters;
+  Factors<A> branch_factors;
+  A* cell_scratch;
+
+  explicit BackwardStep(const LightAttentionBackward& args)
+      : Step<T>("light_attention_backward", args, args.summary),
+        args(args),
+        state_size(this->slots() * planes) {
+    const Size channels = args.channels;
+    Memory<A> memory{small(args.scratch)};
+    normed_dx = reinterpret_cast<T*>(memory.next);
+    if (args.branch_norm == Norm::batch)
+      memory.take(ceil_div(planes * area, kPack<T>) * kPack<A>);
+    partial = memory.take(kPlaneFields * this->pieces() * channels);
+    table = memory.take(kPlaneFields * planes);
+    found.out_scale = memory.take(planes);
+    found.da = memory.take(planes);
+    found.dgate = gated() ? memory.take(state_size) : nullptr;
+    found.slots = this->slots();
+    found.mean = memory.take(channels);
+    found.slope = memory.take(channels);
+    found.level = memory.take(channels);
+    found.dlam = small(args.dlam);
+    found.dnorm_weight = small(args.dnorm_weight);
+    found.dnorm_bias = small(args.dnorm_bias);
+    grad_state = memory.take(state_size);
+    of_gates = gated() ? memory.take(state_size) : nullptr;
+    dy_of_cell = dynamic() ? memory.take(planes) : nullptr;
+    dpooled_p = gated() ? memory.take(planes) : nullptr;
+    dy = memory.take(planes);
+    score_grads = memory.take(2 * planes);
+    dfilters = memory.take(2 * args.kernel_size * args.batch);
+    branch_factors = {memory.take(channels), memory.take(channels), memory.take(channels)};
+    cell_scratch = memory.next;
+  }
+
+  void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
+    launch(call, plane_moments_kernel<T, true>, {walk.blocks, kThreads}, walk, in, this->mixture(),
+           arriving, partial, table + kShiftU * planes);
+    this->fold(kSums, partial,
+               ToTable<A>{planes, static_cast<double>(area), table, nullptr, nullptr});
+    launch(call, channel_gradients_kernel<A>, channel_grid(args.channels), this->planes_of(table),
+           this->norm(args.mean, args.var), args.norm == Norm::batch, args.sigmoid_gate, found);
+  }
+
+  // What the cell's two evaluations share; the gates' comes first.
+  CellBackward cell_backward_of(bool of_gates) const {
+    CellBackward cell{};
+    cell.params = args.cell_params;
+    cell.grad_params = args.dcell_params;
+    cell.scratch = cell_scratch;
+    cell.batch = args.batch;
+    cell.channels = args.channels;
+    cell.hidden = args.hidden;
+    cell.kind = this->cell();
+    cell.activation = static_cast<Activation>(args.activation);
+    cell.dtype = this->compute_type();
+    cell.stream = args.stream;
+    cell.first_sample = of_gates && args.first_sample;
+    cell.add_params = !of_gates && gated();
+    return cell;
+  }
+
+  void cell_gradients() const {
+    if (gated()) {
+      CellBackward cell = cell_backward_of(true);
+      cell.grad_out = found.dgate;
+      cell.y = summary.pooled_p;
+      cell.state = args.new_state;
+      cell.grad_y = dpooled_p;
+      cell.grad_state = of_gates;
+      cell_backward(cell);
+    }
+    launch(call, state_gradients_kernel<A>, grid_of(state_size), state_size, args.batch,
+           args.channels, small(args.grad_state), of_gates, args.first_sample, grad_state);
+    CellBackward cell = cell_backward_of(false);
+    cell.grad_out = grad_state;
+    cell.y = summary.y;
+    cell.state = args.state;
+    cell.grad_y = dy_of_cell;
+    cell.grad_state = args.dstate;
+    cell_backward(cell);
+  }
+
+  void score_gradients() const {
+    launch(call, score_gradients_kernel<A>, {args.batch, kThreads}, args.batch, this->scores(),
+           summary.y, summary.a, found.da, dy_of_cell, score_grads, dy, dfilters);
+    launch(call, filter_gradients_kernel<A>, grid_of(2 * args.kernel_size), args.batch,
+           args.kernel_size, dfilters, small(args.dq_weight), small(args.dk_weight));
+  }
+
+  void map_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
+    const bool through_norm = args.norm == Norm::batch;
+    const GradientFactors<A> factors{found.out_scale, found.mean,
+                                     through_norm ? found.slope : nullptr, found.level};
+    const Gradients<T> pass{walk, in, this->mixture(), arriving, factors, dy, dpooled_p,
+                            args.residual && arriving.out != nullptr,
+                            args.branch_norm == Norm::running,
+                            args.branch_norm == Norm::batch ? normed_dx : map(args.dx),
+                            map(args.dp), partial};
+    launch(call, gradients_kernel<T>, {walk.blocks, kThreads}, pass);
+    const Size fields = args.prev_weight == nullptr ? 9 : 18;
+    launch(call, weights_kernel<A>, channel_grid(args.channels, fields), this->pieces(),
+           args.channels, partial, small(args.lam), small(args.dv_weight),
+           small(args.dprev_weight));
+  }
+
+  void branch_gradients(const Features<T>& in) const {
+    const Size rows = this->pieces(), size = rows * args.channels;
+    const bool of_batch = args.branch_norm == Norm::batch;
+    const ChannelNorm<A> norm{in.weight, in.bias, in.mean, in.var, args.branch_eps};
+    launch(call, factors_kernel<A>, channel_grid(args.channels), rows, args.channels,
+           static_cast<double>(args.batch * area), partial + kBranch * size,
+           partial + kBranchWithZ * size, norm, of_batch, branch_factors,
+           small(args.dbranch_weight), small(args.dbranch_bias));
+    if (!of_batch) return;
+    const Cut cut = cut_map<T>(args.batch, args.channels, area, args.channels_last, false,
+                               {normed_dx, args.x, args.dx});
+    launch(call, norm_gradient_kernel<T>, {cut.blocks, kThreads}, cut, normed_dx, in.x, in.mean,
+           branch_factors, map(args.dx));
+  }
+
+  void run() const {
+    const Features<T> in = this->features(args.branch_mean, args.branch_var);
+    const Arriving<T> arriving{map(args.grad_out), map(args.grad_o)};
+    channel_gradients(in, arriving);
+    if (dynamic()) cell_gradients();
+    score_gradients();
+    map_gradients(in, arriving);
+    if (args.branch_norm != Norm::none) branch_gradients(in);
   }
 };
 
@@ -388,7 +331,13 @@ struct ForwardStep {
 
 void light_attention_forward(const LightAttentionForward& args) {
   with_element_type(args.dtype, [&](auto element) {
-    ForwardStep<decltype(element)>{args}.run();
+    ForwardStep<decltype(element)>(args).run();
+  });
+}
+
+void light_attention_backward(const LightAttentionBackward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    BackwardStep<decltype(element)>(args).run();
   });
 }
 

@@ -3,7 +3,8 @@
 // dshortcut and x and writes dx. In between a small launch adds up the sums of pieces, in double.
 #include "ops/residual_norm/op.h"
 
-#include "common/cuda/norm.h"
+#include "common/cuda/norm_gradient.h"
+#include "common/cuda/statistics.h"
 
 namespace dla::cuda {
 namespace {
@@ -62,26 +63,6 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Cut cut, const T* dshortcut, const T* x, const Compute<T>* mean,
-                    Factors<Compute<T>> factors, T* dx) {
-  using A = Compute<T>;
-  const Part<T> part(cut, blockIdx.x);
-  A centre[kPack<T>], scale[kPack<T>], of_x[kPack<T>], added[kPack<T>];
-  make_factors(cut, part, centre, [&](Size c) { return mean[c]; });
-  make_factors(cut, part, scale, [&](Size c) { return factors.scale[c]; });
-  make_factors(cut, part, of_x, [&](Size c) { return factors.of_x[c]; });
-  make_factors(cut, part, added, [&](Size c) { return factors.added[c]; });
-  for_packs<T, 2>(part, {dshortcut, x}, [&](const Place& place, const Values<T, 2>& values) {
-    A found[kPack<T>];
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e)
-      found[e] = scale[e] * values[0][e] + (of_x[e] * (values[1][e] - centre[e]) + added[e]);
-    store(dx, place, found);
-  });
-}
-
 // ---- host ---------------------------------------------------------------------------------------
 
 template <class A>
@@ -122,7 +103,7 @@ void residual_norm_forward(const ResidualNormForward& args) {
       A *mean = static_cast<A*>(args.mean), *var = static_cast<A*>(args.var);
       const Cut cut = cut_sums<T>(args, {x});
       launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, x, means, squares);
-      launch(call, statistics_kernel<A>, piece_grid(cut), cut, means, squares, mean, var);
+      launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, means, squares, mean, var);
       norm = norm_of<A>(args, mean, var);
     }
     const Cut cut = cut_maps<T>(args, {x, shortcut, args.out});
@@ -147,12 +128,13 @@ void residual_norm_backward(const ResidualNormBackward& args) {
     const Cut summed = cut_sums<T>(args, {grad, out, x, dshortcut});
     launch(call, rectify_kernel<T>, {summed.blocks, kThreads}, summed, grad, out, x, norm.mean,
            dshortcut, alone, with_x);
-    launch(call, factors_kernel<A>, piece_grid(summed), summed, alone, with_x, norm,
-           args.norm == Norm::batch, factors, static_cast<A*>(args.dweight),
-           static_cast<A*>(args.dbias));
+    const double count = static_cast<double>(args.batch * args.height * args.width);
+    launch(call, factors_kernel<A>, channel_grid(args.channels), piece_rows(summed), args.channels,
+           count, alone, with_x, norm, args.norm == Norm::batch, factors,
+           static_cast<A*>(args.dweight), static_cast<A*>(args.dbias));
     const Cut cut = cut_maps<T>(args, {dshortcut, x, dx});
-    launch(call, gradient_kernel<T>, {cut.blocks, kThreads}, cut, dshortcut, x, norm.mean, factors,
-           dx);
+    launch(call, norm_gradient_kernel<T>, {cut.blocks, kThreads}, cut, dshortcut, x, norm.mean,
+           factors, dx);
   });
 }
 

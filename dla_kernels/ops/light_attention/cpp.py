@@ -45,8 +45,9 @@ def forward(
     return_o: bool,
     load: Loader = native.load,
     scratch: Tensor | None = None,
+    strips: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Arguments and results of ``dla_kernels::light_attention``; ``scratch`` is for GPUs."""
+    """Arguments and results of ``dla_kernels::light_attention``; the last two are for GPUs."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
     small = contiguous(
@@ -80,8 +81,7 @@ def forward(
     module.light_attention_forward(
         module.LightAttentionForward(
             **sizes(x, layout, q_weight, params),
-            stream=execution(x)["stream"],
-            scratch=address(scratch),
+            **_for_gpus(x, scratch, strips),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
             branch_norm=NORMS[branch_norm],
@@ -139,8 +139,11 @@ def backward(
     branch_norm: str,
     branch_eps: float,
     needs_p: bool,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
+    strips: int = 1,
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::light_attention_backward``."""
+    """Arguments and results of ``dla_kernels::light_attention_backward``; as above."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
     weights = contiguous(
@@ -172,10 +175,11 @@ def backward(
         f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
     }
     dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
-    module = native.load()
+    module = load()
     module.light_attention_backward(
         module.LightAttentionBackward(
             **sizes(x, layout, q_weight, params),
+            **_for_gpus(x, scratch, strips),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
             branch_norm=NORMS[branch_norm],
@@ -196,3 +200,7 @@ def backward(
     )
     grads = [dx, dp, dstate, *dweights.values(), *dparams]
     return [state.new_empty(0) if g is None else g for g in grads]
+
+
+def _for_gpus(x: Tensor, scratch: Tensor | None, strips: int) -> dict[str, int | None]:
+    return {"stream": execution(x)["stream"], "scratch": address(scratch), "strips": strips}
