@@ -177,7 +177,7 @@ struct ForwardStep : Step<T> {
 
   const BaseAttentionForward& args;
   Recall<A> recalled;
-  A *weights, *sums[2];
+  A *weights, *sums[2], *kept_o;
 
   explicit ForwardStep(const BaseAttentionForward& args)
       : Step<T>(args, "base_attention", args.pooled_x), args(args) {
@@ -185,6 +185,12 @@ struct ForwardStep : Step<T> {
     if (args.keys_out == nullptr) recalled.keys = this->scratch.take(this->with_own);
     weights = this->scratch.take(this->with_own);
     for (A*& of : sums) of = this->scratch.take(this->sums_size());
+    kept_o = keeps_o() ? this->scratch.take(this->planes * area) : nullptr;
+  }
+
+  // Whether o is written between the two passes that need it, not formed anew: if that moves less.
+  bool keeps_o() const {
+    return args.norm == Norm::batch && this->layers > static_cast<int>(2 * sizeof(A) / sizeof(T));
   }
 
   // v and the means of x and v.
@@ -201,7 +207,7 @@ struct ForwardStep : Step<T> {
 
   void batch_statistics(const Mix<T>& mix) const {
     const Cut cut = this->cut_sums(joined(args.values, {args.x}));
-    launch(call, mix_moments_kernel<T>, {cut.blocks, kThreads}, cut, mix, sums[0], sums[1]);
+    launch(call, mix_moments_kernel<T>, {cut.blocks, kThreads}, cut, mix, kept_o, sums[0], sums[1]);
     launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, sums[0], sums[1], small(args.mean),
            small(args.var));
   }
@@ -217,7 +223,7 @@ struct ForwardStep : Step<T> {
     const OutputNorm<A> norm =
         this->norm(running ? args.mean_in : args.mean, running ? args.var_in : args.var);
     const Cut cut = this->cut_maps(joined(args.values, {args.x, args.out}));
-    launch(call, output_kernel<T>, {cut.blocks, kThreads}, cut, mix, norm, args.residual,
+    launch(call, output_kernel<T>, {cut.blocks, kThreads}, cut, mix, kept_o, norm, args.residual,
            map(args.out));
   }
 };

@@ -1,6 +1,5 @@
-// The passes of base_attention over whole feature maps, with o = sum_t w_t v_t. o is never stored,
-// nor is the layer's own value read: every pass forms them from x and the values of the earlier
-// layers, in the compute type.
+// The passes of base_attention over whole feature maps, with o = sum_t w_t v_t. They form o from x
+// and the values of the earlier layers, in the compute type; the layer's own value is never read.
 #pragma once
 
 #include "common/cuda/norm_gradient.h"
@@ -88,6 +87,40 @@ __device__ inline void store_elements(T* map, const Group<T>& group, const Eleme
 #pragma unroll
   for (int j = 0; j < kTogether; ++j)
     if (group.exists(j)) store(map, group.place(j), values[j]);
+}
+
+// To and from a map of the compute type.
+template <class T>
+__device__ inline void store_unrounded(Compute<T>* map, const Place& place,
+                                       const Compute<T> (&values)[kPack<T>]) {
+  using A = Compute<T>;
+#pragma unroll
+  for (int first = 0; first < kPack<T>; first += kPack<A>) {
+    Pack<A> pack;
+#pragma unroll
+    for (int e = 0; e < kPack<A>; ++e) pack.of[e] = values[first + e];
+    if (place.whole) {
+      store_pack(map + place.offset + first, pack);
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kPack<A>; ++e)
+      if (first + e >= place.begin && first + e < place.end)
+        map[place.offset + first + e] = pack.of[e];
+  }
+}
+
+template <class T>
+__device__ inline void load_unrounded(const Compute<T>* map, const Place& place,
+                                      Compute<T> (&values)[kPack<T>]) {
+  using A = Compute<T>;
+#pragma unroll
+  for (int first = 0; first < kPack<T>; first += kPack<A>) {
+    const Place part{place.offset + first, place.begin - first, place.end - first, place.whole};
+    const Pack<A> pack = load(map, part);
+#pragma unroll
+    for (int e = 0; e < kPack<A>; ++e) values[first + e] = pack.of[e];
+  }
 }
 
 // sum += the terms.
@@ -306,12 +339,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// Mean and centred sum of squares of o of every piece. The sums are about o at the plane's first
-// pixel: about 0 they would lose the digits that a large mean takes.
+// o, unless it is null; mean and centred sum of squares of every piece of it. The sums are about o
+// at the plane's first pixel: about 0 they would lose the digits that a large mean takes.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    mix_moments_kernel(Cut cut, const __grid_constant__ Mix<T> mix, Compute<T>* means,
-                       Compute<T>* squares) {
+    mix_moments_kernel(Cut cut, const __grid_constant__ Mix<T> mix, Compute<T>* kept_o,
+                       Compute<T>* means, Compute<T>* squares) {
   using A = Compute<T>;
   const Part<T> part(cut, blockIdx.x);
   const OwnValue<T> value(mix, cut, part);
@@ -334,6 +367,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const Place place = group.place(j);
+      if (kept_o != nullptr) store_unrounded<T>(kept_o, place, o[j]);
 #pragma unroll
       for (int e = 0; e < kPack<T>; ++e) {
         const A centred = group.holds(place, e) ? o[j][e] - start[e] : A(0);
@@ -357,18 +391,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// out = [x +] the branch.
+// out = [x +] the branch. kept_o may be null.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    output_kernel(Cut cut, const __grid_constant__ Mix<T> mix, OutputNorm<Compute<T>> norm,
-                  bool residual, T* out) {
+    output_kernel(Cut cut, const __grid_constant__ Mix<T> mix, const Compute<T>* kept_o,
+                  OutputNorm<Compute<T>> norm, bool residual, T* out) {
   using A = Compute<T>;
   const Part<T> part(cut, blockIdx.x);
   const OwnValue<T> value(mix, cut, part);
   const PackBranch<T> end(norm, cut, part);
   for_groups(part, [&](const Group<T>& group) {
     Elements<T> o, other;
-    form_mix(mix, value, group, o, other);
+    if (kept_o == nullptr) {
+      form_mix(mix, value, group, o, other);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) load_unrounded<T>(kept_o, group.place(j), o[j]);
+    }
     load_elements(mix.x, group, other);
 #pragma unroll
     for (int j = 0; j < kTogether; ++j)

@@ -187,9 +187,10 @@ def backward(
     g = x.new_empty(0) if grad_out is None else empty_features(x)
     mix = state.new_empty(0 if grad_out is None else (len(values) + 1, *x.shape[:2]))
     dx = empty_features(x)
-    # It adds to the gradients of the cell, which is evaluated many times.
-    dweights = {name: None if w is None else torch.zeros_like(w) for name, w in weights.items()}
-    dlists = {name: [torch.zeros_like(t) for t in ts] for name, ts in weight_lists.items()}
+    # On CPUs it adds to the gradients of the cell; without grad_out it leaves those of the norm.
+    make = torch.empty_like if prepare and grad_out is not None else torch.zeros_like
+    dweights = {name: None if w is None else make(w) for name, w in weights.items()}
+    dlists = {name: [make(t) for t in ts] for name, ts in weight_lists.items()}
     module = load()
     terms = len(later_grads) + sum(t is not None for t in (grad_out, grad_v))
     dv = empty_features(x) if prepare and terms > 1 else x.new_empty(0)
