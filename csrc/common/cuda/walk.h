@@ -94,10 +94,11 @@ struct Window {
   template <class Read>
   __device__ void next(const Path& path, const Read& read, int row, int column,
                        bool sides = true) {
-    const auto pixel = [&](int c) {
-      return path.inside(row, c) ? read(path.offset(row, c)) : A(0);
-    };
-    push(sides ? pixel(column - 1) : A(0), pixel(column), sides ? pixel(column + 1) : A(0));
+    const Size here = path.offset(row, column);
+    const bool left = sides && path.inside(row, column - 1);
+    const bool right = sides && path.inside(row, column + 1);
+    push(left ? read(here - path.right) : A(0), path.inside(row, column) ? read(here) : A(0),
+         right ? read(here + path.right) : A(0));
   }
 
   // Around (row, column), but for the last row: next(row + 1) completes it.

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // u, p and e at the middle of a plane, by which they are shifted.
 template <class T>
-__device__ inline void load_shifts(const Path& path, Windows<T> around,
+__device__ inline void load_shifts(const Path& path, Windows<T>& around,
                                    const Compute<T> (&v_filter)[9],
                                    const Compute<T> (&e_filter)[9], Compute<T> (&shifts)[3]) {
   const int row = path.height / 2, column = path.width / 2;

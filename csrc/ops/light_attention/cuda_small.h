@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
                   weights.transposed(weights.k, grad_key, c);
   for (int t = 0; t < 2 * taps; ++t) {
     const A* grad = t < taps ? grad_query : grad_key;
-    const int shift = t % taps - taps / 2;
+    const int shift = (t < taps ? t : t - taps) - taps / 2;
     A sum = 0;
     for (int c = thread; c < channels; c += kThreads)
       if (c + shift >= 0 && c + shift < channels) sum += grad[c] * line[c + shift];
@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= 2 * taps) return;
   double sum = 0;
   for (Size b = 0; b < batch; ++b) sum += dfilters[b * 2 * taps + t];
-  (t < taps ? dq_weight : dk_weight)[t % taps] = static_cast<A>(sum);
+  A& to = t < taps ? dq_weight[t] : dk_weight[t - taps];
+  to = static_cast<A>(sum);
 }
 
 // ---- gates --------------------------------------------------------------------------------------
