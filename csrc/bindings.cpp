@@ -237,9 +237,10 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
            activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, stream, scratch, strips, grad_out, grad_o, grad_state, mean, var,
-           branch_mean, branch_var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight, dprev_weight, dlam,
-           dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias, dcell_params);
+           eps, branch_eps, threads, stream, scratch, strips, grad_out, grad_o, grad_state, mean,
+           var, branch_mean, branch_var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight,
+           dv_weight, dprev_weight, dlam, dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias,
+           dcell_params);
 
   DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
            cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,

@@ -28,8 +28,8 @@ from op_cases import (
 from op_samples import NAMES, SMALL, Call, sample
 from tolerances import assert_gradients_close
 
-# A layer step is dozens of launches, and Triton's interpreter takes seconds for it: there one variant
-# of it. The emulation of CUDA is in between.
+# A layer step is dozens of launches, and takes seconds on Triton's interpreter: one variant there.
+# The emulation of CUDA is in between.
 SLOW = {"light_attention": "whole_block", "base_attention": "official"}
 
 

@@ -346,7 +346,7 @@ __device__ inline Size pixels_of_piece(const Cut& cut, Size piece) {
 // ---- device: sums over the batch ----------------------------------------------------------------
 
 // Of kernels that add up the rows of arrays [rows, channels], in double: a block takes kRowLanes
-// channels, and a thread one of them. Several such arrays, fields: so many blocks one after another.
+// channels, and a thread one of them. Several such arrays, fields, have their blocks in turn.
 inline Grid channel_grid(Size channels, Size fields = 1) {
   return {fields * ceil_div(channels, kRowLanes), kThreads};
 }
@@ -365,7 +365,7 @@ __device__ inline bool writes_channel(Size channels) {
   return threadIdx.x < kRowLanes && own_channel(channels) < channels;
 }
 
-// The sum of value(row, index) over all rows; index is the place of the thread's channel in the row.
+// The sum of value(row, index) over all rows; index is where the thread's channel lies in the row.
 // All threads of the block call it, and those of a channel get the same.
 template <class Value>
 __device__ inline double add_rows(Size rows, Size channels, const Value& value) {
@@ -386,6 +386,8 @@ __device__ inline double add_rows(Size rows, Size channels, const Value& value) 
 }
 
 // Rows of an array that has one for every piece of a sample.
-DLA_HOST_DEVICE inline Size piece_rows(const Cut& cut) { return cut.planes / cut.channels * cut.chunks; }
+DLA_HOST_DEVICE inline Size piece_rows(const Cut& cut) {
+  return cut.planes / cut.channels * cut.chunks;
+}
 
 }  // namespace dla::cuda

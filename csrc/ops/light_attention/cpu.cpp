@@ -287,14 +287,14 @@ struct BackwardStep : Step<A> {
     A *o_scale, *offset;  // [C]
   };
 
-  // Coefficients of g = dL/do, and the gradients of the norm's weight and bias, of lam, of the scores
-  // and of the cell's output.
+  // Coefficients of g = dL/do, and the gradients of the norm's weight and bias, of lam, of the
+  // scores and of the cell's output.
   void channel_gradients(PlaneTable<A> table, const ChannelLanes& c, const Coefficients& to, A* da,
                          A* dd) const {
     const bool batch_norm = args.norm == Norm::batch;
     const Doubles rstd = this->rstd(args.var, c);
-    // Not the mean that was rounded to A: it is multiplied by sums of gradients over whole planes, which
-    // may be large.
+    // Not the mean that was rounded to A: it is multiplied by sums of gradients over whole planes,
+    // which may be large.
     GradientOfO<Doubles> g{this->norm_weight(c) * rstd,
                            batch_norm ? this->moments_of_o(table, summary, c).mean()
                                       : this->mean(args.mean, c)};

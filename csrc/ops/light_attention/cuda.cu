@@ -1,5 +1,5 @@
 // A layer step on a GPU: passes over maps (cuda_passes.h), and between them kernels on [batch,
-// channels] (cuda_small.h) and the cell's own. Sums are left by pieces and added up by a launch after.
+// channels] (cuda_small.h) and the cell's own. Sums are left by pieces; a launch adds these up.
 #include "ops/light_attention/op.h"
 
 #include "common/cuda/norm_gradient.h"
@@ -207,8 +207,9 @@ struct BackwardStep : Step<T> {
     normed_dx = reinterpret_cast<T*>(memory.next);
     if (args.branch_norm == Norm::batch)
       memory.take(ceil_div(planes * area, kPack<T>) * kPack<A>);
-    partial = memory.take(kPlaneFields * this->pieces() * channels);
     table = memory.take(kPlaneFields * planes);
+    // The sums of whole planes are their table; when gradients are summed up, that is done with.
+    partial = walk.strips == 1 ? table : memory.take(kPlaneFields * this->pieces() * channels);
     found.out_scale = memory.take(planes);
     found.da = memory.take(planes);
     found.dgate = gated() ? memory.take(state_size) : nullptr;
@@ -233,8 +234,9 @@ struct BackwardStep : Step<T> {
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
     launch(call, plane_moments_kernel<T, true>, {walk.blocks, kThreads}, walk, in, this->mixture(),
            arriving, partial, table + kShiftU * planes);
-    this->fold(kSums, partial,
-               ToTable<A>{planes, static_cast<double>(area), table, nullptr, nullptr});
+    if (walk.strips > 1)
+      this->fold(kSums, partial,
+                 ToTable<A>{planes, static_cast<double>(area), table, nullptr, nullptr});
     launch(call, channel_gradients_kernel<A>, channel_grid(args.channels), this->planes_of(table),
            this->norm(args.mean, args.var), args.norm == Norm::batch, args.sigmoid_gate, found);
   }

@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(kThreads)
       around.next(path, row + 1, column);
       const A u = around.x.dot(v_filter) - shift[0];
       const A p = around.p.centre() - shift[1], e = around.p.dot(e_filter) - shift[2];
-      const A of_features[] = {around.x.centre(), u, u * u, p, p * p, u * p, e, e * e, p * e, u * e};
+      const A x = around.x.centre();
+      const A of_features[] = {x, u, u * u, p, p * p, u * p, e, e * e, p * e, u * e};
 #pragma unroll
       for (int i = 0; i < kG; ++i) sums[i] += of_features[i];
       if constexpr (backward) {
@@ -343,8 +344,8 @@ struct GradientsOfColumn {
 };
 
 // Every thread makes g down its column, beginning a row early and ending a row late, and finds that
-// of the columns beside it in shared memory. If the map is wider than a block, the block's first and
-// last thread have columns that are other blocks' (or other turns'), and make no more than their g.
+// of the columns beside it in shared memory. If the map is wider than a block, it takes several
+// turns, in which the first and the last column only have their g made: they are another turn's.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradients_kernel(const __grid_constant__ Gradients<T> pass) {

@@ -1,5 +1,5 @@
-// The small part of light_attention on GPUs: kernels on arrays [batch, channels], between the passes
-// over maps.
+// The small part of light_attention on GPUs: kernels on arrays [batch, channels], between the
+// passes over maps.
 #pragma once
 
 #include <cmath>
@@ -115,9 +115,9 @@ __device__ inline A sum_block(A value) {
   return value;
 }
 
-// Backward of the scores, a block for a sample. dy is what reaches y from da and from the cell (null:
-// nothing). Leaves the sample's share in the filters' gradients, [batch, 2, taps]. grads [2, batch,
-// channels] is working memory: of queries and keys.
+// Backward of the scores, a block for a sample. dy is what reaches y from da and from the cell
+// (null: nothing). Leaves the sample's share in the filters' gradients, [batch, 2, taps]. grads
+// [2, batch, channels] is working memory: of queries and keys.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     score_gradients_kernel(Size batch, ScoreWeights<A> weights, const A* y, const A* a, const A* da,
@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The gradient of the new state [slots, batch, channels]: what arrives, and what comes from the gates
-// (either may be null); with `first_sample` the first row feeds the gates of all.
+// The gradient of the new state [slots, batch, channels]: what arrives, and what comes from the
+// gates (either may be null); with `first_sample` the first row feeds the gates of all.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     state_gradients_kernel(Size count, Size batch, Size channels, const A* arriving,
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class A>
 struct ChannelGradients {
   A *out_scale, *da;                    // [batch, channels]
-  A* dgate;                             // [slots, batch, channels], of the cell's result; may be null
+  A* dgate;                             // [slots, batch, channels], of the cell; may be null
   int slots;
   A *mean, *slope, *level;              // [channels], for GradientFactors
   A *dlam, *dnorm_weight, *dnorm_bias;  // [channels]; the last two may be null

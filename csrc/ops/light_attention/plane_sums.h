@@ -8,9 +8,9 @@
 
 namespace dla::DLA_ISA {
 
-// Sums over a plane. u, p, e are shifted by about their mean, or by their value at one pixel as long as
-// the means are not known (kShift*). That keeps the squares small: raw float sums of squares lose the
-// variance when the mean is large.
+// Sums over a plane. u, p, e are shifted by about their mean, or by their value at one pixel as long
+// as the means are not known (kShift*). That keeps the squares small: raw float sums of squares lose
+// the variance when the mean is large.
 enum PlaneSum : int {
   kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE,  // of the features
   kG, kGU, kGP, kGE,                             // with the gradient of out
@@ -21,8 +21,8 @@ enum PlaneSum : int {
 };
 
 // g = dL/do = out_scale grad_out + slope (o - mean) + level + grad_o, for the planes of a channel;
-// out_scale is `weight` (gamma rstd) times the sample's drop scale. A Number is a double, or a vector
-// of them for several channels.
+// out_scale is `weight` (gamma rstd) times the sample's drop scale. A Number is a double, or a
+// vector of them for several channels.
 template <class Number>
 struct GradientOfO {
   Number weight, mean, slope{}, level{};
