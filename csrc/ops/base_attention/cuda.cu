@@ -16,7 +16,7 @@ constexpr int kRows = 16;      // of a block of the stencil, which reads one mor
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     fold_kernel(Cut cut, int fields, const A* sums, A factor, A* out) {
-  const Size i = Item().i;
+  const Size i = own_number();
   if (i >= fields * cut.planes) return;
   const Size row = i / cut.channels * cut.chunks, channel = i % cut.channels;
   double sum = 0;
@@ -208,8 +208,8 @@ struct ForwardStep : Step<T> {
   void batch_statistics(const Mix<T>& mix) const {
     const Cut cut = this->cut_sums(joined(args.values, {args.x}));
     launch(call, mix_moments_kernel<T>, {cut.blocks, kThreads}, cut, mix, kept_o, sums[0], sums[1]);
-    launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, sums[0], sums[1], small(args.mean),
-           small(args.var));
+    launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, sums[0], sums[1],
+           small(args.mean), small(args.var));
   }
 
   void run() const {

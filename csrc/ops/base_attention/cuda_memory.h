@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "common/cuda/map.h"
+#include "common/cuda/numbers.h"
 #include "ops/base_attention/op.h"
 #include "ops/cell/tails.h"
 
@@ -31,25 +31,14 @@ struct Memory {
   }
   DLA_HOST_DEVICE Size earlier() const { return layers * planes(); }
 
-  // Element c of the filter along a row of channels, of which element c is line(c).
+  // Element c of a filter along channels, of which element c is line(c); and of its transpose.
   template <class Line>
   __device__ A filtered(const A* weight, int c, const Line& line) const {
-    A sum = 0;
-    for (int t = 0; t < taps; ++t) {
-      const int from = c + t - taps / 2;
-      if (from >= 0 && from < channels) sum += weight[t] * line(from);
-    }
-    return sum;
+    return LineFilter<A>{weight, taps, channels}.apply(c, line);
   }
-  // That of its transpose.
   template <class Line>
   __device__ A transposed(const A* weight, int c, const Line& line) const {
-    A sum = 0;
-    for (int t = 0; t < taps; ++t) {
-      const int from = c - t + taps / 2;
-      if (from >= 0 && from < channels) sum += weight[t] * line(from);
-    }
-    return sum;
+    return LineFilter<A>{weight, taps, channels}.transposed(c, line);
   }
   __device__ A query(int b, int c) const {
     const A* line = y + static_cast<Size>(b) * channels;
@@ -62,13 +51,6 @@ template <class A>
 struct Recall {
   A *keys, *gates;
 };
-
-// The number of a thread, of a grid of `count` of them.
-struct Item {
-  Size i;
-  __device__ Item() : i(static_cast<Size>(blockIdx.x) * kThreads + threadIdx.x) {}
-};
-inline Grid grid_of(Size count) { return {ceil_div(count, kThreads), kThreads}; }
 
 // Element i of [layers, B, C].
 struct Element {
@@ -95,7 +77,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     cell_inputs_kernel(const __grid_constant__ Memory<A> memory, int slots, const A* state,
                        A* inputs, A* repeated_state) {
-  const Size i = Item().i, size = memory.rows() * memory.channels;
+  const Size i = own_number(), size = memory.rows() * memory.channels;
   if (i >= size) return;
   const Element at(memory, i);
   inputs[i] = at.t < memory.layers ? memory.gates[i] * memory.pooled[at.t][at.plane]
@@ -114,7 +96,7 @@ __device__ inline A factor_of(const Memory<A>& memory, const A* outputs, Size i)
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     recall_kernel(const __grid_constant__ Memory<A> memory, const A* outputs, Recall<A> to) {
-  const Size i = Item().i;
+  const Size i = own_number();
   if (i >= memory.earlier() + memory.planes()) return;
   const Element at(memory, i);
   const auto gate = [&](Size row) { return memory.gates[row] * factor_of(memory, outputs, row); };
@@ -142,7 +124,7 @@ struct Head {
 
   template <class A>
   __device__ explicit Head(const Memory<A>& memory)
-      : number(Item().i / kWarp), lane(static_cast<int>(threadIdx.x) % kWarp) {
+      : number(own_number() / kWarp), lane(static_cast<int>(threadIdx.x) % kWarp) {
     b = static_cast<int>(number / memory.heads());
     first = static_cast<int>(number % memory.heads()) * memory.head_dim;
     last = first + memory.head_dim;
@@ -194,7 +176,10 @@ __global__ void __launch_bounds__(kThreads)
     logits.set(head.lane, t, logit);
     if (!(logit <= most)) most = logit;
   }
-  logits.each(head.lane, count, [&](int, double& logit) { total += logit = std::exp(logit - most); });
+  logits.each(head.lane, count, [&](int, double& logit) {
+    logit = std::exp(logit - most);
+    total += logit;
+  });
   total = sum_lanes(total, kWarp);
   const Size heads = static_cast<Size>(memory.batch) * memory.heads();
   logits.each(head.lane, count, [&](int t, double& logit) {
@@ -214,7 +199,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     weigh_kernel(const __grid_constant__ Memory<A> memory, const A* scores, const A* gates,
                  A* weights) {
-  const Size i = Item().i;
+  const Size i = own_number();
   if (i >= memory.earlier() + memory.planes()) return;
   const A score = score_of(memory, scores, Element(memory, i));
   weights[i] = gates == nullptr ? score : score * gates[i];
@@ -258,7 +243,7 @@ __global__ void __launch_bounds__(kThreads)
     recall_gradients_kernel(const __grid_constant__ Memory<A> memory, const A* scores,
                             const A* dlogits, const A* keys, const A* dweights,
                             Recall<const A> arriving, A* dqueries, Recall<A> to) {
-  const Size plane = Item().i, size = memory.planes();
+  const Size plane = own_number(), size = memory.planes();
   if (plane >= size) return;
   const Element own(memory, plane);
   const A query = memory.query(own.b, own.c);
@@ -289,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
     factor_gradients_kernel(const __grid_constant__ Memory<A> memory, int slots, const A* outputs,
                             Recall<A> of, Recall<A> grads,
                             const __grid_constant__ MemoryGradients<A> to, A* doutputs) {
-  const Size i = Item().i;
+  const Size i = own_number();
   if (i >= memory.earlier()) return;
   const Element at(memory, i);
   if (!memory.dynamic) {
@@ -323,7 +308,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     input_gradients_kernel(const __grid_constant__ Memory<A> memory, const A* dinputs,
                            const __grid_constant__ MemoryGradients<A> to) {
-  const Size i = Item().i;
+  const Size i = own_number();
   if (i >= memory.earlier()) return;
   const Element at(memory, i);
   to.gates[i] += dinputs[i] * memory.pooled[at.t][at.plane];
@@ -337,7 +322,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     state_gradients_kernel(const __grid_constant__ Memory<A> memory, int slots, const A* arriving,
                            const A* of_rows, A* to) {
-  const Size i = Item().i, size = memory.planes();
+  const Size i = own_number(), size = memory.planes();
   if (i >= slots * size) return;
   const Element at(memory, i);
   const A* rows = of_rows + at.t * memory.rows() * memory.channels;
@@ -354,7 +339,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     pooled_gradients_kernel(const __grid_constant__ Memory<A> memory, const A* arriving,
                             const A* of_cell, const A* dqueries, const A* dkeys, A* dy) {
-  const Size plane = Item().i;
+  const Size plane = own_number();
   if (plane >= memory.planes()) return;
   const Element at(memory, plane);
   const A *queries = dqueries + plane - at.c, *keys = dkeys + memory.earlier() + plane - at.c;
@@ -379,7 +364,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     filter_sums_kernel(const __grid_constant__ Memory<A> memory, int filters, const A* gates,
                        const A* dqueries, const A* dkeys, A* sums) {
-  const Size number = Item().i / kWarp;
+  const Size number = own_number() / kWarp;
   const int filter = static_cast<int>(number / memory.batch);
   if (filter >= filters) return;
   const Size row = number % memory.batch * memory.channels;
@@ -405,7 +390,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     filter_gradients_kernel(int batch, int taps, const A* sums,
                             const __grid_constant__ FilterGradients<A> to) {
-  const Size i = Item().i;
+  const Size i = own_number();
   if (i >= static_cast<Size>(to.filters) * taps) return;
   const int filter = static_cast<int>(i / taps), tap = static_cast<int>(i % taps);
   double sum = 0;

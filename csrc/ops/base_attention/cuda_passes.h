@@ -566,8 +566,8 @@ struct ValueGradient {
   const Compute<T>*dmean_v, *dmean_x;         // [B, C]; dmean_v may be null
 };
 
-// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per strip of a plane
-// the products of dv with the nine pixels of x that it is made of, sums [9, B, strips, C].
+// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per strip of rows the
+// sums of dv times the nine pixels of x that v is made of, [9, B, strips, C].
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     value_gradients_kernel(Walk walk, ValueGradient<T> in, T* dx, Compute<T>* sums) {

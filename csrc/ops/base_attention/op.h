@@ -34,7 +34,7 @@ struct BaseAttentionInputs {
   double eps;
   int threads;
   void* stream = nullptr;   // cudaStream_t
-  void* scratch = nullptr;  // CUDA: elements of the compute type, as many as base_attention_*_scratch
+  void* scratch = nullptr;  // CUDA: base_attention_*_scratch elements of the compute type
 };
 
 struct BaseAttentionForward : BaseAttentionInputs {

@@ -4,16 +4,10 @@
 
 #include <cmath>
 
-#include "common/cuda/map.h"
+#include "common/cuda/numbers.h"
 #include "ops/light_attention/cuda_passes.h"
 
 namespace dla::cuda::light {
-
-inline Grid grid_of(Size threads) { return {ceil_div(threads, kThreads), kThreads}; }
-
-__device__ inline Size own_number() {
-  return static_cast<Size>(blockIdx.x) * kThreads + threadIdx.x;
-}
 
 // ---- sums of strips -----------------------------------------------------------------------------
 
@@ -67,20 +61,12 @@ struct ScoreWeights {
   int taps, channels, head_dim;
 
   __device__ A filtered(const A* weight, const A* line, int c) const {
-    A sum = 0;
-    for (int t = 0; t < taps; ++t) {
-      const int from = c + t - taps / 2;
-      if (from >= 0 && from < channels) sum += weight[t] * line[from];
-    }
-    return sum;
+    const LineFilter<A> filter{weight, taps, channels};
+    return filter.apply(c, [&](int from) { return line[from]; });
   }
   __device__ A transposed(const A* weight, const A* line, int c) const {
-    A sum = 0;
-    for (int t = 0; t < taps; ++t) {
-      const int from = c - t + taps / 2;
-      if (from >= 0 && from < channels) sum += weight[t] * line[from];
-    }
-    return sum;
+    const LineFilter<A> filter{weight, taps, channels};
+    return filter.transposed(c, [&](int from) { return line[from]; });
   }
   __device__ A scale() const { return A(1) / std::sqrt(static_cast<A>(head_dim)); }
 };
