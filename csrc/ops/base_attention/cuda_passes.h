@@ -12,6 +12,8 @@ constexpr int kMostTerms = 66;  // values of 63 layers; or g of as many, the lay
 constexpr int kTaps = 9;
 
 constexpr int kTogether = 2;    // packs that a thread works on at once: registers allow no more
+// Kernels with a stencil are to have at least 1 block at a time: without being told, ptxas takes fewer
+// registers, for more blocks, and spills.
 
 // Their elements.
 template <class T>
@@ -569,7 +571,7 @@ struct ValueGradient {
 // dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per strip of rows the
 // sums of dv times the nine pixels of x that v is made of, [9, B, strips, C].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     value_gradients_kernel(Walk walk, ValueGradient<T> in, T* dx, Compute<T>* sums) {
   using A = Compute<T>;
   const Path path(walk);
