@@ -10,10 +10,9 @@ namespace dla::cuda::base {
 
 constexpr int kMostTerms = 66;  // values of 63 layers; or g of as many, the layer's own, grad_v
 constexpr int kTaps = 9;
-
 constexpr int kTogether = 2;    // packs that a thread works on at once: registers allow no more
-// Kernels with a stencil are to have at least 1 block at a time: without being told, ptxas takes fewer
-// registers, for more blocks, and spills.
+// Launch bounds name one block to a processor at least: left alone, ptxas aims at more of them, with
+// fewer registers, and spills.
 
 // Their elements.
 template <class T>
@@ -568,8 +567,8 @@ struct ValueGradient {
   const Compute<T>*dmean_v, *dmean_x;         // [B, C]; dmean_v may be null
 };
 
-// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per strip of rows the
-// sums of dv times the nine pixels of x that v is made of, [9, B, strips, C].
+// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per strip of rows
+// the sums of dv times the nine pixels of x that v is made of, [9, B, strips, C].
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     value_gradients_kernel(Walk walk, ValueGradient<T> in, T* dx, Compute<T>* sums) {
