@@ -212,9 +212,10 @@ struct OutputNorm {
   double eps;
 };
 
-// out = [x] + m (gamma (o - mean) rstd + beta), and o if it is not null.
+// out = [x] + m (gamma (o - mean) rstd + beta), and o if it is not null. Two blocks to a processor:
+// for a third one ptxas would spill.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     stencil_kernel(Walk walk, Features<T> in, Mixture<Compute<T>> mixture,
                    OutputNorm<Compute<T>> norm, bool residual, T* out, T* o) {
   using A = Compute<T>;
