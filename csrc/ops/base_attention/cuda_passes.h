@@ -11,8 +11,8 @@ namespace dla::cuda::base {
 constexpr int kMostTerms = 66;  // values of 63 layers; or g of as many, the layer's own, grad_v
 constexpr int kTaps = 9;
 constexpr int kTogether = 2;    // packs that a thread works on at once: registers allow no more
-// Launch bounds name one block to a processor at least: left alone, ptxas aims at more of them, with
-// fewer registers, and spills.
+// Launch bounds name one block to a processor at least: left alone, ptxas aims at more of them,
+// with fewer registers, and spills.
 
 // Their elements.
 template <class T>
