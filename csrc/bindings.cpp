@@ -160,10 +160,15 @@ template <class Args>
 void bind(py::module_& m, const char* function_name, void (*function)(const Args&),
           const char* struct_name, std::vector<NamedField<Args>> fields) {
   // Local: both modules may be loaded.
-  py::class_<Args>(m, struct_name, py::module_local())
-      .def(py::init([fields = std::move(fields)](const py::kwargs& values) {
-        return from_keywords(fields, values);
-      }));
+  py::class_<Args> type(m, struct_name, py::module_local());
+  type.def(py::init([fields = std::move(fields)](const py::kwargs& values) {
+    return from_keywords(fields, values);
+  }));
+  // How much of it a call needs may depend on all other fields.
+  if constexpr (requires(Args args) { args.scratch; })
+    type.def_property("scratch", nullptr, [](Args& args, std::uintptr_t memory) {
+      args.scratch = reinterpret_cast<void*>(memory);
+    });
   m.def(function_name, function, py::call_guard<py::gil_scoped_release>());
 }
 
@@ -221,38 +226,43 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            width, channels_last, dtype, norm, eps, threads, stream, scratch, pieces, grad, out, mean,
            var, dx, dshortcut, dweight, dbias);
 
-#ifdef DLA_CPU
-  m.def("simd_level", [] { return simd_name(simd_level()); });
-  m.def("max_threads", &max_threads);
+  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, stream, scratch, strips, mean_in, var_in, branch_mean_in,
+           branch_var_in, out, o, new_state, mean, var, branch_mean, branch_var, summary);
+
+  DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
+           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
+           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
+           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
+           eps, branch_eps, threads, stream, scratch, strips, grad_out, grad_o, grad_state, mean,
+           var, branch_mean, branch_var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight,
+           dv_weight, dprev_weight, dlam, dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias,
+           dcell_params);
 
   DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
            cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
            activation, norm, channels_last, sigmoid_gate, first_sample, relu, residual,
-           gated_features, eps, threads, mean_in, var_in, out, v, state_out, keys_out, gates_out,
-           pooled_v, scores, mean, var, pooled_x);
+           gated_features, eps, threads, stream, scratch, mean_in, var_in, out, v, state_out,
+           keys_out, gates_out, pooled_v, scores, mean, var, pooled_x);
   DLA_BIND(m, base_attention_backward, BaseAttentionBackward, x, values, state, keys, gates,
            pooled, cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
            activation, norm, channels_last, sigmoid_gate, first_sample, relu, residual,
-           gated_features, eps, threads, grad_out, grad_v, grad_state, grad_keys, grad_gates,
-           grad_pooled_v, grad_pooled_x, later_grads, later_weights, mean, var, scores, pooled_x,
-           dx, g, weights, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight, dk_weight,
-           dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
+           gated_features, eps, threads, stream, scratch, grad_out, grad_v, grad_state, grad_keys,
+           grad_gates, grad_pooled_v, grad_pooled_x, later_grads, later_weights, mean, var, scores,
+           pooled_x, dx, g, weights, dv, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight,
+           dk_weight, dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
 
-  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, mean_in, var_in, branch_mean_in, branch_var_in, out, o,
-           new_state, mean, var, branch_mean, branch_var, summary);
-  DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, grad_out, grad_o, grad_state, mean, var, branch_mean, branch_var,
-           new_state, summary, dx, dp, dstate, dq_weight, dk_weight, dv_weight, dprev_weight, dlam,
-           dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias, dcell_params);
+#ifdef DLA_CPU
+  m.def("simd_level", [] { return simd_name(simd_level()); });
+  m.def("max_threads", &max_threads);
+#else
+  m.def("base_attention_forward_scratch", &cuda::base_attention_forward_scratch);
+  m.def("base_attention_backward_scratch", &cuda::base_attention_backward_scratch);
 #endif
 }
 

@@ -32,7 +32,7 @@ struct Cut {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-constexpr Size ceil_div(Size a, Size b) { return (a + b - 1) / b; }
+DLA_HOST_DEVICE constexpr Size ceil_div(Size a, Size b) { return (a + b - 1) / b; }
 
 inline bool aligned_to_packs(std::initializer_list<const void*> pointers) {
   return std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
@@ -75,7 +75,7 @@ Cut cut_map(Size batch, Size channels, Size area, bool channels_last, bool sums,
 }
 
 // For sums over more than a plane: in channels_last up to `pieces` blocks share the pixels of a
-// sample. The sums are those of pieces; `add_pieces` adds them up.
+// sample. The sums are those of pieces; `add_rows` adds them up.
 template <class T>
 Cut cut_pieces(Size batch, Size channels, Size area, bool channels_last, Size pieces,
                std::initializer_list<const void*> maps) {
@@ -131,10 +131,15 @@ struct Part {
   __device__ Place place(Size i) const {
     const Size offset = origin + i * step;
     if (whole) return {offset, 0, kPack<T>, true};
-    const Size before = low - offset, inside = high + i * high_step - offset;
-    const int begin = before > 0 ? static_cast<int>(before) : 0;
-    const int end = inside < kPack<T> ? static_cast<int>(inside) : kPack<T>;
-    return {offset, begin, end, aligned && offset % kPack<T> == 0 && end - begin == kPack<T>};
+    return clip(offset, high + i * high_step);
+  }
+
+  // The pack at an offset, without what lies before `low` or from `end` on.
+  __device__ Place clip(Size offset, Size end) const {
+    const Size before = low - offset, inside = end - offset;
+    const int first = before > 0 ? static_cast<int>(before) : 0;
+    const int last = inside < kPack<T> ? static_cast<int>(inside) : kPack<T>;
+    return {offset, first, last, aligned && offset % kPack<T> == 0 && last - first == kPack<T>};
   }
 
   // The plane of element e of its packs.
@@ -338,32 +343,39 @@ __device__ inline Size pixels_of_piece(const Cut& cut, Size piece) {
   return left < cut.chunk ? left : cut.chunk;
 }
 
-// A kernel that adds up pieces: a block takes kRowLanes channels, a thread one of them.
-inline Grid piece_grid(const Cut& cut) { return {ceil_div(cut.channels, kRowLanes), kThreads}; }
+// ---- device: sums over the batch ----------------------------------------------------------------
 
-// Its channel; cut.channels or more: none.
-__device__ inline Size piece_channel() {
-  return static_cast<Size>(blockIdx.x) * kRowLanes + threadIdx.x % kRowLanes;
+// Of kernels that add up the rows of arrays [rows, channels], in double: a block takes kRowLanes
+// channels, and a thread one of them. Several such arrays, fields, have their blocks in turn.
+inline Grid channel_grid(Size channels, Size fields = 1) {
+  return {fields * ceil_div(channels, kRowLanes), kThreads};
+}
+
+__device__ inline Size field_of_block(Size channels) {
+  return blockIdx.x / ceil_div(channels, kRowLanes);
+}
+
+// The thread's channel; `channels` or more: none.
+__device__ inline Size own_channel(Size channels) {
+  return blockIdx.x % ceil_div(channels, kRowLanes) * kRowLanes + threadIdx.x % kRowLanes;
 }
 
 // Whether the thread is the one to write what is found for its channel.
-__device__ inline bool writes_channel(const Cut& cut) {
-  return threadIdx.x < kRowLanes && piece_channel() < cut.channels;
+__device__ inline bool writes_channel(Size channels) {
+  return threadIdx.x < kRowLanes && own_channel(channels) < channels;
 }
 
-// The sum of value(where the number of a piece lies, pixels of it) over the pieces of the thread's
-// channel. All threads of the block call it, and those of a channel get the same.
+// The sum of value(row, index) over all rows; index is where the thread's channel lies in the row.
+// All threads of the block call it, and those of a channel get the same.
 template <class Value>
-__device__ inline double add_pieces(const Cut& cut, const Value& value) {
+__device__ inline double add_rows(Size rows, Size channels, const Value& value) {
   constexpr int kWarps = kThreads / kWarp, kGroups = kThreads / kRowLanes;
   DLA_SHARED(double, of_warps, kWarps * kRowLanes);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const Size channel = piece_channel();
-  const int chunks = static_cast<int>(cut.chunks);
-  const int pieces = static_cast<int>(cut.planes / cut.channels) * chunks;
+  const Size channel = own_channel(channels);
   double sum = 0;
-  for (int i = thread / kRowLanes; i < pieces && channel < cut.channels; i += kGroups)
-    sum += value(i * cut.channels + channel, static_cast<double>(pixels_of_piece(cut, i % chunks)));
+  for (Size row = thread / kRowLanes; row < rows && channel < channels; row += kGroups)
+    sum += value(row, row * channels + channel);
   sum = sum_lanes(sum, kWarp / kRowLanes, kRowLanes);
   if (lane < kRowLanes) of_warps[warp * kRowLanes + lane] = sum;
   __syncthreads();
@@ -371,6 +383,11 @@ __device__ inline double add_pieces(const Cut& cut, const Value& value) {
   for (int w = 0; w < kWarps; ++w) total += of_warps[w * kRowLanes + thread % kRowLanes];
   __syncthreads();  // it may be called again
   return total;
+}
+
+// Rows of an array that has one for every piece of a sample.
+DLA_HOST_DEVICE inline Size piece_rows(const Cut& cut) {
+  return cut.planes / cut.channels * cut.chunks;
 }
 
 }  // namespace dla::cuda

@@ -33,6 +33,8 @@ struct BaseAttentionInputs {
   bool gated_features;  // keys are made of gated pooled features instead of being gated themselves
   double eps;
   int threads;
+  void* stream = nullptr;   // cudaStream_t
+  void* scratch = nullptr;  // CUDA: base_attention_*_scratch elements of the compute type
 };
 
 struct BaseAttentionForward : BaseAttentionInputs {
@@ -55,6 +57,7 @@ struct BaseAttentionBackward : BaseAttentionInputs {
   void* dx;
   void* g;        // gradient of the weighted sum, like x; null without grad_out
   void* weights;  // [T + 1, B, C]: the factors of the values
+  void* dv;       // CUDA: working memory like x; null with less than two terms of the gradient of v
   void *dstate, *dkeys, *dgates;
   std::vector<void*> dpooled, dcell_params;
   void *dq_weight, *dk_weight;
@@ -66,3 +69,13 @@ struct BaseAttentionBackward : BaseAttentionInputs {
 
 DLA_CPU_ENTRY(base_attention_forward, BaseAttentionForward)
 DLA_CPU_ENTRY(base_attention_backward, BaseAttentionBackward)
+DLA_CUDA_ENTRY(base_attention_forward, BaseAttentionForward)
+DLA_CUDA_ENTRY(base_attention_backward, BaseAttentionBackward)
+
+namespace dla::cuda {
+
+// The working memory that a call needs, whose own `scratch` is not looked at.
+std::int64_t base_attention_forward_scratch(const BaseAttentionForward& args);
+std::int64_t base_attention_backward_scratch(const BaseAttentionBackward& args);
+
+}  // namespace dla::cuda

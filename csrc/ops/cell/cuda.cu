@@ -46,6 +46,7 @@ struct Step {
   Size batch;
   int channels, units;  // units: of a hidden layer; 0 without
   bool packs;           // rows of weights are packs of 16 bytes
+  bool first_sample;    // every row reads row 0 of the state
 
   __device__ int gate_inputs() const { return units > 0 ? units : channels; }
 };
@@ -130,17 +131,19 @@ struct Tile {
   }
   __device__ int hidden(int b) const { return at.hidden + b * step.units; }
   __device__ int grad_hidden(int b) const { return at.grad_hidden + b * step.units; }
-  __device__ const A* state(int slot) const {
-    return step.state + slot * step.batch * step.channels;
+  __device__ A state(int slot, int r, int c) const {
+    return step.state[(slot * step.batch + state_row(r)) * step.channels + c];
   }
 
-  // A panel from rows [batch][n], and of what `change` makes of the values.
-  template <class Change>
-  __device__ void load(int panel, const A* from, int n, const Change& change) const {
+  __device__ Size state_row(int r) const { return step.first_sample ? 0 : first_row + r; }
+
+  // A panel of what read(row, channel) gives.
+  template <class Read>
+  __device__ void load(int panel, const Read& read) const {
 #pragma unroll
     for (int r = 0; r < rows; ++r)
-      for (int i = thread(); i < n; i += kThreads)
-        value(panel + i, r) = exists(r) ? change(from[(first_row + r) * n + i]) : A(0);
+      for (int c = thread(); c < step.channels; c += kThreads)
+        value(panel + c, r) = exists(r) ? read(r, c) : A(0);
   }
 
   // Column i of rows [batch][n].
@@ -215,12 +218,10 @@ struct Tile {
   // ---- layers -----------------------------------------------------------------------------------
 
   __device__ void load_inputs() const {
-    const auto same = [](A u) { return u; };
-    load(input(kInput), step.y, step.channels, same);
-    if (other() != kNormalised) return load(input(kSlot0), state(0), step.channels, same);
-    const Activation activation = step.activation;
-    load(input(kNormalised), state(layout().memory), step.channels,
-         [=](A memory) { return activate(activation, memory); });
+    load(input(kInput), [&](int r, int c) { return step.y[(first_row + r) * step.channels + c]; });
+    const int slot = other() == kNormalised ? layout().memory : 0;
+    const Activation activation = other() == kNormalised ? step.activation : Activation::identity;
+    load(input(other()), [&](int r, int c) { return activate(activation, state(slot, r, c)); });
   }
 
   __device__ void hidden_layer(int b) const {
@@ -299,7 +300,7 @@ struct Tile {
     const Size element = row * step.channels + c;
     A grad_gate[kMostGates] = {}, grad_old = 0;
     if (exists(r)) {
-      const A old = state(layout().memory)[element];
+      const A old = state(layout().memory, r, c);
       with_tail(step.kind.kind, [&](auto tail) {
         using Tail = decltype(tail);
         A grad = step.grad_out[Tail::layout.memory * size + element];
@@ -388,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Size element = (tile.first_row + r) * step.channels + c;
     with_tail(step.kind.kind, [&](auto tail) {
       using Tail = decltype(tail);
-      const A memory = Tail::update(gate, tile.state(Tail::layout.memory)[element]);
+      const A memory = Tail::update(gate, tile.state(Tail::layout.memory, r, c));
       step.out[Tail::layout.memory * size + element] = memory;
       if constexpr (Tail::layout.slots > 1)
         step.out[element] = Tail::output(gate, activate(step.kind.squash, memory));
@@ -422,13 +423,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int kMostJobs = kMaxCellParams;
 constexpr int kTogether = 4;  // rows of a matrix that a thread takes
 
-// to[m][n] = sum over the batch of left[m] right[n]; without `right`, n = 1: sums of left.
+// One row of n values for each sample; stride 0: one for all. No data: 1, the only value.
+template <class A>
+struct Rows {
+  const A* data;
+  Size stride;
+};
+
+// to[m][n] = [to[m][n] +] sum over the batch of left[m] right[n].
 template <class A>
 struct Job {
-  const A *left, *right;
+  const A* left;  // [batch][m]
+  Rows<A> right;
   A* to;
   int m, n;
-  Size left_stride, right_stride, to_stride;
+  Size to_stride;
   int width;  // threads side by side along n
   unsigned first_block;
 };
@@ -436,12 +445,13 @@ struct Job {
 template <class A>
 struct Jobs {
   int count;
+  bool add_up;  // to what is there
   Size batch, blocks;
   Job<A> of[kMostJobs];
 
-  void add(const A* left, int m, const A* right, int n, A* to, Size to_stride) {
+  void add(const A* left, int m, const Rows<A>& right, int n, A* to, Size to_stride) {
     Job<A>& job = of[count++];
-    job = {left, right, to, m, n, m, n, to_stride, 1, static_cast<unsigned>(blocks)};
+    job = {left, right, to, m, n, to_stride, 1, static_cast<unsigned>(blocks)};
     while (job.width < kThreads && job.width < n) job.width *= 2;
     const Size down = kThreads / job.width * kTogether;
     blocks += (m + down - 1) / down * ((n + job.width - 1) / job.width);
@@ -462,25 +472,33 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant
   A sums[kTogether] = {};
 #pragma unroll 4
   for (Size row = 0; row < jobs.batch; ++row) {
-    const A right = job.right == nullptr ? A(1) : job.right[row * job.right_stride + column];
+    const A right =
+        job.right.data == nullptr ? A(1) : job.right.data[row * job.right.stride + column];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j)
-      if (first + j < job.m) sums[j] += job.left[row * job.left_stride + first + j] * right;
+      if (first + j < job.m) sums[j] += job.left[row * job.m + first + j] * right;
   }
 #pragma unroll
   for (int j = 0; j < kTogether; ++j)
-    if (first + j < job.m) job.to[(first + j) * job.to_stride + column] = sums[j];
+    if (first + j < job.m) {
+      A& to = job.to[(first + j) * job.to_stride + column];
+      to = jobs.add_up ? to + sums[j] : sums[j];
+    }
 }
 
 template <class A>
-Jobs<A> weight_jobs(const Step<A>& step, const std::vector<void*>& grads) {
+Jobs<A> weight_jobs(const Step<A>& step, const std::vector<void*>& grads, bool add_up) {
   const CellLayout& layout = step.kind.layout;
   const int gates = layout.gates * step.channels;
   const auto grad = [&](int i) { return static_cast<A*>(grads[static_cast<std::size_t>(i)]); };
-  const auto rows_of = [&](Source source) {
-    return source == kInput ? step.y : source == kNormalised ? step.normalised : step.state;
+  const auto rows_of = [&](Source source) -> Rows<A> {
+    if (source == kInput) return {step.y, step.channels};
+    if (source == kNormalised) return {step.normalised, step.channels};
+    return {step.state, step.first_sample ? 0 : step.channels};
   };
+  const Rows<A> one{nullptr, 0};
   Jobs<A> jobs = {};
+  jobs.add_up = add_up;
   jobs.batch = step.batch;
   for (int b = 0; b < layout.branches; ++b) {
     const Branch& branch = layout.branch[b];
@@ -489,12 +507,13 @@ Jobs<A> weight_jobs(const Step<A>& step, const std::vector<void*>& grads) {
     for (int i = 0; i < branch.sources && branch.has_hidden(); ++i)
       jobs.add(grad_hidden, step.units, rows_of(branch.source[i]), step.channels,
                grad(branch.w1) + i * step.channels, depth);
-    if (branch.b1 >= 0) jobs.add(grad_hidden, step.units, nullptr, 1, grad(branch.b1), 1);
-    const A* inputs = branch.has_hidden() ? step.hidden + b * step.batch * step.units
-                                          : rows_of(branch.source[0]);
+    if (branch.b1 >= 0) jobs.add(grad_hidden, step.units, one, 1, grad(branch.b1), 1);
     const int width = branch.has_hidden() ? step.units : step.channels;
+    const Rows<A> inputs = branch.has_hidden()
+                               ? Rows<A>{step.hidden + b * step.batch * step.units, step.units}
+                               : rows_of(branch.source[0]);
     jobs.add(step.grad_gates, gates, inputs, width, grad(branch.w2), width);
-    jobs.add(step.grad_gates, gates, nullptr, 1, grad(branch.b2), 1);
+    jobs.add(step.grad_gates, gates, one, 1, grad(branch.b2), 1);
   }
   return jobs;
 }
@@ -512,6 +531,7 @@ Step<A> step_of(const Args& args) {
   step.y = static_cast<const A*>(args.y);
   step.state = static_cast<const A*>(args.state);
   step.batch = args.batch;
+  step.first_sample = args.first_sample;
   step.channels = static_cast<int>(args.channels);
   step.units = layout.has_hidden() ? static_cast<int>(args.hidden) : 0;
   step.packs = step.channels % kPack<A> == 0 && step.units % kPack<A> == 0;
@@ -577,7 +597,7 @@ void cell_backward(const CellBackward& args) {
     step.grad_hidden = step.hidden + step.batch * layout.branches * step.units;
     const Call call{"cell_backward", args.batch, args.channels, 1, args.stream};
     launch_rows(call, step, true, backward_kernel<A, kMostRows<A>>, backward_kernel<A, 1>);
-    const Jobs<A> jobs = weight_jobs(step, args.grad_params);
+    const Jobs<A> jobs = weight_jobs(step, args.grad_params, args.add_params);
     launch(call, weights_kernel<A>, {jobs.blocks, kThreads}, jobs);
   });
 }

@@ -27,7 +27,8 @@ struct CellForward {
   Activation activation;
   DType dtype;
   int threads;
-  void* stream = nullptr;  // cudaStream_t
+  void* stream = nullptr;     // cudaStream_t
+  bool first_sample = false;  // CUDA: every row reads row 0 of the state
 };
 
 struct CellBackward {
@@ -45,6 +46,9 @@ struct CellBackward {
   DType dtype;
   int threads;
   void* stream = nullptr;  // cudaStream_t
+  // CUDA: every row reads row 0 of the state, and grad_state has the share of each in it.
+  bool first_sample = false;
+  bool add_params = false;  // CUDA: grad_params has gradients to which others are added
 };
 
 }  // namespace dla

@@ -1,13 +1,13 @@
 #include "ops/light_attention/op.h"
 
 #include "common/branch_norm.h"
+#include "common/moments.h"
 #include "common/scratch.h"
 #include "common/vmath.h"
 #include "ops/cell/cell.h"
 #include "ops/global_pool/op.h"
 #include "ops/light_attention/passes.h"
 #include "ops/light_attention/scores.h"
-#include "ops/light_attention/statistics.h"
 
 namespace dla::DLA_ISA {
 namespace {
@@ -95,11 +95,27 @@ struct Step {
                           feature(grad_o), small(args.v_weight), small(args.prev_weight), x_means,
                           p_means, table, units, branch);
   }
-  PlaneStatistics<A> statistics(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
-                                const ChannelLanes& c) const {
+  // What the planes of o of one sample are, in some channels.
+  auto plane(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
+             const ChannelLanes& c) const {
+    const A* record = table.record(b, c.first);
+    // The table has whole vectors of channels.
+    const auto at = [record](int field) {
+      return ChannelLanes{field * PlaneTable<A>::kPlanes, kLanes<double>}.load(record);
+    };
     const int64_t row = b * shape.channels;
-    return {table, b, c, static_cast<double>(shape.pixels()), c.load(summary.a + row),
-            c.load(summary.d + row), c.load(small(args.lam))};
+    return PlaneOfO(at, static_cast<double>(shape.pixels()), c.load(summary.a + row),
+                    c.load(summary.d + row), c.load(small(args.lam)));
+  }
+  // Mean and variance of o over batch and space.
+  RunningMoments moments_of_o(PlaneTable<A> table, const Summary<const A>& summary,
+                              const ChannelLanes& c) const {
+    RunningMoments moments;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const auto plane = this->plane(table, summary, b, c);
+      moments.add(plane.mean(), plane.centred_square(), plane.pixels);
+    }
+    return moments;
   }
 
   template <class Body>
@@ -205,15 +221,6 @@ struct ForwardStep : Step<A> {
     return statistics;
   }
 
-  // Mean and biased variance of o over batch and space.
-  void batch_statistics(PlaneTable<A> table, const Summary<const A>& summary,
-                        const ChannelLanes& c) const {
-    RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) this->statistics(table, summary, b, c).join(moments);
-    c.store(small(args.mean), moments.mean());
-    c.store(small(args.var), moments.variance());
-  }
-
   // out = [x] + scale o + shift.
   void output_coefficients(const ChannelLanes& c, A* scale, A* shift) const {
     const bool running = args.norm == Norm::running;
@@ -245,7 +252,11 @@ struct ForwardStep : Step<A> {
     pool_and_score(batch_norm ? &table : nullptr, x, summary);
     evaluate_cell(summary);
     this->for_channels([&](const ChannelLanes& c) {
-      if (batch_norm) batch_statistics(table, {small(args.summary), planes}, c);
+      if (batch_norm) {
+        const auto moments = this->moments_of_o(table, {small(args.summary), planes}, c);
+        c.store(small(args.mean), moments.mean());
+        c.store(small(args.var), moments.variance());
+      }
       output_coefficients(c, scale, shift);
     });
     run_pass<StencilPass>(args.threads, grid, x, this->feature(args.p),
@@ -271,58 +282,36 @@ struct BackwardStep : Step<A> {
     A *o_scale, *offset;  // [C]
   };
 
-  // The mean that the forward pass found, but not rounded to A: it is multiplied by sums of gradients
-  // over whole planes, which may be large.
-  Doubles batch_mean(PlaneTable<A> table, const ChannelLanes& c) const {
-    RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) this->statistics(table, summary, b, c).join(moments);
-    return moments.mean();
-  }
-
-  // g = out_scale G + o_scale (o - mean) + rest + grad_o; the offset is rest - o_scale mean.
-  // Also the gradients of the norm's weight and bias, of lam, of the scores and of the cell's output.
+  // Coefficients of g = dL/do, and the gradients of the norm's weight and bias, of lam, of the
+  // scores and of the cell's output.
   void channel_gradients(PlaneTable<A> table, const ChannelLanes& c, const Coefficients& to, A* da,
                          A* dd) const {
     const bool batch_norm = args.norm == Norm::batch;
-    const double pixels = static_cast<double>(shape.pixels());
-    const Doubles mean = batch_norm ? batch_mean(table, c) : this->mean(args.mean, c);
-    const Doubles rstd = this->rstd(args.var, c), weight = this->norm_weight(c) * rstd;
+    const Doubles rstd = this->rstd(args.var, c);
+    // Not the mean that was rounded to A: it is multiplied by sums of gradients over whole planes,
+    // which may be large.
+    GradientOfO<Doubles> g{this->norm_weight(c) * rstd,
+                           batch_norm ? this->moments_of_o(table, summary, c).mean()
+                                      : this->mean(args.mean, c)};
     Doubles dweight{}, dbias{}, dlam{};
     for (int64_t b = 0; b < shape.batch; ++b) {
-      const PlaneStatistics<A> s = this->statistics(table, summary, b, c);
-      const Doubles with_o =
-          s.mix(s.at(kGU), s.at(kGP), s.at(kGE)) + (s.shift() - mean) * s.at(kG);
-      dweight += this->drop_scale(b) * with_o;
-      dbias += this->drop_scale(b) * s.at(kG);
+      const auto plane = this->plane(table, summary, b, c);
+      dweight += this->drop_scale(b) * plane.with_out(g.mean);
+      dbias += this->drop_scale(b) * plane.at(kG);
     }
     dweight *= rstd;
-    const double count = pixels * static_cast<double>(shape.batch);
-    const Doubles o_scale = batch_norm ? -weight * rstd * dweight / count : Doubles{};
-    const Doubles rest = batch_norm ? -weight * dbias / count : Doubles{};
-    c.store(to.o_scale, o_scale);
-    c.store(to.offset, rest - o_scale * mean);
+    const double count = static_cast<double>(shape.batch * shape.pixels());
+    if (batch_norm) g.pass_norm(rstd, dweight, dbias, count);
+    c.store(to.o_scale, g.slope);
+    c.store(to.offset, g.level - g.slope * g.mean);
     for (int64_t b = 0; b < shape.batch; ++b) {
       const int64_t row = b * shape.channels;
-      const PlaneStatistics<A> s = this->statistics(table, summary, b, c);
-      const Doubles out_scale = weight * this->drop_scale(b), centre = s.shift() - mean;
-      // Sum over the plane of g f for f = u, p, e: from the products of f with G, o, 1 and grad_o.
-      const Doubles g = out_scale * s.at(kG) + o_scale * (s.sum() + centre * pixels) +
-                        rest * pixels + s.at(kD);
-      const auto product = [&](Doubles with_g, Doubles with_o, Doubles alone, Doubles with_d,
-                               Doubles shift) {
-        return out_scale * with_g + o_scale * (with_o + centre * alone) + rest * alone + with_d +
-               shift * g;
-      };
-      const Doubles gu =
-          product(s.at(kGU), s.mix(s.uu, s.up, s.ue), s.u, s.at(kDU), s.shift_u);
-      const Doubles gp =
-          product(s.at(kGP), s.mix(s.up, s.pp, s.pe), s.p, s.at(kDP), s.shift_p);
-      const Doubles ge =
-          product(s.at(kGE), s.mix(s.ue, s.pe, s.ee), s.e, s.at(kDE), s.shift_e);
-      const Doubles d = c.load(summary.d + row);
+      const auto plane = this->plane(table, summary, b, c);
+      const Doubles out_scale = g.weight * this->drop_scale(b), d = c.load(summary.d + row);
+      const auto [gu, gp, ge] = plane.with_g(g, out_scale);
       c.store(to.out_scale + row, out_scale);
       c.store(da + row, gu);
-      c.store(dd + row, args.sigmoid_gate ? s.lam * gp * d * (1.0 - d) : s.lam * gp);
+      c.store(dd + row, args.sigmoid_gate ? plane.lam * gp * d * (1.0 - d) : plane.lam * gp);
       dlam += d * gp + ge;
     }
     if (args.dnorm_weight != nullptr) c.store(small(args.dnorm_weight), dweight);

@@ -2,20 +2,9 @@
 #pragma once
 
 #include "common/map.h"
+#include "ops/light_attention/plane_sums.h"
 
 namespace dla::DLA_ISA {
-
-// Sums over a plane. u, p, e are shifted by about their mean, or by their value at one pixel as long as
-// the means are not known (kShift*). That keeps the squares small: raw float sums of squares lose the
-// variance when the mean is large.
-enum PlaneSum : int {
-  kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE,  // of the features
-  kG, kGU, kGP, kGE,                             // with the gradient of out
-  kD, kDU, kDP, kDE,                             // with the gradient arriving at o
-  kSums,
-  kShiftU = kSums, kShiftP, kShiftE,
-  kPlaneFields
-};
 
 // The numbers of all planes, [B, groups, fields, lanes]: those of kLanes neighbouring channels lie
 // together, so that what follows works on vectors of channels. (With an array per field, the writes

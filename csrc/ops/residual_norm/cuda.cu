@@ -3,71 +3,13 @@
 // dshortcut and x and writes dx. In between a small launch adds up the sums of pieces, in double.
 #include "ops/residual_norm/op.h"
 
-#include <cmath>
-
-#include "common/cuda/map.h"
+#include "common/cuda/norm_gradient.h"
+#include "common/cuda/statistics.h"
 
 namespace dla::cuda {
 namespace {
 
-// Of every channel; weight and bias null: 1 and 0.
-template <class A>
-struct ChannelNorm {
-  const A *weight, *bias, *mean, *var;
-  double eps;
-
-  __device__ double rstd(Size c) const { return 1 / std::sqrt(var[c] + eps); }
-  __device__ double scale(Size c) const {
-    return weight == nullptr ? rstd(c) : weight[c] * rstd(c);
-  }
-};
-
 // ---- forward ------------------------------------------------------------------------------------
-
-// Mean and centred sum of squares of every piece. The sums are about the plane's first element:
-// about 0 they would lose the digits that a large mean takes.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    moments_kernel(Cut cut, const T* x, Compute<T>* means, Compute<T>* squares) {
-  using A = Compute<T>;
-  const Part<T> part(cut, blockIdx.x);
-  const auto start = [&](int e) { return to_compute(x[part.start_of(e)]); };
-  A starts[kPack<T>];
-#pragma unroll
-  for (int e = 0; e < kPack<T>; ++e) starts[e] = part.width > 0 ? start(e) : A(0);
-  Values<T, 2> sums = {};
-  for_packs<T, 1>(part, {x}, [&](const Place& place, const Values<T, 1>& values) {
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) {
-      const bool exists = e >= place.begin && e < place.end;
-      const A centred = exists ? values[0][e] - starts[e] : A(0);
-      sums[0][e] += centred;
-      sums[1][e] += centred * centred;
-    }
-  });
-  const A pixels =
-      static_cast<A>(pixels_of_piece(cut, blockIdx.x % static_cast<unsigned>(cut.chunks)));
-  finish_sums<T, 2>(cut, part, sums, [&](Size plane, const A(&totals)[2]) {
-    const A mean = totals[0] / pixels, square = totals[1] - totals[0] * mean;
-    means[piece_of(cut, plane)] = mean + start(static_cast<int>(plane - part.plane));
-    squares[piece_of(cut, plane)] = square < A(0) ? A(0) : square;
-  });
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    statistics_kernel(Cut cut, const A* means, const A* squares, A* mean, A* var) {
-  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
-  const double found = add_pieces(cut, [&](Size i, double pixels) { return pixels * means[i]; });
-  const double centre = found / count;
-  const double square = add_pieces(cut, [&](Size i, double pixels) {
-    const double off = means[i] - centre;
-    return squares[i] + pixels * off * off;
-  });
-  if (!writes_channel(cut)) return;
-  mean[piece_channel()] = static_cast<A>(centre);
-  var[piece_channel()] = static_cast<A>(square / count);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -121,50 +63,6 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// dx = scale dshortcut + of_x (x - mean) + added, factors of a channel.
-template <class A>
-struct Factors {
-  A *scale, *of_x, *added;
-};
-
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    factors_kernel(Cut cut, const A* alone, const A* with_x, ChannelNorm<A> norm, bool of_batch,
-                   Factors<A> factors, A* dweight, A* dbias) {
-  const double sum = add_pieces(cut, [&](Size i, double) { return alone[i]; });
-  const double sum_with_x = add_pieces(cut, [&](Size i, double) { return with_x[i]; });
-  if (!writes_channel(cut)) return;
-  const Size c = piece_channel();
-  const double rstd = norm.rstd(c), scale = norm.scale(c);
-  const double count = static_cast<double>(cut.planes / cut.channels * cut.area);
-  factors.scale[c] = static_cast<A>(scale);
-  factors.of_x[c] = static_cast<A>(of_batch ? -scale * rstd * rstd * sum_with_x / count : 0);
-  factors.added[c] = static_cast<A>(of_batch ? -scale * sum / count : 0);
-  if (dweight == nullptr) return;
-  dweight[c] = static_cast<A>(rstd * sum_with_x);
-  dbias[c] = static_cast<A>(sum);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Cut cut, const T* dshortcut, const T* x, const Compute<T>* mean,
-                    Factors<Compute<T>> factors, T* dx) {
-  using A = Compute<T>;
-  const Part<T> part(cut, blockIdx.x);
-  A centre[kPack<T>], scale[kPack<T>], of_x[kPack<T>], added[kPack<T>];
-  make_factors(cut, part, centre, [&](Size c) { return mean[c]; });
-  make_factors(cut, part, scale, [&](Size c) { return factors.scale[c]; });
-  make_factors(cut, part, of_x, [&](Size c) { return factors.of_x[c]; });
-  make_factors(cut, part, added, [&](Size c) { return factors.added[c]; });
-  for_packs<T, 2>(part, {dshortcut, x}, [&](const Place& place, const Values<T, 2>& values) {
-    A found[kPack<T>];
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e)
-      found[e] = scale[e] * values[0][e] + (of_x[e] * (values[1][e] - centre[e]) + added[e]);
-    store(dx, place, found);
-  });
-}
-
 // ---- host ---------------------------------------------------------------------------------------
 
 template <class A>
@@ -205,7 +103,7 @@ void residual_norm_forward(const ResidualNormForward& args) {
       A *mean = static_cast<A*>(args.mean), *var = static_cast<A*>(args.var);
       const Cut cut = cut_sums<T>(args, {x});
       launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, x, means, squares);
-      launch(call, statistics_kernel<A>, piece_grid(cut), cut, means, squares, mean, var);
+      launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, means, squares, mean, var);
       norm = norm_of<A>(args, mean, var);
     }
     const Cut cut = cut_maps<T>(args, {x, shortcut, args.out});
@@ -230,12 +128,13 @@ void residual_norm_backward(const ResidualNormBackward& args) {
     const Cut summed = cut_sums<T>(args, {grad, out, x, dshortcut});
     launch(call, rectify_kernel<T>, {summed.blocks, kThreads}, summed, grad, out, x, norm.mean,
            dshortcut, alone, with_x);
-    launch(call, factors_kernel<A>, piece_grid(summed), summed, alone, with_x, norm,
-           args.norm == Norm::batch, factors, static_cast<A*>(args.dweight),
-           static_cast<A*>(args.dbias));
+    const double count = static_cast<double>(args.batch * args.height * args.width);
+    launch(call, factors_kernel<A>, channel_grid(args.channels), piece_rows(summed), args.channels,
+           count, alone, with_x, norm, args.norm == Norm::batch, factors,
+           static_cast<A*>(args.dweight), static_cast<A*>(args.dbias));
     const Cut cut = cut_maps<T>(args, {dshortcut, x, dx});
-    launch(call, gradient_kernel<T>, {cut.blocks, kThreads}, cut, dshortcut, x, norm.mean, factors,
-           dx);
+    launch(call, norm_gradient_kernel<T>, {cut.blocks, kThreads}, cut, dshortcut, x, norm.mean,
+           factors, dx);
   });
 }
 

@@ -1,15 +1,19 @@
 """``base_attention`` on the compiled CPU kernels (``csrc/ops/base_attention``)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import addresses
+from dla_kernels.ops.cpp_common import Loader, addresses, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import flags, sizes
+
+# Gives a step (argument struct of a function) its working memory, which the caller has to keep.
+Prepare = Callable[[Any, str, Any, Tensor], Tensor]
 
 
 def forward(
@@ -40,8 +44,10 @@ def forward(
     relu: bool,
     residual: bool,
     return_v: bool,
+    load: Loader = native.load,
+    prepare: Prepare | None = None,
 ) -> tuple[Tensor, ...]:
-    """Arguments and results of ``dla_kernels::base_attention``."""
+    """Arguments and results of ``dla_kernels::base_attention``; the last two are for GPUs."""
     layout = dense_format(x)
     (batch, channels), layers = x.shape[:2], len(values) + 1
     dynamic, features = cell != "none", gated == "features"
@@ -79,18 +85,19 @@ def forward(
         "var": state.new_empty(channels if norm == "batch" else 0),
         "pooled_x": state.new_empty(batch, channels),
     }
-    module = native.load()
-    module.base_attention_forward(
-        module.BaseAttentionForward(
-            **sizes(x, layout, q_weight, cell_params),
-            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
-            gated_features=gated == "features",
-            relu=relu,
-            **addresses(maps | small),
-            **_addresses_of_lists(lists),
-            **_results(results),
-        )
+    module = load()
+    step = module.BaseAttentionForward(
+        **sizes(x, layout, q_weight, cell_params),
+        stream=execution(x)["stream"],
+        scratch=None,
+        **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+        gated_features=gated == "features",
+        relu=relu,
+        **addresses(maps | small),
+        **_addresses_of_lists(lists),
+        **_results(results),
     )
+    _run(module, "base_attention_forward", step, state, prepare)
     out, v, *rest, own_mean, scores, mean, var, pooled_x = results.values()
     own_mean = pooled_x.clone() if features else own_mean
     return out, v, *rest, own_mean, scores, mean, var, pooled_x
@@ -135,8 +142,11 @@ def backward(
     relu: bool,
     residual: bool,
     needs_values: bool,
+    load: Loader = native.load,
+    prepare: Prepare | None = None,
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::base_attention_backward``."""
+    """Arguments and results of ``dla_kernels::base_attention_backward``; the last two are for
+    GPUs."""
     layout = dense_format(x)
     features = gated == "features"
     maps = {"x": dense(x, layout), "grad_out": dense(grad_out, layout)}
@@ -177,28 +187,39 @@ def backward(
     g = x.new_empty(0) if grad_out is None else empty_features(x)
     mix = state.new_empty(0 if grad_out is None else (len(values) + 1, *x.shape[:2]))
     dx = empty_features(x)
-    dweights = {name: None if w is None else torch.empty_like(w) for name, w in weights.items()}
-    dlists = {name: [torch.empty_like(t) for t in ts] for name, ts in weight_lists.items()}
-    module = native.load()
-    module.base_attention_backward(
-        module.BaseAttentionBackward(
-            **sizes(x, layout, q_weight, cell_params),
-            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
-            gated_features=gated == "features",
-            relu=relu,
-            **addresses(maps | weights | small),
-            **_addresses_of_lists(weight_lists | lists),
-            **_results({"dx": dx, "g": g, "weights": mix}),
-            **addresses({f"d{name}": w for name, w in dweights.items()}),
-            **_addresses_of_lists({f"d{name}": ts for name, ts in dlists.items()}),
-        )
+    # Without grad_out the CUDA kernels leave the gradients of the norm as they are.
+    make = torch.zeros_like if prepare and grad_out is None else torch.empty_like
+    dweights = {name: None if w is None else make(w) for name, w in weights.items()}
+    dlists = {name: [make(t) for t in ts] for name, ts in weight_lists.items()}
+    module = load()
+    terms = len(later_grads) + sum(t is not None for t in (grad_out, grad_v))
+    dv = empty_features(x) if prepare and terms > 1 else x.new_empty(0)
+    step = module.BaseAttentionBackward(
+        **sizes(x, layout, q_weight, cell_params),
+        stream=execution(x)["stream"],
+        scratch=None,
+        **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+        gated_features=gated == "features",
+        relu=relu,
+        **addresses(maps | weights | small),
+        **_addresses_of_lists(weight_lists | lists),
+        **_results({"dx": dx, "g": g, "weights": mix, "dv": dv}),
+        **addresses({f"d{name}": w for name, w in dweights.items()}),
+        **_addresses_of_lists({f"d{name}": ts for name, ts in dlists.items()}),
     )
+    _run(module, "base_attention_backward", step, state, prepare)
     if not needs_values:
         g, mix = x.new_empty(0), state.new_empty(0)
     dstate, dkeys, dgates, dq, dk, dv, *dnorm = dweights.values()
     dpooled, dcell_params, dkey_weights = dlists.values()
     grads = [dstate, dkeys, dgates, *dpooled, *dcell_params, dq, dk, *dkey_weights, dv, *dnorm]
     return [dx, g, mix, *(state.new_empty(0) if t is None else t for t in grads)]
+
+
+def _run(module: Any, function: str, step: Any, like: Tensor, prepare: Prepare | None) -> None:
+    memory = None if prepare is None else prepare(module, function, step, like)
+    getattr(module, function)(step)
+    del memory  # not before the launches: what is launched later may have it then
 
 
 def _addresses_of_lists(lists: dict[str, list[Tensor]]) -> dict[str, list[int]]:

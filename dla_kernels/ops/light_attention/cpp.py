@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import NORMS, address, addresses
+from dla_kernels.ops.cpp_common import NORMS, Loader, address, addresses, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import flags, sizes
 
@@ -43,8 +43,11 @@ def forward(
     branch_norm: str,
     branch_eps: float,
     return_o: bool,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
+    strips: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Arguments and results of ``dla_kernels::light_attention``."""
+    """Arguments and results of ``dla_kernels::light_attention``; the last two are for GPUs."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
     small = contiguous(
@@ -74,10 +77,11 @@ def forward(
         for kind in (norm, norm, branch_norm, branch_norm)
     )
     summary = state.new_empty(4, batch, channels)
-    module = native.load()
+    module = load()
     module.light_attention_forward(
         module.LightAttentionForward(
             **sizes(x, layout, q_weight, params),
+            **_for_gpus(x, scratch, strips),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
             branch_norm=NORMS[branch_norm],
@@ -135,8 +139,11 @@ def backward(
     branch_norm: str,
     branch_eps: float,
     needs_p: bool,
+    load: Loader = native.load,
+    scratch: Tensor | None = None,
+    strips: int = 1,
 ) -> list[Tensor]:
-    """Arguments and results of ``dla_kernels::light_attention_backward``."""
+    """Arguments and results of ``dla_kernels::light_attention_backward``; as above."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
     weights = contiguous(
@@ -168,10 +175,11 @@ def backward(
         f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
     }
     dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
-    module = native.load()
+    module = load()
     module.light_attention_backward(
         module.LightAttentionBackward(
             **sizes(x, layout, q_weight, params),
+            **_for_gpus(x, scratch, strips),
             **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
             join=join,
             branch_norm=NORMS[branch_norm],
@@ -192,3 +200,7 @@ def backward(
     )
     grads = [dx, dp, dstate, *dweights.values(), *dparams]
     return [state.new_empty(0) if g is None else g for g in grads]
+
+
+def _for_gpus(x: Tensor, scratch: Tensor | None, strips: int) -> dict[str, int | None]:
+    return {"stream": execution(x)["stream"], "scratch": address(scratch), "strips": strips}

@@ -1,0 +1,346 @@
+// A layer step on a GPU: passes over maps (cuda_passes.h), and between them kernels on [batch,
+// channels] (cuda_small.h) and the cell's own. Sums are left by pieces; a launch adds these up.
+#include "ops/light_attention/op.h"
+
+#include "common/cuda/norm_gradient.h"
+#include "common/cuda/statistics.h"
+#include "ops/cell/tails.h"
+#include "ops/light_attention/cuda_small.h"
+
+namespace dla::cuda {
+namespace {
+
+using namespace light;
+
+// What is known of every plane, arrays [batch, channels].
+template <class A>
+struct Summary {
+  A *y, *pooled_p, *a, *d;
+
+  Summary(A* data, Size planes)
+      : y(data), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
+};
+
+// Working memory, handed out piece by piece.
+template <class A>
+struct Memory {
+  A* next;
+
+  A* take(Size count) {
+    A* found = next;
+    next += count;
+    return found;
+  }
+};
+
+template <class T>
+struct Step {
+  using A = Compute<T>;
+  const LightAttentionInputs& args;
+  const Call call;
+  const Size planes, area;
+  const Summary<const A> summary;
+  const Walk walk;
+
+  Step(const char* name, const LightAttentionInputs& args, const void* summary)
+      : args(args),
+        call{name, args.batch, args.channels, args.height * args.width, args.stream},
+        planes(args.batch * args.channels),
+        area(args.height * args.width),
+        summary(small(summary), planes),
+        walk(walk_map(args.batch, args.channels, args.height, args.width, args.channels_last,
+                      static_cast<int>(ceil_div(args.height, args.strips)))) {}
+
+  static const A* small(const void* p) { return static_cast<const A*>(p); }
+  static A* small(void* p) { return static_cast<A*>(p); }
+  static const T* map(const void* p) { return static_cast<const T*>(p); }
+  static T* map(void* p) { return static_cast<T*>(p); }
+
+  bool dynamic() const { return !args.cell_params.empty(); }
+  bool gated() const { return dynamic() && args.p != nullptr; }
+  int slots() const {
+    if (!dynamic()) return 0;
+    return with_tail(cell(), [](auto tail) { return decltype(tail)::layout.slots; });
+  }
+  CellKind cell() const { return static_cast<CellKind>(args.cell); }
+  // Rows of arrays with one for every piece of the batch.
+  Size pieces() const { return args.batch * walk.strips; }
+  DType compute_type() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
+
+  Features<T> features(const void* branch_mean, const void* branch_var) const {
+    return {map(args.x), map(args.p), args.join, args.branch_norm != Norm::none,
+            small(args.branch_weight), small(args.branch_bias), small(branch_mean),
+            small(branch_var), static_cast<A>(args.branch_eps)};
+  }
+  Mixture<A> mixture() const {
+    return {small(args.v_weight), small(args.prev_weight), summary.a, summary.d, small(args.lam)};
+  }
+  OutputNorm<A> norm(const void* mean, const void* var) const {
+    const bool none = args.norm == Norm::none;
+    return {small(args.norm_weight), small(args.norm_bias), none ? nullptr : small(mean),
+            none ? nullptr : small(var), small(args.drop_scale), args.eps};
+  }
+  ScoreWeights<A> scores() const {
+    return {small(args.q_weight), small(args.k_weight), static_cast<int>(args.kernel_size),
+            static_cast<int>(args.channels), static_cast<int>(args.head_dim)};
+  }
+  Planes<A> planes_of(const A* table) const {
+    return {args.batch, args.channels, static_cast<double>(area), table, summary.a, summary.d,
+            small(args.lam)};
+  }
+
+  template <class To>
+  void fold(Size fields, const A* partial, const To& to) const {
+    launch(call, fold_kernel<A, To>, grid_of(fields * planes), fields, args.channels, walk.strips,
+           partial, to);
+  }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardStep : Step<T> {
+  using A = Compute<T>;
+  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::walk, Step<T>::small,
+      Step<T>::map, Step<T>::dynamic, Step<T>::gated;
+
+  const LightAttentionForward& args;
+  const Summary<A> found;
+  A *partial, *table, *gate_state;
+
+  explicit ForwardStep(const LightAttentionForward& args)
+      : Step<T>("light_attention", args, args.summary),
+        args(args),
+        found(small(args.summary), planes) {
+    Memory<A> memory{small(args.scratch)};
+    partial = memory.take(kG * this->pieces() * args.channels);
+    table = memory.take(kPlaneFields * planes);
+    gate_state = memory.next;
+  }
+
+  // Statistics of the branch, if they are of the batch.
+  Features<T> prepare_branch() const {
+    if (args.branch_norm == Norm::batch) {
+      const Cut cut = cut_pieces<T>(args.batch, args.channels, area, args.channels_last,
+                                    walk.strips, {args.x});
+      A *means = partial, *squares = partial + piece_rows(cut) * args.channels;
+      launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, map(args.x), means, squares);
+      launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, means, squares,
+             small(args.branch_mean), small(args.branch_var));
+    }
+    const bool running = args.branch_norm == Norm::running;
+    return this->features(running ? args.branch_mean_in : args.branch_mean,
+                          running ? args.branch_var_in : args.branch_var);
+  }
+
+  // Pooled values, with the moments if the norm needs them.
+  void pool(const Features<T>& in) const {
+    const Grid grid{walk.blocks, kThreads};
+    const double pixels = static_cast<double>(area);
+    if (args.norm == Norm::batch) {
+      launch(call, plane_moments_kernel<T, false>, grid, walk, in, this->mixture(), Arriving<T>{},
+             partial, table + kShiftU * planes);
+      this->fold(kG, partial, ToTable<A>{planes, pixels, table, found.y,
+                                         gated() ? found.pooled_p : nullptr});
+    } else {
+      launch(call, means_kernel<T>, grid, walk, in, gated(), partial);
+      this->fold(gated() ? 2 : 1, partial, ToMeans<A>{planes, pixels, found.y});
+    }
+  }
+
+  void evaluate_cell(const void* y, const void* state, void* out, bool first_sample) const {
+    CellForward cell{y, state, args.cell_params, out, args.batch, args.channels, args.hidden,
+                     this->cell(), static_cast<Activation>(args.activation), this->compute_type(),
+                     args.threads, args.stream, first_sample};
+    cell_forward(cell);
+  }
+
+  // From the pooled values: scores, new state, gates.
+  void small_part() const {
+    const Size heads = planes / args.head_dim;
+    launch(call, scores_kernel<A>, grid_of(heads * kWarp), heads, this->scores(), found.y, found.a);
+    if (dynamic()) evaluate_cell(found.y, args.state, args.new_state, false);
+    if (gated()) evaluate_cell(found.pooled_p, args.new_state, gate_state, args.first_sample);
+    launch(call, gates_kernel<A>, grid_of(planes), planes, gated() ? gate_state : nullptr,
+           args.sigmoid_gate, found.d, found.pooled_p);
+  }
+
+  void run() const {
+    const Features<T> in = prepare_branch();
+    pool(in);
+    small_part();
+    if (args.norm == Norm::batch)
+      launch(call, output_statistics_kernel<A>, channel_grid(args.channels),
+             this->planes_of(table), small(args.mean), small(args.var));
+    const bool running = args.norm == Norm::running;
+    const auto norm = this->norm(running ? args.mean_in : args.mean,
+                                 running ? args.var_in : args.var);
+    launch(call, stencil_kernel<T>, {walk.blocks, kThreads}, walk, in, this->mixture(), norm,
+           args.residual, map(args.out), map(args.o));
+  }
+};
+
+// ---- backward -----------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardStep : Step<T> {
+  using A = Compute<T>;
+  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::walk, Step<T>::small,
+      Step<T>::map, Step<T>::dynamic, Step<T>::gated, Step<T>::summary;
+
+  const LightAttentionBackward& args;
+  const Size state_size;  // elements of a state
+  T* normed_dx;           // gradient of the normed branch, where dx is not that or a multiple of it
+  A *partial, *table;
+  ChannelGradients<A> found;
+  A *grad_state, *of_gates;  // of the new state: altogether, and the gates' share
+  A *dy_of_cell, *dy, *dpooled_p, *score_grads, *dfilters;
+  Factors<A> branch_factors;
+  A* cell_scratch;
+
+  explicit BackwardStep(const LightAttentionBackward& args)
+      : Step<T>("light_attention_backward", args, args.summary),
+        args(args),
+        state_size(this->slots() * planes) {
+    const Size channels = args.channels;
+    Memory<A> memory{small(args.scratch)};
+    normed_dx = reinterpret_cast<T*>(memory.next);
+    if (args.branch_norm == Norm::batch)
+      memory.take(ceil_div(planes * area, kPack<T>) * kPack<A>);
+    table = memory.take(kPlaneFields * planes);
+    // The sums of whole planes are their table; when gradients are summed up, that is done with.
+    partial = walk.strips == 1 ? table : memory.take(kPlaneFields * this->pieces() * channels);
+    found.out_scale = memory.take(planes);
+    found.da = memory.take(planes);
+    found.dgate = gated() ? memory.take(state_size) : nullptr;
+    found.slots = this->slots();
+    found.mean = memory.take(channels);
+    found.slope = memory.take(channels);
+    found.level = memory.take(channels);
+    found.dlam = small(args.dlam);
+    found.dnorm_weight = small(args.dnorm_weight);
+    found.dnorm_bias = small(args.dnorm_bias);
+    grad_state = memory.take(state_size);
+    of_gates = gated() ? memory.take(state_size) : nullptr;
+    dy_of_cell = dynamic() ? memory.take(planes) : nullptr;
+    dpooled_p = gated() ? memory.take(planes) : nullptr;
+    dy = memory.take(planes);
+    score_grads = memory.take(2 * planes);
+    dfilters = memory.take(2 * args.kernel_size * args.batch);
+    branch_factors = {memory.take(channels), memory.take(channels), memory.take(channels)};
+    cell_scratch = memory.next;
+  }
+
+  void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
+    launch(call, plane_moments_kernel<T, true>, {walk.blocks, kThreads}, walk, in, this->mixture(),
+           arriving, partial, table + kShiftU * planes);
+    if (walk.strips > 1)
+      this->fold(kSums, partial,
+                 ToTable<A>{planes, static_cast<double>(area), table, nullptr, nullptr});
+    launch(call, channel_gradients_kernel<A>, channel_grid(args.channels), this->planes_of(table),
+           this->norm(args.mean, args.var), args.norm == Norm::batch, args.sigmoid_gate, found);
+  }
+
+  // What the cell's two evaluations share; the gates' comes first.
+  CellBackward cell_backward_of(bool of_gates) const {
+    CellBackward cell{};
+    cell.params = args.cell_params;
+    cell.grad_params = args.dcell_params;
+    cell.scratch = cell_scratch;
+    cell.batch = args.batch;
+    cell.channels = args.channels;
+    cell.hidden = args.hidden;
+    cell.kind = this->cell();
+    cell.activation = static_cast<Activation>(args.activation);
+    cell.dtype = this->compute_type();
+    cell.stream = args.stream;
+    cell.first_sample = of_gates && args.first_sample;
+    cell.add_params = !of_gates && gated();
+    return cell;
+  }
+
+  void cell_gradients() const {
+    if (gated()) {
+      CellBackward cell = cell_backward_of(true);
+      cell.grad_out = found.dgate;
+      cell.y = summary.pooled_p;
+      cell.state = args.new_state;
+      cell.grad_y = dpooled_p;
+      cell.grad_state = of_gates;
+      cell_backward(cell);
+    }
+    launch(call, state_gradients_kernel<A>, grid_of(state_size), state_size, args.batch,
+           args.channels, small(args.grad_state), of_gates, args.first_sample, grad_state);
+    CellBackward cell = cell_backward_of(false);
+    cell.grad_out = grad_state;
+    cell.y = summary.y;
+    cell.state = args.state;
+    cell.grad_y = dy_of_cell;
+    cell.grad_state = args.dstate;
+    cell_backward(cell);
+  }
+
+  void score_gradients() const {
+    launch(call, score_gradients_kernel<A>, {args.batch, kThreads}, args.batch, this->scores(),
+           summary.y, summary.a, found.da, dy_of_cell, score_grads, dy, dfilters);
+    launch(call, filter_gradients_kernel<A>, grid_of(2 * args.kernel_size), args.batch,
+           args.kernel_size, dfilters, small(args.dq_weight), small(args.dk_weight));
+  }
+
+  void map_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
+    const bool through_norm = args.norm == Norm::batch;
+    const GradientFactors<A> factors{found.out_scale, found.mean,
+                                     through_norm ? found.slope : nullptr, found.level};
+    const Gradients<T> pass{walk, in, this->mixture(), arriving, factors, dy, dpooled_p,
+                            args.residual && arriving.out != nullptr,
+                            args.branch_norm == Norm::running,
+                            args.branch_norm == Norm::batch ? normed_dx : map(args.dx),
+                            map(args.dp), partial};
+    launch(call, gradients_kernel<T>, {walk.blocks, kThreads}, pass);
+    const Size fields = args.prev_weight == nullptr ? 9 : 18;
+    launch(call, weights_kernel<A>, channel_grid(args.channels, fields), this->pieces(),
+           args.channels, partial, small(args.lam), small(args.dv_weight),
+           small(args.dprev_weight));
+  }
+
+  void branch_gradients(const Features<T>& in) const {
+    const Size rows = this->pieces(), size = rows * args.channels;
+    const bool of_batch = args.branch_norm == Norm::batch;
+    const ChannelNorm<A> norm{in.weight, in.bias, in.mean, in.var, args.branch_eps};
+    launch(call, factors_kernel<A>, channel_grid(args.channels), rows, args.channels,
+           static_cast<double>(args.batch * area), partial + kBranch * size,
+           partial + kBranchWithZ * size, norm, of_batch, branch_factors,
+           small(args.dbranch_weight), small(args.dbranch_bias));
+    if (!of_batch) return;
+    const Cut cut = cut_map<T>(args.batch, args.channels, area, args.channels_last, false,
+                               {normed_dx, args.x, args.dx});
+    launch(call, norm_gradient_kernel<T>, {cut.blocks, kThreads}, cut, normed_dx, in.x, in.mean,
+           branch_factors, map(args.dx));
+  }
+
+  void run() const {
+    const Features<T> in = this->features(args.branch_mean, args.branch_var);
+    const Arriving<T> arriving{map(args.grad_out), map(args.grad_o)};
+    channel_gradients(in, arriving);
+    if (dynamic()) cell_gradients();
+    score_gradients();
+    map_gradients(in, arriving);
+    if (args.branch_norm != Norm::none) branch_gradients(in);
+  }
+};
+
+}  // namespace
+
+void light_attention_forward(const LightAttentionForward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    ForwardStep<decltype(element)>(args).run();
+  });
+}
+
+void light_attention_backward(const LightAttentionBackward& args) {
+  with_element_type(args.dtype, [&](auto element) {
+    BackwardStep<decltype(element)>(args).run();
+  });
+}
+
+}  // namespace dla::cuda

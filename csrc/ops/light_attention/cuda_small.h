@@ -1,0 +1,304 @@
+// The small part of light_attention on GPUs: kernels on arrays [batch, channels], between the
+// passes over maps.
+#pragma once
+
+#include <cmath>
+
+#include "common/cuda/numbers.h"
+#include "ops/light_attention/cuda_passes.h"
+
+namespace dla::cuda::light {
+
+// ---- sums of strips -----------------------------------------------------------------------------
+
+// Where the sums of planes go: to means.
+template <class A>
+struct ToMeans {
+  Size planes;
+  double pixels;
+  A* means;  // [fields, batch, channels]
+
+  __device__ void put(int field, Size i, double sum) const {
+    means[field * planes + i] = static_cast<A>(sum / pixels);
+  }
+};
+
+// To the table of the planes' numbers; its shifts are there already.
+template <class A>
+struct ToTable {
+  Size planes;
+  double pixels;
+  A *table;         // [kPlaneFields, batch, channels]
+  A *y, *pooled_p;  // means of x and p; null: not wanted
+
+  __device__ void put(int field, Size i, double sum) const {
+    table[field * planes + i] = static_cast<A>(sum);
+    if (field == kX && y != nullptr) y[i] = static_cast<A>(sum / pixels);
+    if (field == kP && pooled_p != nullptr)
+      pooled_p[i] = static_cast<A>(table[kShiftP * planes + i] + sum / pixels);
+  }
+};
+
+// Adds up the strips of every plane in partial [fields, batch, strips, channels].
+template <class A, class To>
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(Size fields, Size channels, Size strips, const A* partial, To to) {
+  const Size number = own_number();
+  if (number >= fields * to.planes) return;
+  const Size i = number % to.planes, row = number / channels;
+  double sum = 0;
+  for (Size strip = 0; strip < strips; ++strip)
+    sum += partial[(row * strips + strip) * channels + i % channels];
+  to.put(static_cast<int>(number / to.planes), i, sum);
+}
+
+// ---- scores -------------------------------------------------------------------------------------
+
+// Filters over the channels of a sample, with zeros around these.
+template <class A>
+struct ScoreWeights {
+  const A *q, *k;
+  int taps, channels, head_dim;
+
+  __device__ A filtered(const A* weight, const A* line, int c) const {
+    const LineFilter<A> filter{weight, taps, channels};
+    return filter.apply(c, [&](int from) { return line[from]; });
+  }
+  __device__ A transposed(const A* weight, const A* line, int c) const {
+    const LineFilter<A> filter{weight, taps, channels};
+    return filter.transposed(c, [&](int from) { return line[from]; });
+  }
+  __device__ A scale() const { return A(1) / std::sqrt(static_cast<A>(head_dim)); }
+};
+
+// a = sigmoid(q . k / sqrt(head_dim)) of every head, a warp each.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    scores_kernel(Size heads, ScoreWeights<A> weights, const A* y, A* a) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const Size head = own_number() / kWarp;
+  if (head >= heads) return;
+  const Size row = head * weights.head_dim / weights.channels * weights.channels;
+  const int first = static_cast<int>(head * weights.head_dim - row);
+  A sum = 0;
+  for (int c = first + lane; c < first + weights.head_dim; c += kWarp)
+    sum += weights.filtered(weights.q, y + row, c) * weights.filtered(weights.k, y + row, c);
+  const A score = A(1) / (A(1) + std::exp(-sum_lanes(sum, kWarp) * weights.scale()));
+  for (int c = first + lane; c < first + weights.head_dim; c += kWarp) a[row + c] = score;
+}
+
+// The sum over all threads of a block, which all call it; thread 0 gets it.
+template <class A>
+__device__ inline A sum_block(A value) {
+  constexpr int kWarps = kThreads / kWarp;
+  DLA_SHARED(A, of_warps, kWarps);
+  const int thread = static_cast<int>(threadIdx.x);
+  value = sum_lanes(value, kWarp);
+  if (thread % kWarp == 0) of_warps[thread / kWarp] = value;
+  __syncthreads();
+  for (int w = 1; w < kWarps && thread == 0; ++w) value += of_warps[w];
+  __syncthreads();  // it may be called again
+  return value;
+}
+
+// Backward of the scores, a block for a sample. dy is what reaches y from da and from the cell
+// (null: nothing). Leaves the sample's share in the filters' gradients, [batch, 2, taps]. grads
+// [2, batch, channels] is working memory: of queries and keys.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    score_gradients_kernel(Size batch, ScoreWeights<A> weights, const A* y, const A* a, const A* da,
+                           const A* of_cell, A* grads, A* dy, A* dfilters) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  const int channels = weights.channels, head_dim = weights.head_dim, taps = weights.taps;
+  const Size row = static_cast<Size>(blockIdx.x) * channels;
+  const A* line = y + row;
+  A *grad_query = grads + row, *grad_key = grad_query + batch * channels;
+  for (int head = thread / kWarp * head_dim; head < channels;
+       head += kThreads / kWarp * head_dim) {
+    A sum = 0;
+    for (int c = head + lane; c < head + head_dim; c += kWarp) sum += da[row + c];
+    const A score = a[row + head];
+    const A dscore = sum_lanes(sum, kWarp) * score * (A(1) - score) * weights.scale();
+    for (int c = head + lane; c < head + head_dim; c += kWarp) {
+      grad_query[c] = dscore * weights.filtered(weights.k, line, c);
+      grad_key[c] = dscore * weights.filtered(weights.q, line, c);
+    }
+  }
+  __syncthreads();
+  for (int c = thread; c < channels; c += kThreads)
+    dy[row + c] = (of_cell == nullptr ? A(0) : of_cell[row + c]) +
+                  weights.transposed(weights.q, grad_query, c) +
+                  weights.transposed(weights.k, grad_key, c);
+  for (int t = 0; t < 2 * taps; ++t) {
+    const A* grad = t < taps ? grad_query : grad_key;
+    const int shift = (t < taps ? t : t - taps) - taps / 2;
+    A sum = 0;
+    for (int c = thread; c < channels; c += kThreads)
+      if (c + shift >= 0 && c + shift < channels) sum += grad[c] * line[c + shift];
+    sum = sum_block(sum);
+    if (thread == 0) dfilters[static_cast<Size>(blockIdx.x) * 2 * taps + t] = sum;
+  }
+}
+
+// Their gradients, from the shares of the samples; a thread for a tap.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    filter_gradients_kernel(Size batch, Size taps, const A* dfilters, A* dq_weight, A* dk_weight) {
+  const Size t = own_number();
+  if (t >= 2 * taps) return;
+  double sum = 0;
+  for (Size b = 0; b < batch; ++b) sum += dfilters[b * 2 * taps + t];
+  A& to = t < taps ? dq_weight[t] : dk_weight[t - taps];
+  to = static_cast<A>(sum);
+}
+
+// ---- gates --------------------------------------------------------------------------------------
+
+// d from the cell's output; without (null) there is no gate, nor a pooled p.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    gates_kernel(Size planes, const A* output, bool sigmoid, A* d, A* pooled_p) {
+  const Size i = own_number();
+  if (i >= planes) return;
+  if (output == nullptr) {
+    d[i] = A(1);
+    pooled_p[i] = A(0);
+  } else {
+    d[i] = sigmoid ? A(1) / (A(1) + std::exp(-output[i])) : output[i];
+  }
+}
+
+// The gradient of the new state [slots, batch, channels]: what arrives, and what comes from the
+// gates (either may be null); with `first_sample` the first row feeds the gates of all.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    state_gradients_kernel(Size count, Size batch, Size channels, const A* arriving,
+                           const A* of_gates, bool first_sample, A* to) {
+  const Size i = own_number();
+  if (i >= count) return;
+  A sum = arriving == nullptr ? A(0) : arriving[i];
+  if (of_gates != nullptr && !first_sample) sum += of_gates[i];
+  if (of_gates != nullptr && first_sample && i / channels % batch == 0)
+    for (Size b = 0; b < batch; ++b) sum += of_gates[i + b * channels];
+  to[i] = sum;
+}
+
+// ---- statistics and gradients of channels -------------------------------------------------------
+
+// The numbers of a plane in a table [kPlaneFields, batch, channels].
+template <class A>
+struct PlaneNumbers {
+  const A* table;
+  Size planes, i;
+
+  DLA_HOST_DEVICE double operator()(int field) const { return table[field * planes + i]; }
+};
+
+// The planes of the thread's channel.
+template <class A>
+struct Planes {
+  Size batch, channels;
+  double pixels;
+  const A *table, *a, *d, *lam;
+
+  __device__ PlaneOfO<PlaneNumbers<A>> operator[](Size i) const {
+    return {{table, batch * channels, i}, pixels, a[i], d[i],
+            lam[own_channel(channels)]};
+  }
+  __device__ double count() const { return static_cast<double>(batch) * pixels; }
+  // Mean of o over batch and space. All threads of the block call it.
+  __device__ double mean() const {
+    return add_rows(batch, channels, [&](Size, Size i) { return (*this)[i].mean(); }) /
+           static_cast<double>(batch);
+  }
+};
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    output_statistics_kernel(Planes<A> planes, A* mean, A* var) {
+  const Size channels = planes.channels;
+  const double centre = planes.mean();
+  const double square = add_rows(planes.batch, channels, [&](Size, Size i) {
+    const auto plane = planes[i];
+    const double off = plane.mean() - centre, within = plane.centred_square();
+    return (within < 0 ? 0 : within) + planes.pixels * off * off;
+  });
+  if (!writes_channel(channels)) return;
+  mean[own_channel(channels)] = static_cast<A>(centre);
+  var[own_channel(channels)] = static_cast<A>(square / planes.count());
+}
+
+// What channel_gradients_kernel finds.
+template <class A>
+struct ChannelGradients {
+  A *out_scale, *da;                    // [batch, channels]
+  A* dgate;                             // [slots, batch, channels], of the cell; may be null
+  int slots;
+  A *mean, *slope, *level;              // [channels], for GradientFactors
+  A *dlam, *dnorm_weight, *dnorm_bias;  // [channels]; the last two may be null
+
+  // The gate is slot 0.
+  __device__ void put_gate(Size planes, Size i, double gradient) const {
+    if (dgate == nullptr) return;
+    dgate[i] = static_cast<A>(gradient);
+    for (int slot = 1; slot < slots; ++slot) dgate[slot * planes + i] = 0;
+  }
+};
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    channel_gradients_kernel(Planes<A> planes, OutputNorm<A> norm, bool of_batch, bool sigmoid_gate,
+                             ChannelGradients<A> to) {
+  const Size channels = planes.channels, c = own_channel(channels);
+  const bool exists = c < channels, normed = norm.mean != nullptr && exists;
+  const double rstd = normed ? 1 / std::sqrt(norm.var[c] + norm.eps) : 1;
+  const double weight = norm.weight != nullptr && exists ? norm.weight[c] * rstd : rstd;
+  const auto drop = [&](Size b) {
+    return norm.drop_scale == nullptr ? 1.0 : static_cast<double>(norm.drop_scale[b]);
+  };
+  // Not the mean that was rounded: it is multiplied by sums of gradients over whole planes.
+  const double mean = of_batch ? planes.mean() : normed ? norm.mean[c] : 0;
+  GradientOfO<double> g{weight, mean};
+  const double dweight = rstd * add_rows(planes.batch, channels, [&](Size b, Size i) {
+    return drop(b) * planes[i].with_out(mean);
+  });
+  const double dbias = add_rows(planes.batch, channels, [&](Size b, Size i) {
+    return drop(b) * planes[i].at(kG);
+  });
+  if (of_batch) g.pass_norm(rstd, dweight, dbias, planes.count());
+  const double dlam = add_rows(planes.batch, channels, [&](Size b, Size i) {
+    const auto plane = planes[i];
+    const double out_scale = weight * drop(b), d = planes.d[i];
+    const auto found = plane.with_g(g, out_scale);
+    to.out_scale[i] = static_cast<A>(out_scale);
+    to.da[i] = static_cast<A>(found.u);
+    const double dd = plane.lam * found.p;
+    to.put_gate(planes.batch * channels, i, sigmoid_gate ? dd * d * (1 - d) : dd);
+    return d * found.p + found.e;
+  });
+  if (!writes_channel(channels)) return;
+  to.mean[c] = static_cast<A>(g.mean);
+  to.slope[c] = static_cast<A>(g.slope);
+  to.level[c] = static_cast<A>(g.level);
+  to.dlam[c] = static_cast<A>(dlam);
+  if (to.dnorm_weight != nullptr) to.dnorm_weight[c] = static_cast<A>(dweight);
+  if (to.dnorm_bias != nullptr) to.dnorm_bias[c] = static_cast<A>(dbias);
+}
+
+// Gradients of the filters [channels, 3, 3], from the correlations of all pieces, [18, rows,
+// channels] (GradientSum).
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    weights_kernel(Size rows, Size channels, const A* partial, const A* lam, A* dv_weight,
+                   A* dprev_weight) {
+  const Size field = field_of_block(channels), c = own_channel(channels);
+  const A* of_field = partial + field * rows * channels;
+  const double sum = add_rows(rows, channels, [&](Size, Size i) { return of_field[i]; });
+  if (!writes_channel(channels)) return;
+  if (field < kPrevWeight)
+    dv_weight[c * 9 + field] = static_cast<A>(sum);
+  else
+    dprev_weight[c * 9 + field - kPrevWeight] = static_cast<A>(lam[c] * sum);
+}
+
+}  // namespace dla::cuda::light
