@@ -1,7 +1,9 @@
 """Which implementation serves a call, and why.
 
 The implementations of an op are the modules of its package that bear a backend's name. Each has
-``unsupported(x) -> reason | None``, ``forward`` and ``backward`` with the arguments of the op.
+``unsupported(x) -> reason | None``, ``forward`` and ``backward`` with the arguments of the op; and,
+where calls on tensors that it supports may still ask too much, ``refuses(*args) -> reason | None``
+for the arguments of either.
 """
 
 from __future__ import annotations
@@ -69,21 +71,21 @@ def requested() -> str:
     return _requested.get()
 
 
-def select(op: str, x: Tensor) -> Implementation:
-    """The module that serves a call of ``op`` whose first tensor is ``x``.
+def select(op: str, x: Tensor, args: Sequence[Any]) -> Implementation:
+    """The module that serves a call of ``op`` or its backward; ``x``: the first tensor of ``args``.
 
     Raises:
         RuntimeError: the requested backend cannot.
     """
     name = _requested.get()
     if name != AUTO:
-        return _demand(op, name, x)
+        return _demand(op, name, x, args)
     refusals = []
     available = implementations(op)
     for name in _automatic_order(op, x.is_cuda):
         if name not in available:
             continue
-        reason = available[name].unsupported(x)
+        reason = _refusal(available[name], x, args)
         if reason is None:
             _report(op, name, tuple(refusals))
             return available[name]
@@ -91,11 +93,17 @@ def select(op: str, x: Tensor) -> Implementation:
     raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
 
 
-def _demand(op: str, name: str, x: Tensor) -> Implementation:
+def _refusal(module: Implementation, x: Tensor, args: Sequence[Any]) -> str | None:
+    """Why an implementation cannot serve a call, or None."""
+    refuses = getattr(module, "refuses", None)
+    return module.unsupported(x) or (refuses(*args) if refuses else None)
+
+
+def _demand(op: str, name: str, x: Tensor, args: Sequence[Any]) -> Implementation:
     available = implementations(op)
     if name not in available:
         problem = f"{op} has no such implementation (it has {', '.join(available)})"
-    elif reason := available[name].unsupported(x):
+    elif reason := _refusal(available[name], x, args):
         problem = reason
     else:
         return available[name]

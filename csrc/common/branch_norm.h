@@ -26,8 +26,16 @@ struct BranchNorm {
                     A* shifts) const {
     const Doubles factor = scale(c, rstd(c, var));
     c.store(scales, factor);
-    c.store(shifts, (bias == nullptr ? Doubles{} : c.load(bias)) - factor * c.load(mean));
+    c.store(shifts, added(c) - factor * c.load(mean));
   }
+  // As if mean and variance were 0 and 1.
+  void without_statistics(const ChannelLanes& c, A* scales, A* shifts) const {
+    c.store(scales, scale(c, splat(1.0)));
+    c.store(shifts, added(c));
+  }
+
+ private:
+  Doubles added(const ChannelLanes& c) const { return bias == nullptr ? Doubles{} : c.load(bias); }
 };
 
 // Calls body(channels) for the channels of a unit.
@@ -50,27 +58,27 @@ struct BranchStatistics {
 
   static int64_t elements(const MapShape& s) { return 3 * s.planes(); }
 
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void add_planes(const Units<A>& units, int64_t unit) const {
     using V = Vec<A>;
     thread_local Arena arena;
     arena.reserve(Arena::bytes_of<A>(grid.strip_elements(0)));
     A* memory = arena.take<A>(grid.strip_elements(0));
     V planes[kMostTogether][3];
-    for_strips<kFixedStrides>(
-        units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t slot) {
+    for_strips<kPixelLanes>(
+        units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t slot) {
           const auto in = place.open(z, 0, memory);
           const Mask<A> channels = grid.channel_mask(place.group);
           V(&plane)[3] = planes[slot];
           if (place.strip.first == 0) {
-            const V corner = load_masked<A>(in.at(0, 0), channels & grid.columns[1]);
+            const V corner = load_masked<A>(in.at(0, 0), grid.own(0, channels));
             fill_block(plane, V{});
             plane[0] = grid.channel_lanes ? corner : splat<A>(corner[0]);
           }
           for (int64_t row = place.strip.first; row < place.strip.last; ++row) {
             V sum{}, square{};
             for (int64_t k = 0; k < grid.vectors; ++k) {
-              const Mask<A> own = channels & grid.columns[3 * k + 1];
+              const Mask<A> own = grid.own(k, channels);
               const V v = keep<A>(own, load_masked<A>(in.at(row, k), own) - plane[0]);
               sum += v;
               square += v * v;
@@ -101,9 +109,9 @@ struct BranchStatistics {
   }
 
   // All of it for a unit that has all samples of its channels.
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void finish_unit(const Units<A>& units, int64_t unit) const {
-    add_planes<kFixedStrides>(units, unit);
+    add_planes<kPixelLanes>(units, unit);
     for_unit_channels(units, grid, unit, [&](const ChannelLanes& c) { combine(c); });
   }
 };
@@ -141,15 +149,15 @@ struct BranchGradients {
     c.store(factors + 2 * grid.shape.channels, added);
   }
 
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void write(const Units<A>& units, int64_t unit) const {
     using V = Vec<A>;
     thread_local Arena arena;
     const int64_t elements = grid.strip_elements(0);
     arena.reserve(2 * Arena::bytes_of<A>(elements));
     A *z_memory = arena.take<A>(elements), *dz_memory = arena.take<A>(elements);
-    for_strips<kFixedStrides>(
-        units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t) {
+    for_strips<kPixelLanes>(
+        units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t) {
           V factor[3];
           for (int i = 0; i < 3; ++i)
             factor[i] = channel_vector(factors + i * grid.shape.channels, grid, place.group);
@@ -165,10 +173,10 @@ struct BranchGradients {
         });
   }
 
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void finish_unit(const Units<A>& units, int64_t unit) const {
     for_unit_channels(units, grid, unit, [&](const ChannelLanes& c) { combine(c); });
-    write<kFixedStrides>(units, unit);
+    write<kPixelLanes>(units, unit);
   }
 };
 

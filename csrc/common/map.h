@@ -1,10 +1,11 @@
 // How vectors are laid over feature maps. Planes are worked on in groups, a vector at a time:
 //   pixel lanes    a group is one plane of NCHW, a vector holds neighbouring pixels of a row;
 //   channel lanes  a group is kLanes neighbouring channels, a vector holds these at one pixel.
-// Either way the vector at a tap of a 3x3 filter lies dy rows and dx pixels from that at the centre,
-// and a mask tells which of its lanes are within the map: nothing is padded, and most maps are read
-// and written where they are. Only half-width types, which need converting, and NCHW maps too narrow
-// for pixel lanes, which are transposed, go through working memory.
+// Either way the vector at a tap of a 3x3 filter lies dy rows and dx pixels from that at the centre.
+// Pixel lanes are read and written where they are, only half-width types go through working memory, to
+// be converted; masks tell which lanes of a vector are within the map. Channel lanes that taps are
+// taken of are copied to working memory (of NCHW maps, too narrow for pixel lanes, transposed) with
+// zeros around them: the arithmetic then needs no masks, and knows the strides.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "args.h"
@@ -74,11 +76,14 @@ struct Strip {
   int64_t first, last;
 };
 
-// Lanes within the map at the taps of a filter: [row above, the rows, row below][left, own, right].
+// What surrounds some rows of a vector. For pixel lanes only, but for own(): channel lanes are
+// surrounded by zeros.
 template <class A>
-struct TapMasks {
-  Mask<A> at[3][3];
-  Mask<A> centre() const { return at[1][1]; }
+struct Taps {
+  Mask<A> masks[3];  // lanes within the map to the left, at the vector and to the right
+  bool first, last;  // whether the map begins or ends with these rows
+  const A* zeros;    // to be read beyond
+  Mask<A> own() const { return masks[1]; }
 };
 
 template <class A>
@@ -93,6 +98,8 @@ struct Grid {
   int64_t strip_rows;   // rows that are worked on at a time
   bool safe_rows;       // a vector that starts in a row, or a pixel before it, ends in the next
   std::vector<Mask<A>> columns;  // [vectors][3]: lanes whose neighbour at dx = -1, 0, 1 is in the row
+  std::vector<A> zeros;          // a row, with a pixel before and after it
+  std::vector<int64_t> offsets;  // channel lanes: of a strip's pixels in working memory
 
   explicit Grid(const MapShape& s) : shape(s) {
     // Pixel lanes need no transpose, but must be filled.
@@ -100,22 +107,27 @@ struct Grid {
         static_cast<double>(s.width) / static_cast<double>(round_up(s.width, kV));
     const double channels_filled =
         static_cast<double>(s.channels) / static_cast<double>(round_up(s.channels, kV));
-    channel_lanes = s.channels_last || (pixels_filled < 0.7 && channels_filled > pixels_filled);
+    channel_lanes = !kTuned<A> || s.channels_last ||
+                    (pixels_filled < 0.7 && channels_filled > pixels_filled);
     planes = channel_lanes ? kV : 1;
     groups = ceil_div(s.channels, planes);
     together = s.channels_last ? 4 : 1;
     vectors = channel_lanes ? s.width : ceil_div(s.width, kV);
-    const int64_t memory_row = s.channels_last ? s.row_elements() : row_stride();
-    safe_rows = (channel_lanes ? kV : vectors * kV + 1 - s.width) <= memory_row;
+    safe_rows = channel_lanes || vectors * kV + 1 - s.width <= s.width;
     // A strip of six maps in the L1 cache.
     const int64_t row_bytes = row_stride() * static_cast<int64_t>(sizeof(A));
     const int64_t fitting = 48 * 1024 / (6 * row_bytes) / 8 * 8;
     strip_rows = std::min(s.height, std::max<int64_t>(8, fitting));
-    fill_columns();
+    if (channel_lanes) {
+      fill_offsets();
+    } else {
+      fill_columns();
+      zeros.resize(vectors * kV + 2);
+    }
   }
 
-  // Elements between rows, and for a strip and `halo` rows above and below it, of working memory.
-  int64_t row_stride() const { return shape.width * planes; }
+  // Elements between rows of working memory, and for a strip and `halo` rows above and below it.
+  int64_t row_stride() const { return channel_lanes ? (shape.width + 2) * kV : shape.width; }
   int64_t strip_elements(int64_t halo) const { return (strip_rows + 2 * halo) * row_stride(); }
 
   int lanes(int64_t group) const {
@@ -126,48 +138,75 @@ struct Grid {
     const int count = channel_lanes ? lanes(group) : kV;
     return mask_where<A>([&](int lane) { return lane < count; });
   }
-
-  // Masks of vector k in rows [row, row + count).
-  TapMasks<A> masks(int64_t row, int64_t count, int64_t k, Mask<A> channels) const {
-    const Mask<A> none{}, above = row > 0 ? channels : none,
-                  below = row + count < shape.height ? channels : none;
+  // Lanes of vector k within the map.
+  Mask<A> own(int64_t k, Mask<A> channels) const {
+    return channel_lanes ? channels : columns[3 * k + 1];
+  }
+  // What surrounds vector k in rows [row, row + count).
+  Taps<A> taps(int64_t row, int64_t count, int64_t k, Mask<A> channels) const {
+    if (channel_lanes) return {{channels, channels, channels}, false, false, nullptr};
     const Mask<A>* column = columns.data() + 3 * k;
-    TapMasks<A> masks;
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      masks.at[0][j] = above & column[j];
-      masks.at[1][j] = channels & column[j];
-      masks.at[2][j] = below & column[j];
-    }
-    return masks;
+    return {{column[0], column[1], column[2]},
+            row == 0,
+            row + count == shape.height,
+            zeros.data() + 1 + k * kV};
   }
 
  private:
+  void fill_offsets() {
+    constexpr int64_t most_halo = 2;
+    for (int64_t row = 0; row < strip_rows + 2 * most_halo; ++row)
+      for (int64_t k = 0; k < vectors; ++k) offsets.push_back(row * row_stride() + k * kV);
+  }
   void fill_columns() {
     for (int64_t k = 0; k < vectors; ++k)
       for (int dx = -1; dx <= 1; ++dx)
         columns.push_back(mask_where<A>([&](int lane) {
-          const int64_t own = channel_lanes ? k : k * kV + lane;
+          const int64_t own = k * kV + lane;
           return own < shape.width && 0 <= own + dx && own + dx < shape.width;
         }));
   }
 };
 
-// Rows of a group of planes as vectors find them. Pixel lanes may have the strides along a row known to
-// the compiler (kFixedStrides), which spares a good part of the instructions.
-template <class A, bool kFixedStrides>
+// Steps from row to row. The empty asm keeps the compiler from precomputing the address of every row:
+// it would have to put most of them aside.
+template <class E>
+struct RowCursor {
+  E* at;
+  std::ptrdiff_t stride;
+
+  inline __attribute__((always_inline)) E* next() {
+    E* row = at;
+    at += stride;
+    asm("" : "+r"(at));
+    return row;
+  }
+};
+
+// Where what will be read next lies in memory, to be fetched meanwhile; strides in bytes.
+struct Upcoming {
+  const char* origin;
+  std::ptrdiff_t row_stride, vector_stride;
+  RowCursor<const char> rows(int64_t row, int64_t vector) const {
+    return {origin + row * row_stride + vector * vector_stride, row_stride};
+  }
+};
+
+// Rows of a group of planes as vectors find them.
+template <class A, bool kPixelLanes>
 struct Window {
   A* origin;  // of row 0
-  int64_t row_stride, stride_of_pixels, stride_of_vectors;
-  std::ptrdiff_t ahead;  // bytes from what is read now to what should be fetched meanwhile
+  int64_t row_stride, stride_of_vectors;
+  Upcoming next;
 
   explicit operator bool() const { return origin != nullptr; }
-  int64_t pixel_stride() const { return kFixedStrides ? 1 : stride_of_pixels; }
   A* at(int64_t row, int64_t vector) const {
-    return origin + row * row_stride + vector * (kFixedStrides ? kLanes<A> : stride_of_vectors);
+    return origin + row * row_stride + vector * (kPixelLanes ? kLanes<A> : stride_of_vectors);
   }
-  operator Window<const A, kFixedStrides>() const {
-    return {origin, row_stride, stride_of_pixels, stride_of_vectors, ahead};
+  // From a row on, at a vector.
+  RowCursor<A> rows(int64_t row, int64_t vector) const { return {at(row, vector), row_stride}; }
+  operator Window<const A, kPixelLanes>() const {
+    return {origin, row_stride, stride_of_vectors, next};
   }
 };
 
@@ -195,72 +234,72 @@ inline void with_storage(DType dtype, const Body& body) {
   }
 }
 
-// Copies between a feature and dense working memory. Full blocks of a transpose are kept apart: with
-// all indices constant they stay in registers.
+// Copies between a feature and working memory.
 template <class T, class A>
 struct Copy {
   static constexpr int kV = kLanes<A>;
 
-  // Runs of `width` elements, `stride` elements apart in the feature, kV apart in memory.
-  static void load_runs(const T* from, int64_t runs, int width, int64_t stride, A* to) {
-    for (int64_t i = 0; i < runs; ++i) store(to + i * kV, load_n(from + i * stride, width));
-  }
-  static void store_runs(const A* from, int64_t runs, int width, int64_t stride, T* to) {
-    for (int64_t i = 0; i < runs; ++i) store_n(to + i * stride, load(from + i * kV), width);
-  }
-
+  // Neighbouring elements.
   static void load_flat(const T* from, int64_t count, A* to) {
-    load_runs(from, count / kV, kV, kV, to);
-    const int64_t whole = count / kV * kV;
-    if (whole < count)
-      store_n(to + whole, load_n(from + whole, static_cast<int>(count - whole)),
-              static_cast<int>(count - whole));
+    for_vectors<A>(count, [&](int64_t i, int n) { store_n(to + i, load_n(from + i, n), n); });
   }
   static void store_flat(const A* from, int64_t count, T* to) {
-    store_runs(from, count / kV, kV, kV, to);
-    const int64_t whole = count / kV * kV;
-    if (whole < count)
-      store_n(to + whole, load_n(from + whole, static_cast<int>(count - whole)),
-              static_cast<int>(count - whole));
+    for_vectors<A>(count, [&](int64_t i, int n) { store_n(to + i, load_n(from + i, n), n); });
   }
 
-  // Planes, `plane` elements apart in the feature, to the lanes of one vector per pixel.
-  static void load_planes(const T* from, int64_t pixels, int lanes, int64_t plane, A* to) {
-    int64_t f = 0;
-    if (lanes == kV) {
-      for (; f + kV <= pixels; f += kV) {
+  // Runs of `width` elements, `stride` elements apart in the feature; run i is a vector at offsets[i].
+  static void load_runs(const T* from, int64_t runs, int width, int64_t stride, A* to,
+                        const int64_t* offsets) {
+    for (int64_t i = 0; i < runs; ++i) store(to + offsets[i], load_n(from + i * stride, width));
+  }
+  static void store_runs(const A* from, int64_t runs, int width, int64_t stride, T* to,
+                         const int64_t* offsets) {
+    for (int64_t i = 0; i < runs; ++i) store_n(to + i * stride, load(from + offsets[i]), width);
+  }
+
+  // Planes, `plane` elements apart in the feature, to the lanes of one vector per pixel. Full blocks of
+  // the transpose are kept apart: with all indices constant they stay in registers. The last one may
+  // lie over the one before.
+  static void load_planes(const T* from, int64_t pixels, int lanes, int64_t plane, A* to,
+                          const int64_t* offsets) {
+    if (lanes == kV && pixels >= kV) {
+      for (int64_t first = 0; first < pixels; first += kV) {
+        const int64_t f = std::min(first, pixels - kV);
         Vec<A> block[kV];
 #pragma GCC unroll 16
         for (int lane = 0; lane < kV; ++lane) block[lane] = load(from + lane * plane + f);
         transpose<A>(block);
 #pragma GCC unroll 16
-        for (int i = 0; i < kV; ++i) store(to + (f + i) * kV, block[i]);
+        for (int i = 0; i < kV; ++i) store(to + offsets[f + i], block[i]);
       }
+      return;
     }
-    for (; f < pixels; f += kV) {
+    for (int64_t f = 0; f < pixels; f += kV) {
       const int n = static_cast<int>(std::min<int64_t>(kV, pixels - f));
       Vec<A> block[kV] = {};
       for (int lane = 0; lane < lanes; ++lane) block[lane] = load_n(from + lane * plane + f, n);
       transpose<A>(block);
-      for (int i = 0; i < n; ++i) store(to + (f + i) * kV, block[i]);
+      for (int i = 0; i < n; ++i) store(to + offsets[f + i], block[i]);
     }
   }
-  static void store_planes(const A* from, int64_t pixels, int lanes, int64_t plane, T* to) {
-    int64_t f = 0;
-    if (lanes == kV) {
-      for (; f + kV <= pixels; f += kV) {
+  static void store_planes(const A* from, int64_t pixels, int lanes, int64_t plane, T* to,
+                           const int64_t* offsets) {
+    if (lanes == kV && pixels >= kV) {
+      for (int64_t first = 0; first < pixels; first += kV) {
+        const int64_t f = std::min(first, pixels - kV);
         Vec<A> block[kV];
 #pragma GCC unroll 16
-        for (int i = 0; i < kV; ++i) block[i] = load(from + (f + i) * kV);
+        for (int i = 0; i < kV; ++i) block[i] = load(from + offsets[f + i]);
         transpose<A>(block);
 #pragma GCC unroll 16
         for (int lane = 0; lane < kV; ++lane) store(to + lane * plane + f, block[lane]);
       }
+      return;
     }
-    for (; f < pixels; f += kV) {
+    for (int64_t f = 0; f < pixels; f += kV) {
       const int n = static_cast<int>(std::min<int64_t>(kV, pixels - f));
       Vec<A> block[kV] = {};
-      for (int i = 0; i < n; ++i) block[i] = load(from + (f + i) * kV);
+      for (int i = 0; i < n; ++i) block[i] = load(from + offsets[f + i]);
       transpose<A>(block);
       for (int lane = 0; lane < lanes; ++lane) store_n(to + lane * plane + f, block[lane], n);
     }
@@ -268,71 +307,58 @@ struct Copy {
 };
 
 // A strip of a group of planes.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct Place {
-  using In = Window<const A, kFixedStrides>;
-  using Out = Window<A, kFixedStrides>;
+  using In = Window<const A, kPixelLanes>;
+  using Out = Window<A, kPixelLanes>;
 
   const Grid<A>& grid;
   int64_t b, group;
   Strip strip;
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
-  [[gnu::noinline]] In open(Feature feature, int64_t halo, A* memory) const {
+  In open(Feature feature, int64_t halo, A* memory) const {
     if (in_place(feature.dtype)) return on_feature(static_cast<const A*>(feature.data));
-    const MapShape& s = grid.shape;
-    const Strip rows = around(halo);
-    const int64_t pixels = (rows.last - rows.first) * s.width;
-    In window = on_memory(memory, rows.first);
-    with_storage<A>(feature.dtype, [&](auto element) {
-      using T = decltype(element);
-      const T* from = static_cast<const T*>(feature.data) + offset(rows.first);
-      window.ahead = reinterpret_cast<const char*>(from + grid.planes * s.pixels()) -
-                     reinterpret_cast<const char*>(memory);
-      if (s.channels_last)
-        Copy<T, A>::load_runs(from, pixels, lanes(), s.channels, memory);
-      else if (grid.channel_lanes)
-        Copy<T, A>::load_planes(from, pixels, lanes(), s.pixels(), memory);
-      else
-        Copy<T, A>::load_flat(from, pixels, memory);
-    });
-    return window;
+    return copy(feature, halo, memory);
   }
 
-  // ReLU(scale branch + shift + shortcut) with up to `halo` rows above and below, in `memory`. The
-  // shortcut has been opened with as many; both are fetched a plane ahead from now on.
+  // The same if taps are to be taken.
+  In open_bordered(Feature feature, int64_t halo, A* memory) const {
+    if (kPixelLanes) return open(feature, halo, memory);
+    clear_border(memory, halo);
+    return copy(feature, halo, memory);
+  }
+
+  // ReLU(scale branch + shift + shortcut), bordered, in `memory`. The shortcut has been opened with as
+  // many rows above and below; both are fetched a plane ahead from now on.
   [[gnu::noinline]] In open_joined(Feature branch, In& shortcut, Vec<A> scale, Vec<A> shift,
                                    int64_t halo, A* memory) const {
     const In from = open(branch, halo, memory);
     const Strip rows = around(halo);
-    Out to = on_memory(memory, rows.first);
-    const std::ptrdiff_t plane = grid.planes * grid.shape.pixels() * static_cast<int64_t>(sizeof(A));
-    if (!in_place(branch.dtype)) {
-      to.ahead = from.ahead;
-    } else if (!grid.shape.channels_last) {
-      to.ahead = reinterpret_cast<const char*>(from.at(rows.first, 0)) -
-                 reinterpret_cast<const char*>(memory) + plane;
-      shortcut.ahead = plane;
-    }
+    Out to = on_memory(memory, strip.first - halo);
+    to.next = from.next;
     const auto joined = [&](Vec<A> one, Vec<A> other) {
       const Vec<A> sum = scale * one + (shift + other);
       return sum < A(0) ? Vec<A>{} : sum;  // NaN stays
     };
-    if (grid.shape.channels_last && in_place(branch.dtype)) {
+    if constexpr (kPixelLanes) {
+      if (in_place(branch.dtype)) {
+        to.next.origin = plane_ahead(from.origin);
+        shortcut.next.origin = plane_ahead(shortcut.origin);
+      }
+      A* result = to.at(rows.first, 0);
+      const A *one = from.at(rows.first, 0), *other = shortcut.at(rows.first, 0);
+      for_vectors<A>((rows.last - rows.first) * grid.row_stride(), [&](int64_t i, int n) {
+        store_n(result + i, joined(load_n(one + i, n), load_n(other + i, n)), n);
+      });
+    } else {
       const Mask<A> own = grid.channel_mask(group);
       for (int64_t row = rows.first; row < rows.last; ++row)
         for (int64_t k = 0; k < grid.vectors; ++k)
           store(to.at(row, k), joined(load_masked<A>(from.at(row, k), own),
                                       load_masked<A>(shortcut.at(row, k), own)));
-      return to;
+      clear_border(memory, halo);
     }
-    const A *one = from.at(rows.first, 0), *other = shortcut.at(rows.first, 0);
-    const int64_t count = (rows.last - rows.first) * grid.row_stride();
-    int64_t i = 0;
-    for (; i + kLanes<A> <= count; i += kLanes<A>)
-      store(memory + i, joined(load(one + i), load(other + i)));
-    const int n = static_cast<int>(count - i);
-    if (n > 0) store_n(memory + i, joined(load_n(one + i, n), load_n(other + i, n)), n);
     return to;
   }
 
@@ -341,35 +367,82 @@ struct Place {
     if (in_place(feature.dtype)) return on_feature(static_cast<A*>(feature.data));
     return on_memory(memory, strip.first);
   }
-  [[gnu::noinline]] void close(OutFeature feature, const A* memory) const {
+  [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
     if (in_place(feature.dtype)) return;
     const MapShape& s = grid.shape;
     const int64_t pixels = (strip.last - strip.first) * s.width;
+    const A* from = on_memory(memory, strip.first).at(strip.first, 0);
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
       T* to = static_cast<T*>(feature.data) + offset(strip.first);
-      if (s.channels_last)
-        Copy<T, A>::store_runs(memory, pixels, lanes(), s.channels, to);
-      else if (grid.channel_lanes)
-        Copy<T, A>::store_planes(memory, pixels, lanes(), s.pixels(), to);
+      if constexpr (kPixelLanes)
+        Copy<T, A>::store_flat(from, pixels, to);
+      else if (s.channels_last)
+        Copy<T, A>::store_runs(from, pixels, lanes(), s.channels, to, grid.offsets.data());
       else
-        Copy<T, A>::store_flat(memory, pixels, to);
+        Copy<T, A>::store_planes(from, pixels, lanes(), s.pixels(), to, grid.offsets.data());
     });
   }
 
   // Working memory that holds rows from `first_row` on.
   Out on_memory(A* memory, int64_t first_row) const {
-    return {memory - first_row * grid.row_stride(), grid.row_stride(), grid.planes, kLanes<A>, 0};
+    const int64_t border = kPixelLanes ? 0 : kLanes<A>;
+    return {memory + border - first_row * grid.row_stride(), grid.row_stride(), kLanes<A>, {}};
+  }
+
+  // In working memory for the strip and `halo` rows above and below: zeros wherever the map is not.
+  void clear_border(A* memory, int64_t halo) const {
+    if (kPixelLanes) return;
+    const Out window = on_memory(memory, strip.first - halo);
+    for (int64_t row = strip.first - halo; row < strip.last + halo; ++row) {
+      const bool within = 0 <= row && row < grid.shape.height;
+      const int64_t step = within ? grid.vectors + 1 : 1;
+      for (int64_t k = -1; k <= grid.vectors; k += step) store(window.at(row, k), Vec<A>{});
+    }
   }
 
  private:
+  [[gnu::noinline]] In copy(Feature feature, int64_t halo, A* memory) const {
+    const MapShape& s = grid.shape;
+    const Strip rows = around(halo);
+    const int64_t pixels = (rows.last - rows.first) * s.width;
+    Out window = on_memory(memory, strip.first - halo);
+    A* to = window.at(rows.first, 0);
+    with_storage<A>(feature.dtype, [&](auto element) {
+      using T = decltype(element);
+      constexpr std::ptrdiff_t size = sizeof(T);
+      const T* from = static_cast<const T*>(feature.data) + offset(rows.first);
+      if (s.channels_last) {
+        const std::ptrdiff_t row = s.row_elements() * size;
+        window.next = {bytes(from + kLanes<A>) - rows.first * row, row, s.channels * size};
+        Copy<T, A>::load_runs(from, pixels, lanes(), s.channels, to, grid.offsets.data());
+      } else {
+        // In whatever order, the next group is fetched as a whole.
+        const std::ptrdiff_t vector = kLanes<A> * size;
+        const std::ptrdiff_t row = kPixelLanes ? s.width * size : s.width * vector;
+        window.next = {bytes(from + grid.planes * s.pixels()) - rows.first * row, row, vector};
+        if constexpr (kPixelLanes)
+          Copy<T, A>::load_flat(from, pixels, to);
+        else
+          Copy<T, A>::load_planes(from, pixels, lanes(), s.pixels(), to, grid.offsets.data());
+      }
+    });
+    return window;
+  }
+
+  template <class E>
+  static const char* bytes(const E* p) {
+    return reinterpret_cast<const char*>(p);
+  }
+  const char* plane_ahead(const A* origin) const { return bytes(origin + grid.shape.pixels()); }
+
   Strip around(int64_t halo) const {
     return {std::max<int64_t>(0, strip.first - halo),
             std::min(grid.shape.height, strip.last + halo)};
   }
   bool in_place(DType dtype) const {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
-    return !converted && (grid.shape.channels_last || !grid.channel_lanes);
+    return !converted && (kPixelLanes || grid.shape.channels_last);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {
@@ -377,11 +450,13 @@ struct Place {
   }
   // Fetched meanwhile: the block of rows below, or the next group's lines beside these.
   template <class E>
-  Window<E, kFixedStrides> on_feature(E* data) const {
-    const MapShape& s = grid.shape;
-    const int64_t ahead = s.channels_last ? kLanes<A> : 8 * s.width;
-    return {data + offset(0), s.row_elements(), s.channels_last ? s.channels : 1,
-            s.channels_last ? s.channels : kLanes<A>, ahead * static_cast<std::ptrdiff_t>(sizeof(A))};
+  Window<E, kPixelLanes> on_feature(E* data) const {
+    constexpr std::ptrdiff_t size = sizeof(A);
+    const int64_t row = grid.shape.row_elements();
+    const int64_t vector = kPixelLanes ? kLanes<A> : grid.shape.channels;
+    E* origin = data + offset(0);
+    return {origin, row, vector,
+            {bytes(origin + (kPixelLanes ? 8 * row : kLanes<A>)), row * size, vector * size}};
   }
 };
 

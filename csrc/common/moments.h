@@ -2,10 +2,12 @@
 // sums over the batch in float are not accurate enough.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "common/parallel.h"
 #include "common/simd.h"
 
 namespace dla::DLA_ISA {
@@ -39,6 +41,16 @@ struct ChannelLanes {
       std::memcpy(values + first, &v, count * sizeof(A));
   }
 };
+
+// Calls body(channels) for vectors of channels.
+template <class Body>
+void for_channels(int threads, std::int64_t channels, const Body& body) {
+  constexpr std::int64_t lanes = kLanes<double>;
+  parallel_for(threads, (channels + lanes - 1) / lanes, [&](std::int64_t block) {
+    const std::int64_t first = block * lanes;
+    body(ChannelLanes{first, static_cast<int>(std::min(lanes, channels - first))});
+  });
+}
 
 inline Doubles square_root(Doubles v) {
   for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);

@@ -46,7 +46,7 @@ constexpr int kMostFloatRows = 8;
 template <class A>
 constexpr int kMostRows = std::is_same_v<A, float> ? kMostFloatRows : 1;
 template <class A>
-constexpr bool kTuned = kMostRows<A> == 8;
+constexpr bool kTuned = kMostRows<A> >= 4;
 
 template <class A>
 inline Vec<A> splat(A value) {
@@ -283,6 +283,23 @@ inline Vec<A> keep(Mask<A> mask, Vec<A> v) {
         _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v)));
 #else
   return reinterpret_cast<Vec<A>>(reinterpret_cast<LaneIndex<A>>(v) & mask);
+#endif
+}
+
+// a - b in the lanes of the mask, zero in the others.
+template <class A>
+inline Vec<A> subtract_masked(Vec<A> a, Vec<A> b, Mask<A> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return reinterpret_cast<Vec<A>>(
+        _mm512_maskz_sub_ps(static_cast<__mmask16>(mask), reinterpret_cast<__m512>(a),
+                            reinterpret_cast<__m512>(b)));
+  else
+    return reinterpret_cast<Vec<A>>(
+        _mm512_maskz_sub_pd(static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(a),
+                            reinterpret_cast<__m512d>(b)));
+#else
+  return keep<A>(mask, a - b);
 #endif
 }
 

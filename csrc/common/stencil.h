@@ -19,55 +19,68 @@ inline __attribute__((always_inline)) V in_register(V v) {
 }
 
 // Calls add(r, i, j, a function (a, c) -> c + a v) for the taps (i, j) of all rows r of a block; v is
-// the vector at the tap, zero outside the map. Rows with a row of the block on either side are read
-// whole, beyond their ends (Grid::safe_rows), and masked in the sum, which costs nothing.
-template <int R, class A, bool kFixedStrides, class Add>
-inline __attribute__((always_inline)) void for_taps(const Window<const A, kFixedStrides>& in,
-                                                    const A* at, const TapMasks<A>& masks,
+// the vector at the tap, zero outside the map. Pixel lanes: rows with a row of the block on either side
+// are read whole, beyond their ends (Grid::safe_rows), and masked in the sum, which costs nothing.
+template <int R, bool kPixelLanes, class A, class Add>
+inline __attribute__((always_inline)) void for_taps(RowCursor<const A> rows, const Taps<A>& taps,
                                                     const Add& add) {
-  const A* left = at - in.row_stride - in.pixel_stride();
+  constexpr int64_t pixel_stride = kPixelLanes ? 1 : kLanes<A>;
 #pragma GCC unroll 10
-  for (int r = -1; r <= R; ++r, left += in.row_stride) {
-    const bool whole = kHasMaskedArithmetic && 0 < r && r < R - 1;
-    const Mask<A>(&mask)[3] = masks.at[r < 0 ? 0 : r < R ? 1 : 2];
+  for (int r = -1; r <= R; ++r) {
+    const A* row = rows.next();
+    const bool beyond = kPixelLanes && ((r < 0 && taps.first) || (r == R && taps.last));
+    const A* centre = beyond ? taps.zeros : row;
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
-      const A* tap = left + j * in.pixel_stride();
-      const Vec<A> v = in_register(whole ? load(tap) : load_masked<A>(tap, mask[j]));
+      const A* tap = centre + (j - 1) * pixel_stride;
+      const bool whole = !kPixelLanes || (kHasMaskedArithmetic && 0 < r && r < R - 1);
+      const Vec<A> v = in_register(whole ? load(tap) : load_masked<A>(tap, taps.masks[j]));
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i)
         if (0 <= r - i + 1 && r - i + 1 < R)
           add(r - i + 1, i, j, [&](Vec<A> a, Vec<A> c) __attribute__((always_inline)) {
-            return whole ? multiply_add_masked<A>(a, v, c, mask[j]) : c + a * v;
+            return kPixelLanes && whole ? multiply_add_masked<A>(a, v, c, taps.masks[j]) : c + a * v;
           });
     }
   }
 }
 
-// acc[r] += sum_ij filter[3i + j] * (vector at tap (i, j) of row r).
-template <int R, class A, bool kFixedStrides>
-inline __attribute__((always_inline)) void stencil_block(const Window<const A, kFixedStrides>& in,
-                                                         const A* at, const TapMasks<A>& masks,
-                                                         const Filter<A, kFixedStrides>& filter,
-                                                         Vec<A> (&acc)[R]) {
-  Vec<A> w[9];
+// A filter in registers.
+template <class A>
+struct FilterVectors {
+  Vec<A> at[9];
+
+  template <bool kPixelLanes>
+  inline __attribute__((always_inline)) explicit FilterVectors(
+      const Filter<A, kPixelLanes>& filter) {
 #pragma GCC unroll 9
-  for (int tap = 0; tap < 9; ++tap) w[tap] = in_register(filter[tap]);
-  for_taps<R, A>(in, at, masks,
-                 [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
-                   acc[r] = add(w[3 * i + j], acc[r]);
-                 });
+    for (int tap = 0; tap < 9; ++tap) at[tap] = in_register(filter[tap]);
+  }
+};
+
+// acc[r] += sum_ij filter[3i + j] * (vector at tap (i, j) of row r).
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void stencil_block(const Window<const A, kPixelLanes>& in,
+                                                         int64_t row, int64_t k,
+                                                         const Taps<A>& taps,
+                                                         const FilterVectors<A>& filter,
+                                                         Vec<A> (&acc)[R]) {
+  for_taps<R, kPixelLanes>(in.rows(row - 1, k), taps,
+                           [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
+                             acc[r] = add(filter.at[3 * i + j], acc[r]);
+                           });
 }
 
 // acc[3i + j] += sum_r g[r] * (vector at tap (i, j) of row r).
-template <int R, class A, bool kFixedStrides>
-inline __attribute__((always_inline)) void correlate_block(const Window<const A, kFixedStrides>& in,
-                                                           const A* at, const TapMasks<A>& masks,
-                                                           const Vec<A> (&g)[R], Vec<A>* acc) {
-  for_taps<R, A>(in, at, masks,
-                 [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
-                   acc[3 * i + j] = add(g[r], acc[3 * i + j]);
-                 });
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void correlate_block(const Window<const A, kPixelLanes>& in,
+                                                           int64_t row, int64_t k,
+                                                           const Taps<A>& taps,
+                                                           const Vec<A> (&g)[R], Vec<A> (&acc)[9]) {
+  for_taps<R, kPixelLanes>(in.rows(row - 1, k), taps,
+                           [&](int r, int i, int j, const auto& add) __attribute__((always_inline)) {
+                             acc[3 * i + j] = add(g[r], acc[3 * i + j]);
+                           });
 }
 
 // A block of zeros (or of another value); an initialiser would be one slow instruction.
@@ -77,27 +90,47 @@ inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
   for (int r = 0; r < R; ++r) block[r] = value;
 }
 
-// Fetches what follows the R rows at `at`.
-template <int R, class A, bool kFixedStrides>
-inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kFixedStrides>& in,
-                                                          const A* at) {
-  const char* next = reinterpret_cast<const char*>(at) + in.ahead;
+// Fetches what will be read in the place of R rows.
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kPixelLanes>& in,
+                                                          int64_t row, int64_t k) {
+  auto rows = in.next.rows(row, k);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-    __builtin_prefetch(next + r * in.row_stride * static_cast<std::ptrdiff_t>(sizeof(A)));
+  for (int r = 0; r < R; ++r) __builtin_prefetch(rows.next(), 0, kPixelLanes ? 3 : 2);
 }
 
-// Calls block.template operator()<R>(row) so that blocks of R rows cover [first, last).
+// Calls rows.template operator()<R>(first, last) so that blocks of R rows cover [first, last). What is
+// called can keep its filters in registers from block to block.
+template <class A, class Rows>
+inline void for_ranges(const Grid<A>& grid, int64_t first, int64_t last, const Rows& rows) {
+  const auto blocks = [&]<int R>() {
+    const int64_t end = first + (last - first) / R * R;
+    if (first < end) rows.template operator()<R>(first, end);
+    first = end;
+  };
+  if (grid.safe_rows) {
+    if constexpr (kMostRows<A> >= 8) blocks.template operator()<8>();
+    if constexpr (kMostRows<A> >= 4) blocks.template operator()<4>();
+  }
+  blocks.template operator()<1>();
+}
+
+// Calls block.template operator()<R>(row, the filter in registers) for every block.
+template <class A, bool kPixelLanes, class Block>
+inline void for_filtered_blocks(const Grid<A>& grid, int64_t first, int64_t last,
+                                const Filter<A, kPixelLanes>& filter, const Block& block) {
+  for_ranges(grid, first, last, [&]<int R>(int64_t from, int64_t to) {
+    const FilterVectors<A> vectors(filter);
+    for (int64_t row = from; row < to; row += R) block.template operator()<R>(row, vectors);
+  });
+}
+
+// Calls block.template operator()<R>(row) for every block.
 template <class A, class Block>
 inline void for_blocks(const Grid<A>& grid, int64_t first, int64_t last, const Block& block) {
-  int64_t row = first;
-  if (grid.safe_rows) {
-    if constexpr (kMostRows<A> >= 8)
-      for (; row + 8 <= last; row += 8) block.template operator()<8>(row);
-    if constexpr (kMostRows<A> >= 4)
-      for (; row + 4 <= last; row += 4) block.template operator()<4>(row);
-  }
-  for (; row < last; ++row) block.template operator()<1>(row);
+  for_ranges(grid, first, last, [&]<int R>(int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row += R) block.template operator()<R>(row);
+  });
 }
 
 }  // namespace dla::DLA_ISA

@@ -53,7 +53,7 @@ constexpr int kMostTogether = 4;  // bound of Grid::together
 
 // Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
 // kMostTogether tells the groups apart whose strips are interleaved.
-template <bool kFixedStrides, class A, class Body>
+template <bool kPixelLanes, class A, class Body>
 inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
   const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
   const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
@@ -65,7 +65,7 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
       for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
         const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
         for (int64_t slot = 0; slot < count; ++slot)
-          body(Place<A, kFixedStrides>{grid, b, start + slot, strip}, slot);
+          body(Place<A, kPixelLanes>{grid, b, start + slot, strip}, slot);
       }
     }
   }
@@ -77,12 +77,12 @@ inline void for_strip_vectors(const Place& place, const Body& body) {
   const auto& grid = place.grid;
   const auto channels = grid.channel_mask(place.group);
   for (int64_t row = place.strip.first; row < place.strip.last; ++row)
-    for (int64_t k = 0; k < grid.vectors; ++k) body(row, k, channels & grid.columns[3 * k + 1]);
+    for (int64_t k = 0; k < grid.vectors; ++k) body(row, k, grid.own(k, channels));
 }
 
-// Calls body with a constant that says whether the strides along a row are known to the compiler.
+// Calls body with a constant that says whether the lanes are pixels.
 template <class A, class Body>
-void with_strides(const Grid<A>& grid, const Body& body) {
+void with_lanes(const Grid<A>& grid, const Body& body) {
   if constexpr (kTuned<A>)
     if (!grid.channel_lanes) return body(std::true_type{});
   body(std::false_type{});
@@ -91,7 +91,7 @@ void with_strides(const Grid<A>& grid, const Body& body) {
 // Runs a pass over the grid.
 template <template <class, bool> class Pass, class A, class... Fields>
 void run_pass(int threads, const Grid<A>& grid, const Fields&... fields) {
-  with_strides(grid, [&](auto fixed) { Pass<A, fixed>{grid, fields...}.run(threads); });
+  with_lanes(grid, [&](auto fixed) { Pass<A, fixed>{grid, fields...}.run(threads); });
 }
 
 }  // namespace dla::DLA_ISA

@@ -7,6 +7,7 @@ but with lists of tensors among the arguments it costs 0.4 ms a call, six times 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +20,18 @@ from dla_kernels import backend
 
 LIBRARY = torch.library.Library("dla_kernels", "DEF")
 
-Operator = torch._ops.OpOverload
+Operator = Callable[..., Any]
 
 # Dispatch keys that matter to an op below autograd; the op makes no views and writes in no input.
 _BELOW_AUTOGRAD = _C._after_autograd_keyset.remove(_C.DispatchKey.ADInplaceOrView)
 _DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+# What a thread adds to the keys of the arguments while no mode is active.
+_EVERYDAY_KEYS = (
+    _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
+    | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
+).raw_repr()
+_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_PLAIN_FLAGS = frozenset({str, int, float, bool})
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
 
 
@@ -58,11 +66,11 @@ def define(
     def run(*args: Any) -> Any:
         check(*args)
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x).forward, args)
+        return _on_device_of(x, backend.select(op, x, args).forward, args)
 
     def run_backward(*args: Any) -> Any:
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x).backward, args)
+        return _on_device_of(x, backend.select(op, x, args).backward, args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -70,13 +78,40 @@ def define(
 
     overload = _register(op, schema, run, checked_fake)
     backward = _register(f"{op}_backward", backward_schema, run_backward, backward_fake)
-    _register_autograd(op, overload, run, tensors, save, gradients)
-    return overload, backward
+    autograd = _register_autograd(op, overload, run, tensors, save, gradients)
+    operator = _with_shortcut(overload, functools.partial(autograd, None))
+    return operator, _with_shortcut(backward, run_backward)
+
+
+def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operator:
+    """The operator; but ``direct`` itself where the dispatcher would only end up there. To convert
+    forty arguments to and fro takes it as long as a layer's work on a small feature map."""
+
+    tensors = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
+
+    def operator(*args: Any) -> Any:
+        plain = _dispatches_plainly(args[:tensors], args[tensors:])
+        return direct(*args) if plain else overload(*args)
+
+    return operator
+
+
+def _dispatches_plainly(tensors: Sequence[Any], flags: Sequence[Any]) -> bool:
+    """Whether nothing but autograd is to see the call: no compiler, no profiler, no mode of any
+    kind (fake tensors, functorch, tracing, ...), no subclass of Tensor, no symbolic number."""
+    if torch.compiler.is_compiling() or _C._autograd._profiler_enabled():
+        return False
+    if _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS:
+        return False
+    if _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU):
+        return False
+    plain = _PLAIN_TENSORS.issuperset(map(type, flatten(tensors)))
+    return plain and _PLAIN_FLAGS.issuperset(map(type, flags))
 
 
 def _register(
     name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
-) -> Operator:
+) -> torch._ops.OpOverload:
     LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dla_kernels::{name}", fake, lib=LIBRARY)
@@ -85,15 +120,18 @@ def _register(
 
 def _register_autograd(
     op: str,
-    overload: Operator,
+    overload: torch._ops.OpOverload,
     run: Callable[..., Any],
     tensors: int,
     save: Callable[..., None],
     gradients: Callable[..., Nested],
-) -> None:
+) -> Callable[..., Any]:
+    """Registers and returns ``function(keyset, *args)``; keyset None: call ``run`` below."""
     returns_list = str(overload._schema.returns[0].type) == "List[Tensor]"
 
     def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
+        if keyset is None:
+            return run(*args)
         remaining = keyset & _BELOW_AUTOGRAD
         if remaining.highestPriorityTypeId() in _DEVICES:
             return run(*args)  # what the dispatcher would call; spares converting all arguments
@@ -133,6 +171,7 @@ def _register_autograd(
         return list(results) if returns_list else results
 
     LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
+    return autograd
 
 
 def _on_device_of(x: Tensor, function: Callable[..., Any], args: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What the Triton kernels of ops with a batch norm share: moments and sums per channel.
+"""What the Triton kernels of ops with a batch norm share: the norm, moments and sums per channel.
 
 A pass over maps leaves two numbers for each chunk of each plane, [B, C, chunks]; a small kernel
 folds those of a channel. Moments are means and sums of squared deviations from them, all the way:
@@ -9,13 +9,15 @@ means of chunks are float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.ops.triton_common import Tiles, launch, new_sums, padded, pick
+from dla_kernels.ops.common import contiguous
+from dla_kernels.ops.triton_common import Tiles, launch, new_sums, padded, per_plane, pick
 
 # Of a folding program: a 32-byte sector of neighbouring channels, and partial results of them.
 FOLD = {"CHANNELS": 8, "PARTS": 128, "num_warps": 4}
@@ -30,11 +32,11 @@ def welford(mean, squares, value, inside, number):
 
 
 @triton.jit
-def chunk_moments(mean, squares, pixels, PIXELS: tl.constexpr, CHUNK: tl.constexpr):
+def chunk_moments(mean, squares, pixels, cut):
     """Moments [PLANES] of a chunk from those of its tiles' elements [PLANES, PIXELS]."""
-    pixel = tl.arange(0, PIXELS)[None, :]
-    count = tl.minimum(pixels, CHUNK)
-    counts = tl.cdiv(count - pixel, PIXELS).to(mean.dtype)
+    pixel = tl.arange(0, cut.PIXELS)[None, :]
+    count = tl.minimum(pixels, cut.CHUNK)
+    counts = tl.cdiv(count - pixel, cut.PIXELS).to(mean.dtype)
     first = tl.sum(tl.where(pixel == 0, mean, 0.0), axis=1)
     shifted = mean - first[:, None]
     middle = tl.sum(shifted * counts, axis=1) / count
@@ -47,12 +49,66 @@ def chunk_moments(mean, squares, pixels, PIXELS: tl.constexpr, CHUNK: tl.constex
 def channel_norm(mean, var, weight, row, exists, channels, EPS: tl.constexpr):
     """Per plane [PLANES, 1]: mean, 1 / deviation, and the norm's factor (weight may be None)."""
     channel = row % channels
-    middle = tl.load(mean + channel, exists, 0.0)
-    rstd = tl.rsqrt(tl.load(var + channel, exists, 1.0) + EPS)
+    rstd = tl.rsqrt(tl.load(var + channel, exists, 1.0) + EPS)[:, None]
     factor = rstd
     if weight is not None:
-        factor = rstd * tl.load(weight + channel, exists, 0.0)
-    return middle[:, None], rstd[:, None], factor[:, None]
+        factor = rstd * per_plane(weight, channel, exists)
+    return per_plane(mean, channel, exists), rstd, factor
+
+
+class Ending(NamedTuple):
+    """What lies between o and its sum with x: drop path; a norm, or None in its four places."""
+
+    mean: Any
+    var: Any
+    weight: Any
+    bias: Any
+    drop_scale: Any
+
+
+def ending(
+    norm: str,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    drop_scale: Tensor | None,
+) -> Ending:
+    """The argument of kernels that call `normed` or `finished`."""
+    of_norm = (None,) * 4 if norm == "none" else (mean, var, weight, bias)
+    return Ending(**contiguous(**Ending(*of_norm, drop_scale)._asdict()))
+
+
+@triton.jit
+def normed(o, end, row, exists, channels, EPS: tl.constexpr):
+    """norm(o), o less the mean, and per plane 1 / deviation and the norm's factor."""
+    if end.mean is None:
+        result, deviation, rstd, factor = o, o, None, None
+    else:
+        middle, rstd, factor = channel_norm(
+            end.mean, end.var, end.weight, row, exists, channels, EPS
+        )
+        deviation = o - middle
+        result = deviation * factor
+        if end.bias is not None:
+            result += per_plane(end.bias, row % channels, exists)
+    return result, deviation, rstd, factor
+
+
+@triton.jit
+def finished(
+    o, end, x, row, exists, channels,
+    EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """out = [x +] drop_scale * [relu] norm(o) of one tile."""
+    total, _, _, _ = normed(o, end, row, exists, channels, EPS)
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # NaN stays NaN, as in torch.relu
+    if end.drop_scale is not None:
+        total *= per_plane(end.drop_scale, row // channels, exists)
+    if RESIDUAL:
+        total += x.to(total.dtype)
+    return total
 
 
 @triton.jit
@@ -63,8 +119,8 @@ def norm_gradient(passed, deviation, rstd, factor, dweight, dbias, row, exists, 
     with and without deviation / standard deviation.
     """
     channel = row % channels
-    slope = tl.load(dweight + channel, exists, 0.0)[:, None] / count * rstd
-    level = tl.load(dbias + channel, exists, 0.0)[:, None] / count
+    slope = per_plane(dweight, channel, exists) / count * rstd
+    level = per_plane(dbias, channel, exists) / count
     return factor * (passed - level - deviation * slope)
 
 
@@ -77,13 +133,13 @@ def new_moments(x: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
 def fold_moments(means: Tensor, squares: Tensor, plan: Tiles) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] from the moments of the chunks of ``plan``."""
     batch, channels, chunks = squares.shape
-    area = plan.sizes["area"]
+    area = plan.cut.area
     mean, var = (squares.new_empty(channels) for _ in range(2))
     launch(
         _fold_moments_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
         *(means, squares, mean, var, batch * area, channels),
-        *(batch * chunks, chunks, area, plan.sizes["CHUNK"]),
+        *(batch * chunks, chunks, area, plan.cut.CHUNK.value),
         **FOLD,
     )
     return mean, var

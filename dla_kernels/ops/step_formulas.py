@@ -18,6 +18,14 @@ def forward_path(
     return cell_step(y, state, params, cell, activation)
 
 
+def context_of(state: Tensor, context: str) -> Tensor:
+    """The state [S, B, C] that gates read."""
+    if context == "first_sample":
+        # The defect of the official code (design 2.5): sample 0 lends its context to all.
+        return state[:, :1].expand_as(state)
+    return state
+
+
 def gates_of(
     features: Tensor,
     state: Tensor,
@@ -31,10 +39,7 @@ def gates_of(
 
     The states that these steps make are thrown away.
     """
-    if context == "first_sample":
-        # The defect of the official code (design 2.5): sample 0 lends its context to all.
-        state = state[:, :1].expand_as(state)
-    contexts = state.unsqueeze(1).expand(-1, len(features), -1, -1)
+    contexts = context_of(state, context).unsqueeze(1).expand(-1, len(features), -1, -1)
     output = cell_step(features.flatten(0, 1), contexts.flatten(1, 2), params, cell, activation)[0]
     output = output.view_as(features)
     return torch.sigmoid(output) if gate == "sigmoid" else output

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +36,13 @@ def unsupported(x: Tensor) -> str | None:
     return f"Triton kernels run on GPUs, x is on {x.device} (TRITON_INTERPRET=1: slowly on CPUs)"
 
 
-def launch(kernel: Any, grid: tuple[int, ...] | Callable[..., Any], *args: Any, **options: Any):
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)``. Only axis 0 of a grid may exceed 65535.
 
     Products and sums contract to FMAs in every Triton version; the default changes in 3.10.
     """
+    if torch.version.hip:  # not known there
+        options.pop("maxnreg", None)
     kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
@@ -59,12 +61,24 @@ def pick(tensors, index):
     return chosen
 
 
+class Cut(NamedTuple):
+    """How groups of ``planes`` planes are cut into tiles: an argument of kernels."""
+
+    planes: int
+    area: int  # pixels of a plane
+    PLANES: Any  # of a tile, as PIXELS; these and what follows are known to the compiler
+    PIXELS: Any
+    CHUNK: Any  # pixels of a row of tiles, the work of a program
+    ALIGN: Any  # divides the contiguous one of planes and area
+    CHANNELS_LAST: Any
+
+
 class Tiles(NamedTuple):
     """How programs cover the planes of a dense map."""
 
     programs: int  # along axis 0 of the grid
     chunks: int  # programs along a plane: the partial sums that a summing kernel leaves per plane
-    sizes: dict[str, Any]  # keyword arguments of a kernel, for `place` and `tile`
+    cut: Cut
 
 
 def tiles(
@@ -101,33 +115,21 @@ def _tiles(
         tile_planes = min(size // tile_pixels, max_planes)
     chunk = max(tile_pixels, chunk)
     chunks = triton.cdiv(area, chunk)
-    sizes = {
-        "planes": planes,
-        "area": area,
-        "PLANES": tile_planes,
-        "PIXELS": tile_pixels,
-        "CHUNK": chunk,
-        # Triton itself sees multiples of 16 only; 14x14 is one of 4.
-        "ALIGN": math.gcd(channels if channels_last else area, 16),
-        "CHANNELS_LAST": channels_last,
-        "num_warps": WARPS,
-    }
-    return Tiles(groups * triton.cdiv(planes, tile_planes) * chunks, chunks, sizes)
+    # Triton itself sees multiples of 16 only; 14x14 is one of 4.
+    align = math.gcd(channels if channels_last else area, 16)
+    known = tile_planes, tile_pixels, chunk, align, channels_last
+    cut = Cut(planes, area, *(tl.constexpr(value) for value in known))
+    return Tiles(groups * triton.cdiv(planes, tile_planes) * chunks, chunks, cut)
+
+
+def launch_tiles(plan: Tiles, kernel: Any, *args: Any, maps: int = 1, **options: Any) -> None:
+    """``kernel(*args, cut, **options)`` for all tiles; on axis 1 of the grid, for several maps."""
+    options = {"num_warps": WARPS, **options}
+    launch(kernel, (plan.programs, maps), *args, plan.cut, **options)
 
 
 @triton.jit
-def aligned(planes, area, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The same sizes; the compiler now knows that the contiguous one is a multiple of ALIGN."""
-    if CHANNELS_LAST:
-        return planes // ALIGN * ALIGN, area
-    return planes, area // ALIGN * ALIGN
-
-
-@triton.jit
-def place(
-    planes, area,
-    PLANES: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
+def place(cut):
     """Where this program works.
 
     Returns:
@@ -137,45 +139,70 @@ def place(
         slot: [PLANES], index of its chunk of each plane among all chunks of all planes.
         pixels: how many there are from the beginning of that chunk.
     """
-    return place_of(tl.program_id(0), planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    return place_of(cut, tl.program_id(0))
 
 
 @triton.jit
-def place_of(
-    program, planes, area,
-    PLANES: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
+def place_of(cut, program):
     """`place` for one of several pieces of work of a program."""
-    planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
-    chunks = tl.cdiv(area, CHUNK)
-    blocks = tl.cdiv(planes, PLANES)
+    planes, area = aligned(cut)
+    chunks = tl.cdiv(area, cut.CHUNK)
+    blocks = tl.cdiv(planes, cut.PLANES)
     chunk = program % chunks
     block = program // chunks
     group = block // blocks
-    first_plane = block % blocks * PLANES
-    plane = first_plane + tl.arange(0, PLANES)
+    first_plane = block % blocks * cut.PLANES
+    plane = first_plane + tl.arange(0, cut.PLANES)
     row = group * planes + plane
-    pixels = area - chunk * CHUNK
-    if CHANNELS_LAST:
-        first = (group.to(tl.int64) * area + chunk * CHUNK) * planes + first_plane
+    pixels = area - chunk * cut.CHUNK
+    if cut.CHANNELS_LAST:
+        first = (group.to(tl.int64) * area + chunk * cut.CHUNK) * planes + first_plane
     else:
-        first = (group.to(tl.int64) * planes + first_plane) * area + chunk * CHUNK
+        first = (group.to(tl.int64) * planes + first_plane) * area + chunk * cut.CHUNK
     return first, row, plane < planes, row * chunks + chunk, pixels
 
 
 @triton.jit
-def tile(
-    start, pixels, exists, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
+def aligned(cut):
+    """planes and area; the compiler now knows that the contiguous one is a multiple of ALIGN."""
+    if cut.CHANNELS_LAST:
+        return cut.planes // cut.ALIGN * cut.ALIGN, cut.area
+    return cut.planes, cut.area // cut.ALIGN * cut.ALIGN
+
+
+@triton.jit
+def tile(cut, start, pixels, exists):
     """Offsets and mask [PLANES, PIXELS] of the tile that begins at pixel ``start`` of a chunk."""
-    planes, area = aligned(planes, area, ALIGN, CHANNELS_LAST)
-    plane = tl.arange(0, PLANES)[:, None]
-    pixel = start + tl.arange(0, PIXELS)[None, :]
-    inside = exists[:, None] & (pixel < pixels)
-    if CHANNELS_LAST:
-        return pixel * planes + plane, inside
-    return plane * area + pixel, inside
+    planes, area = aligned(cut)
+    pixel = start + tl.arange(0, cut.PIXELS)[None, :]
+    return offsets(cut, pixel, planes, area), exists[:, None] & (pixel < pixels)
+
+
+@triton.jit
+def offsets(cut, pixel, planes, area):
+    """[PLANES, ..] of these pixels, where so many planes of such an area are a group."""
+    plane = tl.arange(0, cut.PLANES)[:, None]
+    if cut.CHANNELS_LAST:
+        return pixel * planes + plane
+    return plane * area + pixel
+
+
+@triton.jit
+def in_plane(cut, start, pixels):
+    """[1, PIXELS], which pixels of their planes those of a tile are."""
+    return cut.area - pixels + start + tl.arange(0, cut.PIXELS)[None, :]
+
+
+@triton.jit
+def step_of(cut):
+    """Offset from a pixel of a plane to the next."""
+    return cut.planes if cut.CHANNELS_LAST else 1
+
+
+@triton.jit
+def per_plane(values, index, exists):
+    """[PLANES, 1] of an array."""
+    return tl.load(values + index, exists, 0.0)[:, None]
 
 
 def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
@@ -188,8 +215,7 @@ def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
     plan = tiles(x, summing=True)
     sums = [new_sums(x, plan) for _ in maps]
     over = count if plan.chunks == 1 else 1
-    grid = (plan.programs, len(maps))
-    launch(_sum_kernel, grid, padded(maps), padded(sums), over, **plan.sizes)
+    launch_tiles(plan, _sum_kernel, padded(maps), padded(sums), over, maps=len(maps))
     return finish(sums, count)
 
 
@@ -207,17 +233,13 @@ def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:
 
 @triton.jit
 def _sum_kernel(
-    maps, sums, count, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    maps, sums, count, cut,
 ):  # fmt: skip
     """sums[plane, chunk] = sum of the chunk's pixels / count, for the map on grid axis 1."""
     x, out = pick(maps, tl.program_id(1)), pick(sums, tl.program_id(1))
-    first, _, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    total = tl.zeros((PLANES, PIXELS), out.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    first, _, exists, slot, pixels = place(cut)
+    total = tl.zeros((cut.PLANES, cut.PIXELS), out.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         total += tl.load(x + first + offset, inside, 0.0).to(total.dtype)
     tl.store(out + slot, tl.sum(total, axis=1) / count, exists)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib
 import json
+import logging
 import re
 import threading
 from pathlib import Path
@@ -198,6 +199,25 @@ def test_fallback_warns_without_logging_being_set_up() -> None:
     assert done.stderr.count("global_pool") == 1, done.stderr
     quiet = python(POOL + "dla_kernels.global_pool(x)")
     assert quiet.stderr == ""
+
+
+def test_call_that_is_refused_goes_to_the_next_backend(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backend may refuse a single call: the next one serves it, and the reason is logged once."""
+    seen = serving("global_pool", monkeypatch)
+    cpp = implementations("global_pool")["cpp"]
+    monkeypatch.setattr(
+        cpp, "refuses", lambda x: "it is too wide" if x.shape[3] > 9 else None, raising=False
+    )
+    wide, narrow = torch.ones(1, 2, 3, 10), torch.ones(1, 2, 3, 4)
+    with caplog.at_level(logging.DEBUG, "dla_kernels"):
+        for x in (wide, narrow, wide):
+            dla_kernels.global_pool(x)
+    assert seen == ["reference", "cpp", "reference"]
+    assert len([line for line in caplog.messages if "it is too wide" in line]) == 1
+    with use_backend("cpp"), pytest.raises(RuntimeError, match=r"it is too wide.*use_backend"):
+        dla_kernels.global_pool(wide)
 
 
 @pytest.mark.parametrize("where", ["repository", "elsewhere"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import logging
 from typing import Any
 
 import hypothesis
@@ -11,9 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dla_kernels
+from dla_kernels import backend as dispatch
 from dla_kernels import use_backend
+from dla_kernels.backend import implementations
+from dla_kernels.ops.cell.reference import CELLS
 from light_cases import SLOTS, cell_params
-from op_cases import backends, compare, each_backend, each_case, random_small
+from op_cases import backends, compare, each_backend, each_case, random_small, reference
 from refusals import assert_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -117,14 +122,51 @@ def test_saturated_gates(backend: str, kind: str, scale: float, generator: torch
     )
 
 
-@pytest.mark.parametrize("backend", [one for one in backends("cell") if one.values == ("cuda",)])
-def test_too_wide_for_any_shared_memory(backend: str, generator: torch.Generator) -> None:
-    y, state = torch.zeros(2, 20_000), torch.zeros(1, 2, 20_000)
-    params = cell_params("dsu", 20_000, 1, generator, dtype=torch.float32)
+CUDA = pytest.mark.parametrize(
+    "backend", [one for one in backends("cell") if one.values == ("cuda",)]
+)
+
+
+def call_of(kind: str, channels: int) -> tuple[Any, ...]:
+    """Arguments of the op; of a sample's values nothing but the number matters."""
+    params = [torch.full(shape, 0.1) for shape in CELLS[kind].shapes(3, channels)]
+    return torch.ones(1, channels), torch.ones(SLOTS[kind], 1, channels), params, kind, "sigmoid"
+
+
+@CUDA
+def test_too_wide_for_any_shared_memory(
+    backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused when asked for; the automatic choice goes on and says why, once."""
+    call = call_of("dsu", 20_000)
     with use_backend(backend):
-        assert_refused(
-            lambda: dla_kernels.cell(y, state, params, "dsu"), "cell", "20000", "too many channels"
-        )
+        assert_refused(lambda: dla_kernels.cell(*call), "cell", "20000", "shared memory")
+    monkeypatch.setattr(dispatch, "_automatic_order", lambda *_: (backend, "reference"))
+    with caplog.at_level(logging.DEBUG, "dla_kernels"):
+        for _ in range(2):
+            assert torch.equal(dla_kernels.cell(*call), reference("cell")(*call))
+    assert len([line for line in caplog.messages if "shared memory" in line]) == 1
+
+
+@CUDA
+@pytest.mark.parametrize("kind", ["dsu", "dsu_split", "dia"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_widest_cell_that_fits(backend: str, kind: str, direction: str) -> None:
+    """What is refused is what the kernels cannot run."""
+    module = implementations("cell")[backend]
+
+    def arguments(channels: int) -> tuple[Any, ...]:
+        call = call_of(kind, channels)
+        return call if direction == "forward" else (call[1], *call)
+
+    def refused(channels: int) -> bool:
+        return module.refuses(*arguments(channels)) is not None
+
+    too_many = bisect.bisect_left(range(20_000), True, lo=1, key=refused)
+    run = getattr(module, direction)
+    run(*arguments(too_many - 1))
+    with pytest.raises(RuntimeError, match="too many channels"):
+        run(*arguments(too_many))
 
 
 @each_backend("cell")

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import dla_kernels
 from dla_kernels import use_backend
+from dla_kernels.ops import _registration
 from op_cases import (
     EMULATED,
     INTERPRETED,
@@ -187,6 +188,30 @@ def test_schema_fake_and_autograd(
 
             args, kwargs = tree_map_only(Tensor, prepare, (args, kwargs))
             torch.library.opcheck(func, args, kwargs)
+
+
+@EACH_CPU_KERNEL
+def test_shortcut_around_the_dispatcher(
+    op: str, variant: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken when nobody listens, with the same results; whoever listens sees both ops."""
+    taken: list[bool] = []
+    is_plain = _registration._dispatches_plainly
+    monkeypatch.setattr(
+        _registration, "_dispatches_plainly", lambda *a: taken.append(is_plain(*a)) or taken[-1]
+    )
+    call = call_of(op, variant, backend)
+    with use_backend(backend):
+        direct = run_call(call)
+        assert taken == [True, True]
+        with Recorder() as recorder:
+            assert_identical(run_call(call), direct)
+        assert len(recorder.calls) == 2
+        with torch.profiler.profile() as profiler:
+            assert_identical(run_call(call), direct)
+    names = {event.key for event in profiler.key_averages()}
+    assert {f"dla_kernels::{op}", f"dla_kernels::{op}_backward"} <= names
+    assert taken == [True, True, False, False, False, False]
 
 
 @EACH

@@ -1,12 +1,11 @@
 #include "ops/base_attention/op.h"
 
+#include "common/branch_norm.h"
 #include "ops/base_attention/memory.h"
 #include "ops/base_attention/passes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-constexpr int64_t kChannelBlock = 32;  // channels of one task of the per-channel loops
 
 template <class A>
 struct Step {
@@ -28,23 +27,13 @@ struct Step {
   Feature feature(const void* p) const { return {p, args.dtype}; }
   OutFeature feature(void* p) const { return {p, args.dtype}; }
 
-  double norm_weight(int64_t c) const {
-    return args.norm_weight == nullptr ? 1.0 : static_cast<double>(small(args.norm_weight)[c]);
-  }
-  double norm_bias(int64_t c) const {
-    return args.norm_bias == nullptr ? 0.0 : static_cast<double>(small(args.norm_bias)[c]);
-  }
-  double rstd(const A* vars, int64_t c) const {
-    if (args.norm == Norm::none) return 1.0;
-    return 1.0 / std::sqrt(static_cast<double>(vars[c]) + args.eps);
+  BranchNorm<A> norm() const {
+    return {small(args.norm_weight), small(args.norm_bias), args.eps};
   }
 
   template <class Body>
   void for_channels(const Body& body) const {
-    parallel_for(args.threads, ceil_div(shape.channels, kChannelBlock), [&](int64_t block) {
-      const int64_t first = block * kChannelBlock;
-      for (int64_t c = first; c < std::min(shape.channels, first + kChannelBlock); ++c) body(c);
-    });
+    dla::DLA_ISA::for_channels(args.threads, shape.channels, body);
   }
 
   ValueMix<A> value_mix(const A* weights) const {
@@ -58,11 +47,11 @@ struct Step {
   // norm(o) = scale o + shift. Backward passes must find the same numbers: the gradient goes where
   // this is positive.
   NormBranch<A> branch(const A* means, const A* vars, A* scale, A* shift) const {
-    for_channels([&](int64_t c) {
-      const double weight = norm_weight(c) * rstd(vars, c);
-      const double mean = args.norm == Norm::none ? 0.0 : static_cast<double>(means[c]);
-      scale[c] = static_cast<A>(weight);
-      shift[c] = static_cast<A>(norm_bias(c) - weight * mean);
+    for_channels([&](const ChannelLanes& c) {
+      if (args.norm == Norm::none)
+        norm().without_statistics(c, scale, shift);
+      else
+        norm().coefficients(c, means, vars, scale, shift);
     });
     return {scale, shift, small(args.drop_scale), args.relu};
   }
@@ -85,12 +74,12 @@ struct ForwardStep : Step<A> {
     run_pass<ValuePass>(args.threads, grid, this->feature(args.x), this->feature(args.v),
                         small(args.v_weight), sums);
     const double pixels = static_cast<double>(shape.pixels());
-    this->for_channels([&](int64_t c) {
+    this->for_channels([&](const ChannelLanes& c) {
       for (int64_t b = 0; b < shape.batch; ++b) {
-        const int64_t i = b * shape.channels + c;
-        small(args.pooled_x)[i] = static_cast<A>(sums.total(b, Pooling::kX, c) / pixels);
+        const int64_t row = b * shape.channels;
+        c.store(small(args.pooled_x) + row, sums.total(b, Pooling::kX, c) / pixels);
         if (args.pooled_v != nullptr)
-          small(args.pooled_v)[i] = static_cast<A>(sums.total(b, Pooling::kV, c) / pixels);
+          c.store(small(args.pooled_v) + row, sums.total(b, Pooling::kV, c) / pixels);
       }
     });
   }
@@ -99,27 +88,22 @@ struct ForwardStep : Step<A> {
   void batch_statistics(const ValueMix<A>& mixture, A* table) const {
     const StripSums<A> sums(table, Moments::kSums, grid);
     run_pass<MixMomentsPass>(args.threads, grid, mixture, sums);
-    this->for_channels([&](int64_t c) { merge_strips(sums, c); });
+    this->for_channels([&](const ChannelLanes& c) { merge_strips(sums, c); });
   }
 
-  // By Chan's rule.
-  void merge_strips(const StripSums<A>& sums, int64_t c) const {
-    double count = 0, centre = 0, square = 0;
+  void merge_strips(const StripSums<A>& sums, const ChannelLanes& c) const {
+    RunningMoments moments;
     for (int64_t b = 0; b < shape.batch; ++b) {
       for (int64_t strip = 0; strip < sums.strips; ++strip) {
-        const int64_t rows =
-            std::min(grid.strip_rows, shape.height - strip * grid.strip_rows);
-        const double n = static_cast<double>(rows * shape.width);
-        const double sum = sums.row(b, strip, Moments::kO)[c];
-        const double delta = sums.row(b, strip, Moments::kShift)[c] + sum / n - centre;
-        square += std::max(0.0, sums.row(b, strip, Moments::kSquare)[c] - sum * sum / n) +
-                  delta * delta * n * count / (count + n);
-        count += n;
-        centre += delta * (n / count);
+        const int64_t rows = std::min(grid.strip_rows, shape.height - strip * grid.strip_rows);
+        const double pixels = static_cast<double>(rows * shape.width);
+        const Doubles sum = c.load(sums.row(b, strip, Moments::kO));
+        moments.add(c.load(sums.row(b, strip, Moments::kShift)) + sum / pixels,
+                    c.load(sums.row(b, strip, Moments::kSquare)) - sum * sum / pixels, pixels);
       }
     }
-    small(args.mean)[c] = static_cast<A>(centre);
-    small(args.var)[c] = static_cast<A>(square / count);
+    c.store(small(args.mean), moments.mean());
+    c.store(small(args.var), moments.variance());
   }
 
   void run() const {
@@ -162,19 +146,19 @@ struct BackwardStep : Step<A> {
   // g = scale G' + o_scale (o - mean) + offset; also the gradients of the norm's weight and bias.
   void norm_gradients(const StripSums<A>& sums, const A* scale, A* o_scale, A* offset) const {
     const double count = static_cast<double>(planes / shape.channels * shape.pixels());
-    this->for_channels([&](int64_t c) {
-      double dweight = 0, dbias = 0;
+    const bool batch_norm = args.norm == Norm::batch;
+    this->for_channels([&](const ChannelLanes& c) {
+      Doubles dweight{}, dbias{};
       for (int64_t b = 0; b < shape.batch; ++b) {
         dbias += sums.total(b, NormSums::kG, c);
         dweight += sums.total(b, NormSums::kGO, c);
       }
-      const double rstd = this->rstd(small(args.var), c), weight = scale[c];
+      const Doubles rstd = this->norm().rstd(c, small(args.var)), weight = c.load(scale);
       dweight *= rstd;
-      const bool batch_norm = args.norm == Norm::batch;
-      o_scale[c] = batch_norm ? static_cast<A>(-weight * rstd * dweight / count) : A(0);
-      offset[c] = batch_norm ? static_cast<A>(-weight * dbias / count) : A(0);
-      if (args.dnorm_weight != nullptr) small(args.dnorm_weight)[c] = static_cast<A>(dweight);
-      if (args.dnorm_bias != nullptr) small(args.dnorm_bias)[c] = static_cast<A>(dbias);
+      c.store(o_scale, batch_norm ? -weight * rstd * dweight / count : Doubles{});
+      c.store(offset, batch_norm ? -weight * dbias / count : Doubles{});
+      if (args.dnorm_weight != nullptr) c.store(small(args.dnorm_weight), dweight);
+      if (args.dnorm_bias != nullptr) c.store(small(args.dnorm_bias), dbias);
     });
   }
 
@@ -197,11 +181,10 @@ struct BackwardStep : Step<A> {
     const StripSums<A> products(table, memory.layers + 1, grid);
     run_pass<MixGradientsPass>(args.threads, grid, mixture, branch, this->feature(args.grad_out),
                                mean, o_scale, offset, this->feature(args.g), products);
-    this->for_channels([&](int64_t c) {
+    this->for_channels([&](const ChannelLanes& c) {
       for (int64_t t = 0; t <= memory.layers; ++t)
         for (int64_t b = 0; b < shape.batch; ++b)
-          dweights[t * planes + b * shape.channels + c] =
-              static_cast<A>(products.total(b, t, c));
+          c.store(dweights + t * planes + b * shape.channels, products.total(b, t, c));
     });
   }
 
@@ -218,11 +201,12 @@ struct BackwardStep : Step<A> {
                                  small(args.v_weight), small(args.grad_pooled_v), dy,
                                  A(1) / static_cast<A>(shape.pixels()), this->feature(args.dx),
                                  products);
-    this->for_channels([&](int64_t c) {
+    this->for_channels([&](const ChannelLanes& c) {
       for (int64_t tap = 0; tap < 9; ++tap) {
-        double total = 0;
+        Doubles total{};
         for (int64_t b = 0; b < shape.batch; ++b) total += products.total(b, tap, c);
-        small(args.dv_weight)[c * 9 + tap] = static_cast<A>(total);
+        for (int i = 0; i < c.count; ++i)
+          small(args.dv_weight)[(c.first + i) * 9 + tap] = static_cast<A>(total[i]);
       }
     });
   }

@@ -195,9 +195,11 @@ struct LayerMemory {
   // The factors of the values: scores times gates, [T + 1, B, C].
   void weigh(const A* scores, const A* gates, A* weights) const {
     parallel_for(args.threads, (layers + 1) * batch, [&](int64_t row) {
-      for (int64_t c = 0; c < channels; ++c)
-        weights[row * channels + c] =
-            scores[row * heads + c / args.head_dim] * gates[row * channels + c];
+      for (int64_t head = 0; head < heads; ++head) {
+        const A score = scores[row * heads + head];
+        const int64_t first = row * channels + head * args.head_dim;
+        for (int64_t i = first; i < first + args.head_dim; ++i) weights[i] = score * gates[i];
+      }
     });
   }
 
@@ -337,6 +339,7 @@ struct LayerMemory {
     else
       std::fill_n(grads.state, slots() * planes, A(0));
     if (layers > 0) factor_cell_gradients(to, of, grads, dparams);
+    std::fill_n(small(to.dstate), slots() * planes, A(0));
     cell_backward<A>(cell, {small(to.pooled_x), small(args.state), batch}, grads.state, false, dy,
                      small(to.dstate), dparams, layers == 0, args.threads);
   }

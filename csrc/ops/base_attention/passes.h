@@ -10,6 +10,7 @@
 // of the earlier layers, in the compute type.
 #pragma once
 
+#include "common/moments.h"
 #include "common/stencil.h"
 #include "common/units.h"
 
@@ -39,20 +40,20 @@ struct StripSums {
     store_channel_sums(row(place.b, place.strip.first / strip_rows, field), v, place.grid,
                        place.group);
   }
-  double total(int64_t b, int64_t field, int64_t c) const {
-    double sum = 0;
-    for (int64_t strip = 0; strip < strips; ++strip) sum += row(b, strip, field)[c];
+  Doubles total(int64_t b, int64_t field, const ChannelLanes& c) const {
+    Doubles sum{};
+    for (int64_t strip = 0; strip < strips; ++strip) sum += c.load(row(b, strip, field));
     return sum;
   }
 };
 
 // Calls visit(place, arena) for all strips of all planes, shared out among the threads.
-template <bool kFixedStrides, class A, class Visit>
+template <bool kPixelLanes, class A, class Visit>
 void for_places(int threads, const Grid<A>& grid, const Visit& visit) {
   const Units<A> units(grid);
   parallel_for(threads, units.count(), [&](int64_t unit) {
     thread_local Arena arena;
-    for_strips<kFixedStrides>(units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t) {
+    for_strips<kPixelLanes>(units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t) {
       visit(place, arena);
     });
   });
@@ -72,10 +73,10 @@ struct Terms {
 };
 
 // Its terms at a place.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct PlacedTerms {
   using V = Vec<A>;
-  using In = Window<const A, kFixedStrides>;
+  using In = Window<const A, kPixelLanes>;
   int64_t count;
   V* weights;
   In* maps;
@@ -86,7 +87,7 @@ struct PlacedTerms {
            Arena::bytes_of<In>(terms.count());
   }
 
-  PlacedTerms(const Terms<A>& terms, const Place<A, kFixedStrides>& place, int64_t halo, Arena& arena)
+  PlacedTerms(const Terms<A>& terms, const Place<A, kPixelLanes>& place, int64_t halo, Arena& arena)
       : count(terms.count()), weights(arena.take<V>(count)), maps(arena.take<In>(count)) {
     const Grid<A>& grid = place.grid;
     const int64_t row = place.b * grid.shape.channels, elements = grid.strip_elements(halo);
@@ -100,45 +101,49 @@ struct PlacedTerms {
 
   // sum[r] += the terms at row + r.
   template <int R>
-  void add(int64_t row, int64_t k, Mask<A> own, V (&sum)[R]) const {
+  inline __attribute__((always_inline)) void add(int64_t row, int64_t k, Mask<A> own,
+                                                 V (&sum)[R]) const {
     for (int64_t t = 0; t < count; ++t) {
-      const A* at = maps[t].at(row, k);
-      prefetch_block<R, A>(maps[t], at);
+      auto rows = maps[t].rows(row, k);
+      prefetch_block<R, A>(maps[t], row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
-        sum[r] += weights[t] * load_masked<A>(at + r * maps[t].row_stride, own);
+        sum[r] += weights[t] * load_masked<A>(rows.next(), own);
     }
   }
 };
 
 // A map that a filter is applied to, at a place.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct PlacedFilter {
-  Filter<A, kFixedStrides> filter;
-  Window<const A, kFixedStrides> map;
+  Filter<A, kPixelLanes> filter;
+  Window<const A, kPixelLanes> map;
 
   static std::size_t bytes(const Grid<A>& grid) {
     return Arena::bytes_of<A>(grid.strip_elements(1));
   }
 
-  PlacedFilter(const A* weight, Feature x, const Place<A, kFixedStrides>& place, Arena& arena)
+  PlacedFilter(const A* weight, Feature x, const Place<A, kPixelLanes>& place, Arena& arena)
       : filter(weight, place.grid, place.group),
-        map(place.open(x, 1, arena.take<A>(place.grid.strip_elements(1)))) {}
+        map(place.open_bordered(x, 1, arena.take<A>(place.grid.strip_elements(1)))) {}
 
+  // `vectors` are those of the filter.
   template <int R>
-  void apply(int64_t row, int64_t k, const TapMasks<A>& masks, Vec<A> (&v)[R]) const {
+  inline __attribute__((always_inline)) void apply(int64_t row, int64_t k, const Taps<A>& taps,
+                                                   const FilterVectors<A>& vectors,
+                                                   Vec<A> (&v)[R]) const {
     fill_block(v, Vec<A>{});
-    prefetch_block<R, A>(map, map.at(row, k));
-    stencil_block<R, A>(map, map.at(row, k), masks, filter, v);
+    prefetch_block<R, A>(map, row, k);
+    stencil_block<R, A>(map, row, k, taps, vectors, v);
   }
 };
 
 // ---- value -------------------------------------------------------------------------------------
 
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct ValuePass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   const Grid<A>& grid;
   Feature x;
   OutFeature v;  // may be null
@@ -149,36 +154,38 @@ struct ValuePass {
   void visit(const Place& place, Arena& arena) const {
     const Mask<A> channels = grid.channel_mask(place.group);
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedFilter<A, kFixedStrides>::bytes(grid) + Arena::bytes_of<A>(elements));
-    const PlacedFilter<A, kFixedStrides> own(v_weight, x, place, arena);
+    arena.reserve(PlacedFilter<A, kPixelLanes>::bytes(grid) + Arena::bytes_of<A>(elements));
+    const PlacedFilter<A, kPixelLanes> own(v_weight, x, place, arena);
     A* memory = arena.take<A>(elements);
     const typename Place::Out to =
         v ? place.open(v, memory) : place.on_memory(memory, place.strip.first);
     V x_sum = {}, v_sum = {};
-    for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
-      block<R>(row, channels, own, to, x_sum, v_sum);
-    });
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, own.filter,
+                        [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
+                          block<R>(row, filter, channels, own, to, x_sum, v_sum);
+                        });
     if (v) place.close(v, memory);
     sums.put(place, kX, x_sum);
     sums.put(place, kV, v_sum);
   }
 
   template <int R>
-  void block(int64_t row, Mask<A> channels, const PlacedFilter<A, kFixedStrides>& own,
-             const typename Place::Out& to, V& x_sum, V& v_sum) const {
+  void block(int64_t row, const FilterVectors<A>& filter, Mask<A> channels,
+             const PlacedFilter<A, kPixelLanes>& own, const typename Place::Out& to, V& x_sum,
+             V& v_sum) const {
     V of_x = {}, of_v = {};  // of this block: short chains of additions keep float sums accurate
     for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, channels);
-      const Mask<A> inside = masks.centre();
+      const Taps<A> taps = grid.taps(row, R, k, channels);
+      const Mask<A> inside = taps.own();
       V value[R];
-      own.template apply<R>(row, k, masks, value);
-      const A* x_at = own.map.at(row, k);
-      A* at = to.at(row, k);
+      own.template apply<R>(row, k, taps, filter, value);
+      auto x_rows = own.map.rows(row, k);
+      auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        of_x += load_masked<A>(x_at + r * own.map.row_stride, inside);
+        of_x += load_masked<A>(x_rows.next(), inside);
         of_v += keep<A>(inside, value[r]);
-        store_masked<A>(at + r * to.row_stride, value[r], inside);
+        store_masked<A>(to_rows.next(), value[r], inside);
       }
     }
     x_sum += of_x;
@@ -186,7 +193,7 @@ struct ValuePass {
   }
 
   void run(int threads) const {
-    for_places<kFixedStrides>(threads, grid,
+    for_places<kPixelLanes>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
@@ -203,20 +210,20 @@ struct ValueMix {
 };
 
 // o at a place.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct PlacedMix {
   using V = Vec<A>;
-  PlacedFilter<A, kFixedStrides> own;
+  PlacedFilter<A, kPixelLanes> own;
   V own_weight;
-  PlacedTerms<A, kFixedStrides> earlier;
+  PlacedTerms<A, kPixelLanes> earlier;
   Mask<A> channels;
 
   static std::size_t bytes(const ValueMix<A>& mixture, const Grid<A>& grid) {
-    return PlacedFilter<A, kFixedStrides>::bytes(grid) +
-           PlacedTerms<A, kFixedStrides>::bytes(mixture.earlier, grid, 0);
+    return PlacedFilter<A, kPixelLanes>::bytes(grid) +
+           PlacedTerms<A, kPixelLanes>::bytes(mixture.earlier, grid, 0);
   }
 
-  PlacedMix(const ValueMix<A>& mixture, const Place<A, kFixedStrides>& place, Arena& arena)
+  PlacedMix(const ValueMix<A>& mixture, const Place<A, kPixelLanes>& place, Arena& arena)
       : own(mixture.v_weight, mixture.x, place, arena),
         own_weight(channel_vector(mixture.own_weight + place.b * place.grid.shape.channels,
                                   place.grid, place.group)),
@@ -224,33 +231,36 @@ struct PlacedMix {
         channels(place.grid.channel_mask(place.group)) {}
 
   template <int R>
-  void apply(int64_t row, int64_t k, const TapMasks<A>& masks, V (&o)[R]) const {
-    own.template apply<R>(row, k, masks, o);
+  inline __attribute__((always_inline)) void apply(int64_t row, int64_t k, const Taps<A>& taps,
+                                                   const FilterVectors<A>& filter,
+                                                   V (&o)[R]) const {
+    own.template apply<R>(row, k, taps, filter, o);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) o[r] *= own_weight;
-    earlier.template add<R>(row, k, masks.centre(), o);
+    earlier.template add<R>(row, k, taps.own(), o);
   }
 };
 
 // Per strip: sums of o and of its square, both shifted by the value of o at one pixel. Raw float
 // sums of squares lose the variance when the mean is large.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct MixMomentsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
   StripSums<A> sums;
   enum { kShift, kO, kSquare, kSums };
 
   void visit(const Place& place, Arena& arena) const {
-    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid));
-    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
+    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid));
+    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
     const V shift = first_pixel(mix, place.strip.first);
     V alone = {}, squared = {};
-    for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
-      block<R>(row, mix, shift, alone, squared);
-    });
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, mix.own.filter,
+                        [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
+                          block<R>(row, filter, mix, shift, alone, squared);
+                        });
     // put() adds the lanes up where they share a plane.
     sums.put(place, kShift, grid.channel_lanes ? shift : keep<A>(first_lane(), shift));
     sums.put(place, kO, alone);
@@ -262,23 +272,24 @@ struct MixMomentsPass {
   }
 
   // o at the strip's first pixel, in all lanes that share a plane.
-  V first_pixel(const PlacedMix<A, kFixedStrides>& mix, int64_t row) const {
+  V first_pixel(const PlacedMix<A, kPixelLanes>& mix, int64_t row) const {
     V o[1];
-    mix.template apply<1>(row, 0, grid.masks(row, 1, 0, mix.channels), o);
+    mix.template apply<1>(row, 0, grid.taps(row, 1, 0, mix.channels),
+                          FilterVectors<A>(mix.own.filter), o);
     return grid.channel_lanes ? o[0] : splat<A>(o[0][0]);
   }
 
   template <int R>
-  void block(int64_t row, const PlacedMix<A, kFixedStrides>& mix, V shift, V& alone,
-             V& squared) const {
+  void block(int64_t row, const FilterVectors<A>& filter, const PlacedMix<A, kPixelLanes>& mix,
+             V shift, V& alone, V& squared) const {
     V of_o = {}, of_square = {};
     for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, mix.channels);
+      const Taps<A> taps = grid.taps(row, R, k, mix.channels);
       V o[R];
-      mix.template apply<R>(row, k, masks, o);
+      mix.template apply<R>(row, k, taps, filter, o);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const V centred = keep<A>(masks.centre(), o[r] - shift);
+        const V centred = subtract_masked<A>(o[r], shift, taps.own());
         of_o += centred;
         of_square += centred * centred;
       }
@@ -288,7 +299,7 @@ struct MixMomentsPass {
   }
 
   void run(int threads) const {
-    for_places<kFixedStrides>(threads, grid,
+    for_places<kPixelLanes>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
@@ -328,10 +339,10 @@ struct PlacedBranch {
   }
 };
 
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct OutputPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
   NormBranch<A> branch;
@@ -340,48 +351,50 @@ struct OutputPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid) +
+    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid) +
                   Arena::bytes_of<A>(elements));
-    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
+    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
     const PlacedBranch<A> end(branch, place);
     A* memory = arena.take<A>(elements);
     const typename Place::Out to = place.open(out, memory);
-    for_blocks(grid, place.strip.first, place.strip.last,
-               [&]<int R>(int64_t row) { block<R>(row, mix, end, to); });
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, mix.own.filter,
+                        [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
+                          block<R>(row, filter, mix, end, to);
+                        });
     place.close(out, memory);
   }
 
   template <int R>
-  void block(int64_t row, const PlacedMix<A, kFixedStrides>& mix, const PlacedBranch<A>& end,
-             const typename Place::Out& to) const {
+  void block(int64_t row, const FilterVectors<A>& filter, const PlacedMix<A, kPixelLanes>& mix,
+             const PlacedBranch<A>& end, const typename Place::Out& to) const {
     const auto& x = mix.own.map;
     for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, mix.channels);
-      const Mask<A> inside = masks.centre();
+      const Taps<A> taps = grid.taps(row, R, k, mix.channels);
+      const Mask<A> inside = taps.own();
       V o[R];
-      mix.template apply<R>(row, k, masks, o);
-      const A* x_at = x.at(row, k);
-      A* at = to.at(row, k);
+      mix.template apply<R>(row, k, taps, filter, o);
+      auto x_rows = x.rows(row, k);
+      auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         V result = end.forward(o[r]);
-        if (residual) result += load_masked<A>(x_at + r * x.row_stride, inside);
-        store_masked<A>(at + r * to.row_stride, result, inside);
+        if (residual) result += load_masked<A>(x_rows.next(), inside);
+        store_masked<A>(to_rows.next(), result, inside);
       }
     }
   }
 
   void run(int threads) const {
-    for_places<kFixedStrides>(threads, grid,
+    for_places<kPixelLanes>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 
 // Per strip: sums of G' and of G' (o - mean).
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct NormGradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
   NormBranch<A> branch;
@@ -392,33 +405,35 @@ struct NormGradientsPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid) +
+    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid) +
                   Arena::bytes_of<A>(elements));
-    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
+    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
     const PlacedBranch<A> end(branch, place);
     const typename Place::In grad = place.open(grad_out, 0, arena.take<A>(elements));
     const V centre = channel_vector(mean, grid, place.group);
     V alone = {}, with_o = {};
-    for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
-      block<R>(row, mix, end, grad, centre, alone, with_o);
-    });
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, mix.own.filter,
+                        [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
+                          block<R>(row, filter, mix, end, grad, centre, alone, with_o);
+                        });
     sums.put(place, kG, alone);
     sums.put(place, kGO, with_o);
   }
 
   template <int R>
-  void block(int64_t row, const PlacedMix<A, kFixedStrides>& mix, const PlacedBranch<A>& end,
-             const typename Place::In& grad, V centre, V& alone, V& with_o) const {
+  void block(int64_t row, const FilterVectors<A>& filter, const PlacedMix<A, kPixelLanes>& mix,
+             const PlacedBranch<A>& end, const typename Place::In& grad, V centre, V& alone,
+             V& with_o) const {
     V of_g = {}, of_product = {};
     for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, mix.channels);
+      const Taps<A> taps = grid.taps(row, R, k, mix.channels);
       V o[R];
-      mix.template apply<R>(row, k, masks, o);
-      const A* at = grad.at(row, k);
+      mix.template apply<R>(row, k, taps, filter, o);
+      auto grad_rows = grad.rows(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const V passed =
-            end.backward(o[r], load_masked<A>(at + r * grad.row_stride, masks.centre()));
+            end.backward(o[r], load_masked<A>(grad_rows.next(), taps.own()));
         of_g += passed;
         of_product += passed * (o[r] - centre);
       }
@@ -428,16 +443,16 @@ struct NormGradientsPass {
   }
 
   void run(int threads) const {
-    for_places<kFixedStrides>(threads, grid,
+    for_places<kPixelLanes>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 
 // g = scale G' + o_scale (o - mean) + offset; per strip, the sums of g v_t, the own value's last.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct MixGradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
   const Grid<A>& grid;
   const ValueMix<A>& mixture;
@@ -449,9 +464,9 @@ struct MixGradientsPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(0);
-    arena.reserve(PlacedMix<A, kFixedStrides>::bytes(mixture, grid) +
+    arena.reserve(PlacedMix<A, kPixelLanes>::bytes(mixture, grid) +
                   2 * Arena::bytes_of<A>(elements));
-    const PlacedMix<A, kFixedStrides> mix(mixture, place, arena);
+    const PlacedMix<A, kPixelLanes> mix(mixture, place, arena);
     const In grad = place.open(grad_out, 0, arena.take<A>(elements));
     A* memory = arena.take<A>(elements);
     const typename Place::Out to = place.open(g, memory);
@@ -464,35 +479,36 @@ struct MixGradientsPass {
     place.close(g, memory);
   }
 
-  void form(const Place& place, const PlacedMix<A, kFixedStrides>& mix, const In& grad,
+  void form(const Place& place, const PlacedMix<A, kPixelLanes>& mix, const In& grad,
             const typename Place::Out& to, V& own_sum) const {
     const PlacedBranch<A> end(branch, place);
     const V centre = channel_vector(mean, grid, place.group);
     const V o_factor = channel_vector(o_scale, grid, place.group);
     const V constant = channel_vector(offset, grid, place.group);
-    for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
+    const auto block = [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
       V of_block = {};
       for (int64_t k = 0; k < grid.vectors; ++k) {
-        const TapMasks<A> masks = grid.masks(row, R, k, mix.channels);
-        const Mask<A> inside = masks.centre();
+        const Taps<A> taps = grid.taps(row, R, k, mix.channels);
+        const Mask<A> inside = taps.own();
         V own[R], o[R];
-        mix.own.template apply<R>(row, k, masks, own);
+        mix.own.template apply<R>(row, k, taps, filter, own);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) o[r] = mix.own_weight * own[r];
         mix.earlier.template add<R>(row, k, inside, o);
-        const A* grad_at = grad.at(row, k);
-        A* at = to.at(row, k);
+        auto grad_rows = grad.rows(row, k);
+        auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const V passed =
-              end.backward(o[r], load_masked<A>(grad_at + r * grad.row_stride, inside));
+              end.backward(o[r], load_masked<A>(grad_rows.next(), inside));
           const V gradient = end.scale * passed + (o_factor * (o[r] - centre) + constant);
           of_block += keep<A>(inside, gradient * own[r]);
-          store_masked<A>(at + r * to.row_stride, gradient, inside);
+          store_masked<A>(to_rows.next(), gradient, inside);
         }
       }
       own_sum += of_block;
-    });
+    };
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, mix.own.filter, block);
   }
 
   V product_sum(const Place& place, Mask<A> channels, const In& one, const In& other) const {
@@ -500,12 +516,12 @@ struct MixGradientsPass {
     for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
       V of_block = {};
       for (int64_t k = 0; k < grid.vectors; ++k) {
-        const Mask<A> inside = grid.masks(row, R, k, channels).centre();
-        const A *one_at = one.at(row, k), *other_at = other.at(row, k);
+        const Mask<A> inside = grid.own(k, channels);
+        auto one_rows = one.rows(row, k), other_rows = other.rows(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
-          of_block += load_masked<A>(one_at + r * one.row_stride, inside) *
-                      load_masked<A>(other_at + r * other.row_stride, inside);
+          of_block += load_masked<A>(one_rows.next(), inside) *
+                      load_masked<A>(other_rows.next(), inside);
       }
       total += of_block;
     });
@@ -513,7 +529,7 @@ struct MixGradientsPass {
   }
 
   void run(int threads) const {
-    for_places<kFixedStrides>(threads, grid,
+    for_places<kPixelLanes>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
@@ -522,10 +538,10 @@ struct MixGradientsPass {
 
 // dv = the terms + the share of dpooled_v, dx = [grad_out +] DW^T(dv) + that of dpooled_x; per
 // strip, the nine correlations of dv with x.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct ValueGradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -539,11 +555,11 @@ struct ValueGradientsPass {
 
   void visit(const Place& place, Arena& arena) const {
     const int64_t elements = grid.strip_elements(1);
-    arena.reserve(PlacedTerms<A, kFixedStrides>::bytes(terms, grid, 1) +
+    arena.reserve(PlacedTerms<A, kPixelLanes>::bytes(terms, grid, 1) +
                   4 * Arena::bytes_of<A>(elements));
     const Mask<A> channels = grid.channel_mask(place.group);
     const In dv = form(place, channels, arena);
-    correlate(place, channels, dv, place.open(x, 1, arena.take<A>(elements)));
+    correlate(place, channels, dv, place.open_bordered(x, 1, arena.take<A>(elements)));
     A* passed_memory = arena.take<A>(elements);
     const In shortcut = passed ? place.open(passed, 0, passed_memory) : In{};
     A* memory = arena.take<A>(elements);
@@ -557,20 +573,22 @@ struct ValueGradientsPass {
 
   // dv of the strip and of a row on either side, in memory.
   In form(const Place& place, Mask<A> channels, Arena& arena) const {
-    const PlacedTerms<A, kFixedStrides> placed(terms, place, 1, arena);
+    const PlacedTerms<A, kPixelLanes> placed(terms, place, 1, arena);
     const V offset = dpooled_v == nullptr ? V{} : pooling_share(dpooled_v, place);
     const Strip around{std::max<int64_t>(0, place.strip.first - 1),
                        std::min(grid.shape.height, place.strip.last + 1)};
-    const Out to = place.on_memory(arena.take<A>(grid.strip_elements(1)), around.first);
+    A* memory = arena.take<A>(grid.strip_elements(1));
+    place.clear_border(memory, 1);
+    const Out to = place.on_memory(memory, place.strip.first - 1);
     for_blocks(grid, around.first, around.last, [&]<int R>(int64_t row) {
       for (int64_t k = 0; k < grid.vectors; ++k) {
-        const Mask<A> inside = grid.masks(row, R, k, channels).centre();
+        const Mask<A> inside = grid.own(k, channels);
         V dv[R];
         fill_block(dv, offset);
         placed.template add<R>(row, k, inside, dv);
-        A* at = to.at(row, k);
+        auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) store_masked<A>(at + r * to.row_stride, dv[r], inside);
+        for (int r = 0; r < R; ++r) store_masked<A>(to_rows.next(), dv[r], inside);
       }
     });
     return to;
@@ -583,12 +601,12 @@ struct ValueGradientsPass {
       V of_block[9];
       fill_block(of_block, V{});
       for (int64_t k = 0; k < grid.vectors; ++k) {
-        const TapMasks<A> masks = grid.masks(row, R, k, channels);
-        const A* at = dv.at(row, k);
+        const Taps<A> taps = grid.taps(row, R, k, channels);
+        auto dv_rows = dv.rows(row, k);
         V g[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] = load_masked<A>(at + r * dv.row_stride, masks.centre());
-        correlate_block<R, A>(map, map.at(row, k), masks, g, of_block);
+        for (int r = 0; r < R; ++r) g[r] = load_masked<A>(dv_rows.next(), taps.own());
+        correlate_block<R, A>(map, row, k, taps, g, of_block);
       }
       for (int tap = 0; tap < 9; ++tap) products[tap] += of_block[tap];
     });
@@ -597,27 +615,29 @@ struct ValueGradientsPass {
 
   void spread(const Place& place, Mask<A> channels, const In& dv, const In& shortcut,
               const Out& to) const {
-    const auto flipped = Filter<A, kFixedStrides>(v_weight, grid, place.group).flipped();
+    const auto flipped = Filter<A, kPixelLanes>(v_weight, grid, place.group).flipped();
     const V offset = pooling_share(dpooled_x, place);
-    for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
+    const auto block = [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
       for (int64_t k = 0; k < grid.vectors; ++k) {
-        const TapMasks<A> masks = grid.masks(row, R, k, channels);
+        const Taps<A> taps = grid.taps(row, R, k, channels);
         V acc[R];
         fill_block(acc, offset);
-        stencil_block<R, A>(dv, dv.at(row, k), masks, flipped, acc);
-        A* at = to.at(row, k);
+        stencil_block<R, A>(dv, row, k, taps, filter, acc);
+        auto to_rows = to.rows(row, k);
+        auto shortcut_rows = shortcut.rows(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if (shortcut)
-            acc[r] += load_masked<A>(shortcut.at(row, k) + r * shortcut.row_stride, masks.centre());
-          store_masked<A>(at + r * to.row_stride, acc[r], masks.centre());
+            acc[r] += load_masked<A>(shortcut_rows.next(), taps.own());
+          store_masked<A>(to_rows.next(), acc[r], taps.own());
         }
       }
-    });
+    };
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, flipped, block);
   }
 
   void run(int threads) const {
-    for_places<kFixedStrides>(threads, grid,
+    for_places<kPixelLanes>(threads, grid,
                             [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };

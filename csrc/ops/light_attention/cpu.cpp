@@ -118,14 +118,9 @@ struct Step {
     return moments;
   }
 
-  // Calls body(channels) for vectors of channels.
   template <class Body>
   void for_channels(const Body& body) const {
-    constexpr int64_t lanes = kLanes<double>;
-    parallel_for(args.threads, ceil_div(shape.channels, lanes), [&](int64_t block) {
-      const int64_t first = block * lanes;
-      body(ChannelLanes{first, static_cast<int>(std::min(lanes, shape.channels - first))});
-    });
+    dla::DLA_ISA::for_channels(args.threads, shape.channels, body);
   }
 
   // values[i] = function(values[i]) for an array [B, C].
@@ -217,7 +212,7 @@ struct ForwardStep : Step<A> {
     if (args.branch_norm == Norm::running)
       this->branch_coefficients(args.branch_mean_in, args.branch_var_in, coefficients);
     if (args.branch_norm != Norm::batch || leave) return statistics;
-    with_strides(grid, [&](auto fixed) {
+    with_lanes(grid, [&](auto fixed) {
       parallel_for(args.threads, this->units.count(), [&](int64_t unit) {
         statistics.template add_planes<fixed>(this->units, unit);
       });
@@ -374,7 +369,7 @@ struct BackwardStep : Step<A> {
   // What remains of the branch's gradient where it was not done unit by unit.
   void finish(const BranchGradients<A>& branch) const {
     this->for_channels([&](const ChannelLanes& c) { branch.combine(c); });
-    with_strides(grid, [&](auto fixed) {
+    with_lanes(grid, [&](auto fixed) {
       parallel_for(args.threads, this->units.count(),
                    [&](int64_t unit) { branch.template write<fixed>(this->units, unit); });
     });

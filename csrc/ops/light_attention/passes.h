@@ -26,8 +26,8 @@ struct InputMap {
 
   // `p` has been opened with as many rows around the strip.
   template <class Place>
-  auto open(const Place& place, typename Place::In& p, int64_t halo, A* memory) const {
-    if (!join) return place.open(feature, halo, memory);
+  auto open_bordered(const Place& place, typename Place::In& p, int64_t halo, A* memory) const {
+    if (!join) return place.open_bordered(feature, halo, memory);
     const bool normed = scale != nullptr;
     return place.open_joined(
         feature, p, normed ? channel_vector(scale, place.grid, place.group) : splat(A(1)),
@@ -36,10 +36,10 @@ struct InputMap {
 };
 
 // Means of a joined x and of p where nothing else is to be done with them.
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct JoinedMeansPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
   const Grid<A>& grid;
   InputMap<A> x;
@@ -53,7 +53,7 @@ struct JoinedMeansPass {
     for (int64_t row = place.strip.first; row < place.strip.last; ++row) {
       V of_row{};
       for (int64_t k = 0; k < grid.vectors; ++k)
-        of_row += load_masked<A>(in.at(row, k), channels & grid.columns[3 * k + 1]);
+        of_row += load_masked<A>(in.at(row, k), grid.own(k, channels));
       total += of_row;
     }
     return total;
@@ -68,10 +68,10 @@ struct JoinedMeansPass {
       arena.reserve(2 * Arena::bytes_of<A>(elements));
       A *x_memory = arena.take<A>(elements), *p_memory = arena.take<A>(elements);
       V x_sums[kMostTogether], p_sums[kMostTogether];
-      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         if (place.strip.first == 0) x_sums[slot] = p_sums[slot] = V{};
         In p_in = place.open(p, 0, p_memory);
-        x_sums[slot] += sum(place, x.open(place, p_in, 0, x_memory));
+        x_sums[slot] += sum(place, x.open_bordered(place, p_in, 0, x_memory));
         if (p_means != nullptr) p_sums[slot] += sum(place, p_in);
         if (place.strip.last < grid.shape.height) return;
         const int64_t row = place.b * grid.shape.channels;
@@ -85,10 +85,10 @@ struct JoinedMeansPass {
 
 // ---- moments -----------------------------------------------------------------------------------
 
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct MomentsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
   const Grid<A>& grid;
   InputMap<A> x;
@@ -100,7 +100,7 @@ struct MomentsPass {
   const BranchStatistics<A>* branch;  // what x takes in its unit before it can be formed; may be null
 
   struct Plane {
-    Filter<A, kFixedStrides> v_filter, e_filter;
+    Filter<A, kPixelLanes> v_filter, e_filter;
     V shift[3], sums[kSums];
     Mask<A> channels;
   };
@@ -121,11 +121,9 @@ struct MomentsPass {
     if (prev_weight != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
   }
 
-  // Value of the shift: one inside the first block, half way along the row.
-  template <int R>
-  V inner(const V (&v)[R]) const {
-    if (grid.channel_lanes) return v[R / 2];
-    return splat<A>(v[R / 2][grid.shape.width / 2 % kLanes<A>]);
+  // The value to shift by, half way along the row.
+  V inner(V v) const {
+    return kPixelLanes ? splat<A>(v[grid.shape.width / 2 % kLanes<A>]) : v;
   }
 
   // Channel lanes see every pixel of a row: long sums are formed block by block.
@@ -144,76 +142,74 @@ struct MomentsPass {
     for (int64_t i = 0; i < grid.vectors; ++i) {
       // From the middle on, where the shifts are taken.
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
-      const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
-      const Mask<A> own = masks.centre();
+      const Taps<A> taps = grid.taps(row, R, k, plane.channels);
+      const Mask<A> own = taps.own();
       const bool begins = row == 0 && i == 0;
       const bool take_u = begins && x_means == nullptr, take_p = begins && p_means == nullptr;
-      const A* x_at = in[kX_].at(row, k);
       for (const In& w : in)
-        if (w) prefetch_block<R, A>(w, w.at(row, k));
-      V u[R], q[R], e[R];
+        if (w) prefetch_block<R, A>(w, row, k);
+      V u[R], e[R];
       fill_block(u, V{});
-      fill_block(q, V{});
       fill_block(e, V{});
-      stencil_block<R, A>(in[kX_], x_at, masks, plane.v_filter, u);
-      if (take_u) plane.shift[0] = inner<R>(u);
-      // Each sum is formed over the block's rows first: short chains of additions keep float sums
-      // over large planes accurate.
-      V alone = {}, with_u = {}, with_p = {}, with_e = {};
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        u[r] = keep<A>(own, u[r] - plane.shift[0]);
-        alone += load_masked<A>(x_at + r * in[kX_].row_stride, own);
-        with_e += u[r];
-        with_u += u[r] * u[r];
-      }
-      sums[kX] += alone, sums[kU] += with_e, sums[kUU] += with_u;
-      if (p) {
-        const A* p_at = in[kP_].at(row, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) q[r] = load_masked<A>(p_at + r * in[kP_].row_stride, own);
-        if (take_p) plane.shift[1] = inner<R>(q);
-        alone = with_u = with_p = V{};
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          q[r] = keep<A>(own, q[r] - plane.shift[1]);
-          alone += q[r];
-          with_u += u[r] * q[r];
-          with_p += q[r] * q[r];
-        }
-        sums[kP] += alone, sums[kPP] += with_p, sums[kUP] += with_u;
-        if (prev_weight != nullptr) {
-          stencil_block<R, A>(in[kP_], p_at, masks, plane.e_filter, e);
-          if (take_p) plane.shift[2] = inner<R>(e);
-          alone = with_u = with_p = with_e = V{};
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            e[r] = keep<A>(own, e[r] - plane.shift[2]);
-            alone += e[r];
-            with_u += u[r] * e[r];
-            with_p += q[r] * e[r];
-            with_e += e[r] * e[r];
-          }
-          sums[kE] += alone, sums[kEE] += with_e, sums[kPE] += with_p, sums[kUE] += with_u;
-        }
-      }
-      if (grad_out) products<R>(in[kOut_], in[kOut_].at(row, k), own, u, q, e, sums + kG);
-      if (grad_o) products<R>(in[kO_], in[kO_].at(row, k), own, u, q, e, sums + kD);
+      stencil_block<R, A>(in[kX_], row, k, taps, FilterVectors<A>(plane.v_filter), u);
+      if (prev_weight != nullptr)
+        stencil_block<R, A>(in[kP_], row, k, taps, FilterVectors<A>(plane.e_filter), e);
+      if (take_u) plane.shift[0] = inner(u[R / 2]);
+      if (take_p && p) plane.shift[1] = inner(load_masked<A>(in[kP_].at(row + R / 2, k), own));
+      if (take_p) plane.shift[2] = inner(e[R / 2]);
+      features<R>(in, row, k, own, plane, u, e, sums);
+      if (grad_out) products<R>(in, in[kOut_].rows(row, k), row, k, own, plane, u, e, sums + kG);
+      if (grad_o) products<R>(in, in[kO_].rows(row, k), row, k, own, plane, u, e, sums + kD);
     }
+  }
+
+  // Shifts u and e; adds the sums of the features and of their products. Each sum is formed over the
+  // block's rows first: short chains of additions keep float sums over large planes accurate.
+  template <int R>
+  inline __attribute__((always_inline)) void features(const In (&in)[kInputs], int64_t row, int64_t k,
+                                                      Mask<A> own, const Plane& plane, V (&u)[R],
+                                                      V (&e)[R], V (&sums)[kSums]) const {
+    const V* shift = plane.shift;
+    V of_x{}, of_u{}, uu{}, of_p{}, pp{}, up{}, of_e{}, ee{}, pe{}, ue{};
+    auto x_rows = in[kX_].rows(row, k), p_rows = in[kP_].rows(row, k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      u[r] = subtract_masked<A>(u[r], shift[0], own);
+      e[r] = subtract_masked<A>(e[r], shift[2], own);
+      of_x += load_masked<A>(x_rows.next(), own);
+      of_u += u[r];
+      uu += u[r] * u[r];
+      if (!p) continue;
+      const V q = subtract_masked<A>(load_masked<A>(p_rows.next(), own), shift[1], own);
+      of_p += q;
+      pp += q * q;
+      up += u[r] * q;
+      of_e += e[r];
+      ee += e[r] * e[r];
+      pe += q * e[r];
+      ue += u[r] * e[r];
+    }
+    sums[kX] += of_x, sums[kU] += of_u, sums[kUU] += uu;
+    sums[kP] += of_p, sums[kPP] += pp, sums[kUP] += up;
+    sums[kE] += of_e, sums[kEE] += ee, sums[kPE] += pe, sums[kUE] += ue;
   }
 
   // Adds the sums of a gradient and of its products with u, p and e.
   template <int R>
-  void products(const In& in, const A* at, Mask<A> own, const V (&u)[R], const V (&q)[R],
-                const V (&e)[R], V* sums) const {
-    V alone = {}, with_u = {}, with_p = {}, with_e = {};
+  inline __attribute__((always_inline)) void products(const In (&in)[kInputs],
+                                                      RowCursor<const A> gradient, int64_t row,
+                                                      int64_t k, Mask<A> own, const Plane& plane,
+                                                      const V (&u)[R], const V (&e)[R],
+                                                      V* sums) const {
+    V alone{}, with_u{}, with_p{}, with_e{};
+    auto p_rows = in[kP_].rows(row, k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V g = load_masked<A>(at + r * in.row_stride, own);
+      const V g = load_masked<A>(gradient.next(), own);
       alone += g;
       with_u += g * u[r];
-      with_p += g * q[r];
       with_e += g * e[r];
+      if (p) with_p += g * (load_masked<A>(p_rows.next(), own) - plane.shift[1]);
     }
     sums[0] += alone, sums[1] += with_u, sums[2] += with_p, sums[3] += with_e;
   }
@@ -233,21 +229,23 @@ struct MomentsPass {
   void run(int threads) const {
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
-      if (branch != nullptr) branch->template finish_unit<kFixedStrides>(units, unit);
+      if (branch != nullptr) branch->template finish_unit<kPixelLanes>(units, unit);
       thread_local Arena arena;
       const int64_t elements = grid.strip_elements(1);
       arena.reserve(kInputs * Arena::bytes_of<A>(elements));
       A* memory[kInputs];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.b, place.group, plane);
         In in[kInputs] = {};
         for (int f = 0; f < kInputs; ++f)
-          if (features[f]) in[f] = place.open(features[f], f < kOut_, memory[f]);
-        in[kX_] = x.open(place, in[kP_], 1, memory[kX_]);
+          if (features[f])
+            in[f] = f == kP_ ? place.open_bordered(features[f], 1, memory[f])
+                             : place.open(features[f], 0, memory[f]);
+        in[kX_] = x.open_bordered(place, in[kP_], 1, memory[kX_]);
         for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
         if (strip.last == grid.shape.height)
@@ -266,10 +264,10 @@ struct Mixture {
   const A *a, *d, *lam;             // d null: 1
 
   // The two filters of o = x_filter * x + p_filter * p.
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void filters(const Grid<A>& grid, int64_t b, int64_t group, bool has_p,
-               Filter<A, kFixedStrides>& x_filter, Filter<A, kFixedStrides>& p_filter) const {
-    using Filter = dla::DLA_ISA::Filter<A, kFixedStrides>;
+               Filter<A, kPixelLanes>& x_filter, Filter<A, kPixelLanes>& p_filter) const {
+    using Filter = dla::DLA_ISA::Filter<A, kPixelLanes>;
     const int64_t row = b * grid.shape.channels;
     x_filter = {v_weight, grid, group};
     x_filter *= Filter::number(a + row, grid, group);
@@ -281,10 +279,10 @@ struct Mixture {
   }
 };
 
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct StencilPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -296,7 +294,7 @@ struct StencilPass {
   bool residual;
 
   struct Plane {
-    Filter<A, kFixedStrides> x_filter, p_filter;
+    Filter<A, kPixelLanes> x_filter, p_filter;
     V scale, shift;
     Mask<A> channels;
   };
@@ -309,30 +307,32 @@ struct StencilPass {
   }
 
   template <int R>
-  void block(int64_t row, const Plane& plane, const In& x_in,
-             const In& p_in, const Out& to, const Out& o_to) const {
-    for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, plane.channels);
-      const Mask<A> own = masks.centre();
-      const A* x_at = x_in.at(row, k);
-      prefetch_block<R, A>(x_in, x_at);
-      if (p) prefetch_block<R, A>(p_in, p_in.at(row, k));
-      V acc[R];
-      fill_block(acc, V{});
-      stencil_block<R, A>(x_in, x_at, masks, plane.x_filter, acc);
-      if (p) stencil_block<R, A>(p_in, p_in.at(row, k), masks, plane.p_filter, acc);
-      A* out_at = to.at(row, k);
+  void blocks(int64_t first, int64_t last, const Plane& plane, const In& x_in, const In& p_in,
+              const Out& to, const Out& o_to) const {
+    const FilterVectors<A> x_filter(plane.x_filter), p_filter(plane.p_filter);
+    for (int64_t row = first; row < last; row += R)
+      for (int64_t k = 0; k < grid.vectors; ++k) {
+        const Taps<A> taps = grid.taps(row, R, k, plane.channels);
+        const Mask<A> own = taps.own();
+        prefetch_block<R, A>(x_in, row, k);
+        if (p) prefetch_block<R, A>(p_in, row, k);
+        V acc[R];
+        fill_block(acc, V{});
+        stencil_block<R, A>(x_in, row, k, taps, x_filter, acc);
+        if (p) stencil_block<R, A>(p_in, row, k, taps, p_filter, acc);
+        auto x_rows = x_in.rows(row, k);
+        auto out_rows = to.rows(row, k);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        V base = plane.shift;
-        if (residual) base += load_masked<A>(x_at + r * x_in.row_stride, own);
-        store_masked<A>(out_at + r * to.row_stride, plane.scale * acc[r] + base, own);
+        for (int r = 0; r < R; ++r) {
+          V base = plane.shift;
+          if (residual) base += load_masked<A>(x_rows.next(), own);
+          store_masked<A>(out_rows.next(), plane.scale * acc[r] + base, own);
+        }
+        if (!o) continue;
+        auto o_rows = o_to.rows(row, k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) store_masked<A>(o_rows.next(), acc[r], own);
       }
-      if (!o) continue;
-      A* o_at = o_to.at(row, k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store_masked<A>(o_at + r * o_to.row_stride, acc[r], own);
-    }
   }
 
   void run(int threads) const {
@@ -344,16 +344,17 @@ struct StencilPass {
       A* memory[4];
       for (A*& m : memory) m = arena.take<A>(elements);
       Plane planes[kMostTogether];
-      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
-        In p_in = p ? place.open(p, 1, memory[1]) : In{};
-        const In x_in = x.open(place, p_in, 1, memory[0]);
+        In p_in = p ? place.open_bordered(p, 1, memory[1]) : In{};
+        const In x_in = x.open_bordered(place, p_in, 1, memory[0]);
         const Out to = place.open(out, memory[2]);
         const Out o_to = o ? place.open(o, memory[3]) : Out{};
-        for_blocks(grid, place.strip.first, place.strip.last, [&]<int R>(int64_t row) {
-          block<R>(row, plane, x_in, p_in, to, o_to);
-        });
+        for_ranges(grid, place.strip.first, place.strip.last,
+                   [&]<int R>(int64_t first, int64_t last) {
+                     blocks<R>(first, last, plane, x_in, p_in, to, o_to);
+                   });
         place.close(out, memory[2]);
         if (o) place.close(o, memory[3]);
       });
@@ -363,10 +364,10 @@ struct StencilPass {
 
 // ---- gradients ---------------------------------------------------------------------------------
 
-template <class A, bool kFixedStrides>
+template <class A, bool kPixelLanes>
 struct GradientsPass {
   using V = Vec<A>;
-  using Place = dla::DLA_ISA::Place<A, kFixedStrides>;
+  using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
   using Out = typename Place::Out;
   const Grid<A>& grid;
@@ -393,7 +394,7 @@ struct GradientsPass {
   };
 
   struct Plane {
-    Filter<A, kFixedStrides> x_filter, p_filter;
+    Filter<A, kPixelLanes> x_filter, p_filter;
     V a, out_scale, o_scale, offset, x_offset, p_offset;
     BranchSums branch;
     Mask<A> channels;
@@ -415,96 +416,104 @@ struct GradientsPass {
     c.channels = grid.channel_mask(group);
   }
 
-  // g of rows [row, row + R).
+  // g of rows [first, last).
   template <int R>
-  void form_g(int64_t row, const In (&in)[kInputs], const Plane& c,
+  void form_g(int64_t first, int64_t last, const In (&in)[kInputs], const Plane& c,
               const Out& g_out) const {
-    for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
-      const Mask<A> own = masks.centre();
-      for (const In& w : in)
-        if (w) prefetch_block<R, A>(w, w.at(row, k));
-      V g[R];
-      fill_block(g, V{});
-      if (o_scale != nullptr) {
-        stencil_block<R, A>(in[kX_], in[kX_].at(row, k), masks, c.x_filter, g);
-        if (p) stencil_block<R, A>(in[kP_], in[kP_].at(row, k), masks, c.p_filter, g);
+    const FilterVectors<A> x_filter(c.x_filter), p_filter(c.p_filter);
+    for (int64_t row = first; row < last; row += R)
+      for (int64_t k = 0; k < grid.vectors; ++k) {
+        const Taps<A> taps = grid.taps(row, R, k, c.channels);
+        const Mask<A> own = taps.own();
+        for (const In& w : in)
+          if (w) prefetch_block<R, A>(w, row, k);
+        V g[R];
+        fill_block(g, V{});
+        if (o_scale != nullptr) {
+          stencil_block<R, A>(in[kX_], row, k, taps, x_filter, g);
+          if (p) stencil_block<R, A>(in[kP_], row, k, taps, p_filter, g);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] = c.o_scale * g[r] + c.offset;
+          for (int r = 0; r < R; ++r) g[r] = c.o_scale * g[r] + c.offset;
+        }
+        if (grad_out) add<R>(in[kOut_].rows(row, k), own, c.out_scale, g);
+        if (grad_o) add<R>(in[kO_].rows(row, k), own, splat(A(1)), g);
+        auto to = g_out.rows(row, k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) store_masked<A>(to.next(), g[r], own);
       }
-      if (grad_out) add<R>(in[kOut_], in[kOut_].at(row, k), own, c.out_scale, g);
-      if (grad_o) add<R>(in[kO_], in[kO_].at(row, k), own, splat(A(1)), g);
-      A* to = g_out.at(row, k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store_masked<A>(to + r * g_out.row_stride, g[r], own);
-    }
   }
 
   template <int R>
-  static void add(const In& in, const A* at, Mask<A> own, V scale, V (&sum)[R]) {
+  static void add(RowCursor<const A> rows, Mask<A> own, V scale, V (&sum)[R]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] += scale * load_masked<A>(at + r * in.row_stride, own);
+    for (int r = 0; r < R; ++r) sum[r] += scale * load_masked<A>(rows.next(), own);
   }
 
-  // Adds the correlations of g with a feature over rows [row, row + R).
+  // Adds the correlations of g with a feature over rows [first, last).
   template <int R>
-  void correlate(int64_t row, const In& g_in, const In& feature,
+  void correlate(int64_t first, int64_t last, const In& g_in, const In& feature,
                  const Plane& c, V (&sums)[9]) const {
     V acc[9];
-    std::copy(sums, sums + 9, acc);
-    for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
-      const A* g_at = g_in.at(row, k);
-      V g[R];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) acc[tap] = sums[tap];
+    for (int64_t row = first; row < last; row += R)
+      for (int64_t k = 0; k < grid.vectors; ++k) {
+        const Taps<A> taps = grid.taps(row, R, k, c.channels);
+        auto g_rows = g_in.rows(row, k);
+        V g[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) g[r] = load_masked<A>(g_at + r * g_in.row_stride, masks.centre());
-      correlate_block<R, A>(feature, feature.at(row, k), masks, g, acc);
-    }
-    std::copy(acc, acc + 9, sums);
+        for (int r = 0; r < R; ++r) g[r] = load_masked<A>(g_rows.next(), taps.own());
+        correlate_block<R, A>(feature, row, k, taps, g, acc);
+      }
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) sums[tap] = acc[tap];
   }
 
-  // Gradient of a feature over rows [row, row + R): what `passed` holds is added if it is not null;
+  // Gradient of a feature over rows [first, last): what `passed` holds is added if it is not null;
   // then it is zero where a not null `rectified` is not positive, and joins not null `sums`.
   template <int R>
-  void spread(int64_t row, const In& g_in, const Filter<A, kFixedStrides>& flipped, V offset, const In* passed,
-              const In* rectified, BranchSums* sums, const Plane& c, const Out& to) const {
-    for (int64_t k = 0; k < grid.vectors; ++k) {
-      const TapMasks<A> masks = grid.masks(row, R, k, c.channels);
-      const Mask<A> own = masks.centre();
-      V acc[R];
-      fill_block(acc, offset);
-      stencil_block<R, A>(g_in, g_in.at(row, k), masks, flipped, acc);
-      if (passed != nullptr) add<R>(*passed, passed->at(row, k), own, splat(A(1)), acc);
-      if (rectified != nullptr) {
-        const A* x_at = rectified->at(row, k);
+  void spread(int64_t first, int64_t last, const In& g_in, const Filter<A, kPixelLanes>& flipped,
+              V offset, const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
+              const Out& to) const {
+    const FilterVectors<A> filter(flipped);
+    for (int64_t row = first; row < last; row += R)
+      for (int64_t k = 0; k < grid.vectors; ++k) {
+        const Taps<A> taps = grid.taps(row, R, k, c.channels);
+        const Mask<A> own = taps.own();
+        V acc[R];
+        fill_block(acc, offset);
+        stencil_block<R, A>(g_in, row, k, taps, filter, acc);
+        if (passed != nullptr) add<R>(passed->rows(row, k), own, splat(A(1)), acc);
+        if (rectified != nullptr) {
+          auto x_rows = rectified->rows(row, k);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-          acc[r] = load_masked<A>(x_at + r * rectified->row_stride, own) <= A(0) ? V{} : acc[r];
-      }
-      if (sums != nullptr) {
-        const A* z_at = sums->z.at(row, k);
-        V alone{}, with_z{};
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const V d = keep<A>(own, acc[r]);
-          alone += d;
-          with_z += d * (load_masked<A>(z_at + r * sums->z.row_stride, own) - sums->mean);
+          for (int r = 0; r < R; ++r)
+            acc[r] = load_masked<A>(x_rows.next(), own) <= A(0) ? V{} : acc[r];
         }
-        sums->alone += alone;
-        sums->with_z += with_z;
-      }
-      A* at = to.at(row, k);
+        if (sums != nullptr) {
+          auto z_rows = sums->z.rows(row, k);
+          V alone{}, with_z{};
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store_masked<A>(at + r * to.row_stride, acc[r], own);
-    }
+          for (int r = 0; r < R; ++r) {
+            const V d = keep<A>(own, acc[r]);
+            alone += d;
+            with_z += d * (load_masked<A>(z_rows.next(), own) - sums->mean);
+          }
+          sums->alone += alone;
+          sums->with_z += with_z;
+        }
+        auto to_rows = to.rows(row, k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) store_masked<A>(to_rows.next(), acc[r], own);
+      }
   }
 
-  void spread_rows(const Strip& strip, const In& g, const Filter<A, kFixedStrides>& filter, V offset,
+  void spread_rows(const Strip& strip, const In& g, const Filter<A, kPixelLanes>& filter, V offset,
                    const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
                    const Out& to) const {
-    const Filter<A, kFixedStrides> flipped = filter.flipped();
-    for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
-      spread<R>(row, g, flipped, offset, passed, rectified, sums, c, to);
+    const Filter<A, kPixelLanes> flipped = filter.flipped();
+    for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
+      spread<R>(first, last, g, flipped, offset, passed, rectified, sums, c, to);
     });
   }
 
@@ -520,7 +529,7 @@ struct GradientsPass {
     for (A*& input : m.inputs) input = arena.take<A>(elements);
     m.g = arena.take<A>(elements);
     m.dx = arena.take<A>(elements);
-    m.dp = arena.take<A>(elements);
+    m.dp = x.join ? arena.take<A>(elements) : m.dx;
     m.z = arena.take<A>(elements);
     m.weight_sums = arena.take<V>(18 * groups);
     std::fill_n(m.weight_sums, 18 * groups, V{});
@@ -532,21 +541,25 @@ struct GradientsPass {
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     In in[kInputs] = {};
     for (int f = 0; f < kInputs; ++f)
-      if (features[f]) in[f] = place.open(features[f], f < kOut_ ? 2 : 1, memory.inputs[f]);
-    in[kX_] = x.open(place, in[kP_], 2, memory.inputs[kX_]);
+      if (features[f])
+        in[f] = f == kP_ ? place.open_bordered(features[f], 2, memory.inputs[f])
+                         : place.open(features[f], 1, memory.inputs[f]);
+    in[kX_] = x.open_bordered(place, in[kP_], 2, memory.inputs[kX_]);
     // g is needed one row beyond the strip.
     const Strip around{std::max<int64_t>(0, strip.first - 1),
                        std::min(grid.shape.height, strip.last + 1)};
-    const Out g_out = place.on_memory(memory.g, around.first);
+    place.clear_border(memory.g, 1);
+    const Out g_out = place.on_memory(memory.g, strip.first - 1);
     const In g = g_out;
-    for_blocks(grid, around.first, around.last,
-               [&]<int R>(int64_t row) { form_g<R>(row, in, c, g_out); });
+    for_ranges(grid, around.first, around.last, [&]<int R>(int64_t first, int64_t last) {
+      form_g<R>(first, last, in, c, g_out);
+    });
     V x_sums[9], p_sums[9];
     fill_block(x_sums, V{});
     fill_block(p_sums, V{});
-    for_blocks(grid, strip.first, strip.last, [&]<int R>(int64_t row) {
-      correlate<R>(row, g, in[kX_], c, x_sums);
-      if (p) correlate<R>(row, g, in[kP_], c, p_sums);
+    for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
+      correlate<R>(first, last, g, in[kX_], c, x_sums);
+      if (p) correlate<R>(first, last, g, in[kP_], c, p_sums);
     });
     for (int tap = 0; tap < 9; ++tap) {
       weight_sums[tap] += c.a * x_sums[tap];
@@ -575,7 +588,7 @@ struct GradientsPass {
       const Memory memory = reserve(arena, units.groups_per_unit);
       const int64_t first_group = units.first_group(unit);
       Plane planes[kMostTogether];
-      for_strips<kFixedStrides>(units, grid, unit, [&](const Place& place, int64_t slot) {
+      for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         if (place.strip.first == 0) begin(place.b, place.group, planes[slot]);
         visit(place, planes[slot], memory, memory.weight_sums + 18 * (place.group - first_group));
       });
@@ -586,7 +599,7 @@ struct GradientsPass {
           store_channel_sums(rows + f * grid.shape.channels,
                              memory.weight_sums[18 * (group - first_group) + f], grid, group);
       if (branch != nullptr && units.have_whole_batches())
-        branch->template finish_unit<kFixedStrides>(units, unit);
+        branch->template finish_unit<kPixelLanes>(units, unit);
     });
   }
 };

@@ -35,7 +35,7 @@ struct Step {
   }
   template <class Body>
   void for_units(const Body& body) const {
-    with_strides(grid, [&](auto fixed) {
+    with_lanes(grid, [&](auto fixed) {
       parallel_for(threads, units.count(), [&](int64_t unit) { body(fixed, unit); });
     });
   }
@@ -48,7 +48,7 @@ struct ForwardStep : Step<A> {
 
   explicit ForwardStep(const ResidualNormForward& args) : Step<A>(args), args(args) {}
 
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void join(int64_t unit, const A* scale, const A* shift) const {
     thread_local Arena arena;
     const int64_t elements = grid.strip_elements(0);
@@ -56,8 +56,8 @@ struct ForwardStep : Step<A> {
     A *memory = arena.take<A>(elements), *other = arena.take<A>(elements);
     A* result = arena.take<A>(elements);
     const OutFeature out{args.out, args.dtype};
-    for_strips<kFixedStrides>(
-        units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t) {
+    for_strips<kPixelLanes>(
+        units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t) {
           const auto x = place.open(Feature{args.x, args.dtype}, 0, memory);
           const auto shortcut = place.open(Feature{args.shortcut, args.dtype}, 0, other);
           const auto to = place.open(out, result);
@@ -104,7 +104,7 @@ struct BackwardStep : Step<A> {
   explicit BackwardStep(const ResidualNormBackward& args) : Step<A>(args), args(args) {}
 
   // The gradient that passes the ReLU, to dshortcut and for now to dx, and its sums.
-  template <bool kFixedStrides>
+  template <bool kPixelLanes>
   void rectify(int64_t unit, A* sums) const {
     using V = Vec<A>;
     thread_local Arena arena;
@@ -114,8 +114,8 @@ struct BackwardStep : Step<A> {
     for (A*& m : memory) m = arena.take<A>(elements);
     const OutFeature dx{args.dx, args.dtype}, dshortcut{args.dshortcut, args.dtype};
     V totals[kMostTogether][2];
-    for_strips<kFixedStrides>(
-        units, grid, unit, [&](const Place<A, kFixedStrides>& place, int64_t slot) {
+    for_strips<kPixelLanes>(
+        units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t slot) {
           const auto grad = place.open(Feature{args.grad, args.dtype}, 0, memory[0]);
           const auto out = place.open(Feature{args.out, args.dtype}, 0, memory[1]);
           const auto x = place.open(Feature{args.x, args.dtype}, 0, memory[2]);

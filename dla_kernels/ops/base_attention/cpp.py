@@ -177,9 +177,8 @@ def backward(
     g = x.new_empty(0) if grad_out is None else empty_features(x)
     mix = state.new_empty(0 if grad_out is None else (len(values) + 1, *x.shape[:2]))
     dx = empty_features(x)
-    # It adds to the gradients of the cell, which is evaluated many times.
-    dweights = {name: None if w is None else torch.zeros_like(w) for name, w in weights.items()}
-    dlists = {name: [torch.zeros_like(t) for t in ts] for name, ts in weight_lists.items()}
+    dweights = {name: None if w is None else torch.empty_like(w) for name, w in weights.items()}
+    dlists = {name: [torch.empty_like(t) for t in ts] for name, ts in weight_lists.items()}
     module = native.load()
     module.base_attention_backward(
         module.BaseAttentionBackward(

@@ -17,37 +17,43 @@ from torch import Tensor
 
 from dla_kernels.ops._registration import flatten, sizes_of, unflatten
 from dla_kernels.ops.base_attention.reference import attend, value_weights
-from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features, without_autocast
+from dla_kernels.ops.common import dense, dense_format, empty_features, without_autocast
 from dla_kernels.ops.differentiate import Recorded
 from dla_kernels.ops.norm_triton import (
-    channel_norm,
+    Ending,
     chunk_moments,
+    ending,
+    finished,
     fold_moments,
     fold_sums,
     new_moments,
     norm_gradient,
+    normed,
     welford,
 )
+from dla_kernels.ops.stencil_triton import added, filtered, store_sums, through_filter, zeros
 from dla_kernels.ops.triton_common import (
     SMALL_TILE,
     finish,
-    launch,
+    in_plane,
+    launch_tiles,
     new_sums,
     padded,
+    per_plane,
     place,
     plane_sums,
+    step_of,
     tile,
     tiles,
 )
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-# Elements of a tile of the kernels with a stencil: 4 per thread. And its planes, each of which may
-# have a sum for every value, or for every coefficient of a filter.
+# Elements of a tile of the kernels that form o: 4 per thread. And its planes, each of which may
+# have a sum for every value.
 LIMITS = {"size": 1024, "max_planes": 32}
 REGISTERS = {"maxnreg": 128}  # per thread: with a limit, ptxas does not spill to get below it
-# Coefficients of a filter; an argument of the kernels, lest the compiler unroll the loop over them:
-# loads of all at once would need too many registers.
-TAPS = 9
+TAPS = tl.constexpr(9)  # of a filter
+STENCIL = 512  # elements of a tile of the kernel that keeps a sum for each tap
 
 
 class Mix(NamedTuple):
@@ -55,7 +61,6 @@ class Mix(NamedTuple):
 
     x: Tensor
     v_weight: Tensor
-    taps: int
     maps: tuple[Tensor, ...]  # values of the earlier layers, padded
     count: int  # of these
     weights: Tensor  # [count + 1, B, C]; the last is that of the layer's own value
@@ -65,14 +70,13 @@ class Mix(NamedTuple):
     width: int
 
 
-class Branch(NamedTuple):
-    """What lies between o and the sum with x. The first four are None where there is no norm."""
+class Size(NamedTuple):
+    """Of a map."""
 
-    mean: Tensor | None
-    var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    drop_scale: Tensor | None
+    batch: int
+    channels: int
+    height: int
+    width: int
 
 
 def forward(
@@ -116,7 +120,7 @@ def forward(
         weights = value_weights(scores, gates, head_dim)
 
     mix = _mix(x, values, v_weight, weights)
-    branch = _branch(norm, mean_in, var_in, norm_weight, norm_bias, drop_scale)
+    end = ending(norm, mean_in, var_in, norm_weight, norm_bias, drop_scale)
     options = {"EPS": eps, "RELU": relu, "RESIDUAL": residual, **REGISTERS}
     plan = tiles(x, summing=True, **LIMITS)
     out, v, sums_v = empty_features(x), None, None
@@ -127,14 +131,14 @@ def forward(
     o, moments = None, None
     if norm == "batch":
         o, moments = torch.empty_like(x, dtype=y.dtype), new_moments(x, plan)
-    tensors = mix, branch, v, sums_v, o, moments, out
-    launch(_mix_kernel, (plan.programs,), *tensors, **options, **plan.sizes)
+    tensors = mix, end, v, sums_v, o, moments, out
+    launch_tiles(plan, _mix_kernel, *tensors, **options)
     mean, var = y.new_empty(0), y.new_empty(0)
     if norm == "batch":
         mean, var = fold_moments(*moments, plan)
         plan = tiles(x, size=SMALL_TILE)
-        tensors = x, o, branch._replace(mean=mean, var=var), out, mix.channels
-        launch(_output_kernel, (plan.programs,), *tensors, **options, **plan.sizes)
+        tensors = x, o, end._replace(mean=mean, var=var), out, mix.channels
+        launch_tiles(plan, _output_kernel, *tensors, **options)
 
     own_mean = y.new_empty(0)
     if features:
@@ -205,17 +209,19 @@ def backward(
     dnorm = [torch.zeros_like(w) for w in (norm_weight, norm_bias) if w is not None]
     if grad_out is not None:
         mix = _mix(x, values, v_weight, weights)
-        branch = _branch(norm, mean, var, norm_weight, norm_bias, drop_scale)
-        g, dweights, *sums = _mix_backward(grad_out, mix, branch, norm, eps, relu)
-        dnorm = sums if branch.weight is not None else dnorm
+        end = ending(norm, mean, var, norm_weight, norm_bias, drop_scale)
+        g, dweights, *sums = _mix_backward(grad_out, mix, end, norm, eps, relu)
+        dnorm = sums if end.weight is not None else dnorm
         terms.append((g, weights[-1]))
-    dv = _weighted_sum(terms) if terms else None
+    level = torch.zeros_like(pooled_x)
+    if grad_pooled is not None and gated == "projections":
+        level = grad_pooled / (x.shape[2] * x.shape[3])
+    dv = _value_gradient(x, terms, level)
 
     dy, *dsmall = step.gradients([dweights, grad_state, grad_keys, grad_gates])
-    dmean_v = grad_pooled
-    if gated == "features" and grad_pooled is not None:
-        dy, dmean_v = dy + grad_pooled, None
-    dx, dfilter = _value_backward(dv, dmean_v, x, grad_out if residual else None, dy, v_weight)
+    if grad_pooled is not None and gated == "features":
+        dy = dy + grad_pooled
+    dx, dfilter = _value_backward(dv, x, grad_out if residual else None, dy, v_weight)
     if not needs_values or grad_out is None:
         g, weights = x.new_empty(0), state.new_empty(0)
     dsmall = [t.clone(memory_format=torch.contiguous_format) for t in dsmall]
@@ -226,159 +232,82 @@ def backward(
 def _mix(x: Tensor, values: Sequence[Tensor], v_weight: Tensor, weights: Tensor) -> Mix:
     batch, channels, height, width = x.shape
     maps = [dense(value, dense_format(x)) for value in values] or [x]
-    tensors = x, v_weight.contiguous(), TAPS, padded(maps), len(values), weights.contiguous()
+    tensors = x, v_weight.contiguous(), padded(maps), len(values), weights.contiguous()
     return Mix(*tensors, channels, batch * channels, height, width)
 
 
-def _branch(
-    norm: str,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    drop_scale: Tensor | None,
-) -> Branch:
-    of_norm = (None,) * 4 if norm == "none" else (mean, var, weight, bias)
-    return Branch(**contiguous(**Branch(*of_norm, drop_scale)._asdict()))
-
-
 def _mix_backward(
-    grad: Tensor, mix: Mix, branch: Branch, norm: str, eps: float, relu: bool
+    grad: Tensor, mix: Mix, end: Ending, norm: str, eps: float, relu: bool
 ) -> list[Tensor]:
     """Gradients of o and of the weights of the values; with a norm, of its weight and bias."""
     plan = tiles(grad, summing=True, **LIMITS)
-    options = {"EPS": eps, "RELU": relu, **REGISTERS, **plan.sizes}
+    options = {"EPS": eps, "RELU": relu, **REGISTERS}
     sums = None if norm == "none" else (new_sums(grad, plan), new_sums(grad, plan))
     dnorm: Sequence[Tensor] = ()
     if norm == "batch":
-        launch(_norm_sums_kernel, (plan.programs,), grad, mix, branch, sums, **options)
+        launch_tiles(plan, _norm_sums_kernel, grad, mix, end, sums, **options)
         dnorm, sums = tuple(fold_sums(sums)), None
     g, products = empty_features(grad), new_sums(grad, plan, mix.count + 1)
     count = grad.numel() // mix.channels
-    tensors = grad, mix, branch, dnorm or None, count, g, products, sums
+    tensors = grad, mix, end, dnorm or None, count, g, products, sums
     options["WEIGHTS"] = triton.next_power_of_2(mix.count + 1)
-    launch(_mix_backward_kernel, (plan.programs,), *tensors, **options)
+    launch_tiles(plan, _mix_backward_kernel, *tensors, **options)
     if sums is not None:
         dnorm = fold_sums(sums)
     (dweights,) = finish([products.flatten(0, 1)])
     return [g, dweights.view(mix.weights.shape), *dnorm]
 
 
-def _weighted_sum(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """sum_t w_t m_t of maps [B, C, H, W], dense in one format, and weights [B, C]."""
-    maps = [g for g, _ in terms]
-    weights = torch.stack([w for _, w in terms])
-    out = empty_features(maps[0])
-    plan = tiles(out)
-    tensors = padded(maps), len(maps), weights, weights[0].numel(), out
-    launch(_weighted_sum_kernel, (plan.programs,), *tensors, **plan.sizes)
-    return out
+def _value_gradient(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], level: Tensor) -> Tensor:
+    """dv = level + sum_t w_t m_t of maps like x and weights [B, C]; level is [B, C]."""
+    maps, dv = [m for m, _ in terms], empty_features(x)
+    weights = torch.stack([*(w for _, w in terms), level])
+    plan = tiles(x)
+    tensors = padded(maps or [x]), len(maps), weights, level.numel(), dv
+    launch_tiles(plan, _value_gradient_kernel, *tensors)
+    return dv
 
 
 def _value_backward(
-    dv: Tensor | None,
-    dmean_v: Tensor | None,
-    x: Tensor,
-    grad: Tensor | None,
-    dy: Tensor,
-    v_weight: Tensor,
+    dv: Tensor, x: Tensor, grad: Tensor | None, dy: Tensor, v_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and v_weight for those of v, its mean, the sum with x, and the mean of x."""
+    """Gradients of x and v_weight for those of v, of the sum with x, and of the mean of x."""
     dx = empty_features(x)
-    plan = tiles(x, summing=True, **LIMITS)
-    sums = new_sums(x, plan, TAPS)
-    small = contiguous(dmean_v=dmean_v, dy=dy, v_weight=v_weight).values()
-    tensors = dv, x, grad, *small, dx, sums
-    options = REGISTERS | plan.sizes
-    launch(_value_backward_kernel, (plan.programs,), *tensors, TAPS, *x.shape, **options)
+    plan = tiles(x, summing=True, size=STENCIL)
+    sums = new_sums(x, plan, TAPS.value)
+    tensors = dv, x, grad, dy.contiguous(), v_weight.contiguous(), dx, sums
+    launch_tiles(plan, _value_backward_kernel, *tensors, Size(*x.shape), **REGISTERS)
     return dx, torch.stack(fold_sums(sums.unbind(0)), dim=1).view(v_weight.shape)
 
 
 @triton.jit
-def neighbour(offset, inside, pixel, height, width, stride, down, right):
-    """Offsets and mask of the pixels so many lines further down and columns further right."""
-    line, column = pixel // width + down, pixel % width + right
-    there = inside & (line >= 0) & (line < height) & (column >= 0) & (column < width)
-    return offset + (down * width + right) * stride, there
-
-
-@triton.jit
-def weighted_sum(
-    maps, count, weights, rows, first, row, exists, offset, inside,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+def weighted_sum(maps, count, weights, rows, first, row, exists, offset, inside):
     """sum_t weights_t maps_t of one tile, t < count, in the dtype of the weights."""
-    total = tl.zeros((PLANES, PIXELS), weights.dtype.element_ty)
+    total = tl.zeros_like(offset).to(weights.dtype.element_ty)
     for t in tl.static_range(len(maps)):
         if t < count:
-            factor = tl.load(weights + t * rows + row, exists, 0.0)[:, None]
+            factor = per_plane(weights, tl.cast(rows, tl.int64) * t + row, exists)
             total += factor * tl.load(maps[t] + first + offset, inside, 0.0).to(total.dtype)
     return total
 
 
 @triton.jit
-def mixture(
-    mix, first, row, exists, offset, inside, pixel, planes,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
+def mixture(mix, first, row, exists, offset, inside, pixel, step):
     """o and the layer's own value, of one tile."""
-    dtype = mix.weights.dtype.element_ty
-    filters = mix.v_weight + row % mix.channels * mix.taps
-    own = tl.zeros((PLANES, PIXELS), dtype)
-    stride = planes if CHANNELS_LAST else 1
-    for tap in range(mix.taps):
-        offset_there, there = neighbour(
-            offset, inside, pixel, mix.height, mix.width, stride, tap // 3 - 1, tap % 3 - 1
-        )
-        near = tl.load(mix.x + first + offset_there, there, 0.0).to(dtype)
-        own += tl.load(filters + tap, exists, 0.0)[:, None] * near
-    o = weighted_sum(
-        mix.maps, mix.count, mix.weights, mix.rows, first, row, exists, offset, inside,
-        PLANES, PIXELS,
-    )  # fmt: skip
-    factor = tl.load(mix.weights + mix.count * mix.rows + row, exists, 0.0)[:, None]
+    channel = row % mix.channels
+    own = filtered(mix.x + first, mix.v_weight, offset, inside, pixel, channel, exists, mix, step)
+    o = weighted_sum(mix.maps, mix.count, mix.weights, mix.rows, first, row, exists, offset, inside)
+    factor = per_plane(mix.weights, tl.cast(mix.rows, tl.int64) * mix.count + row, exists)
     return o + factor * own, own
 
 
 @triton.jit
-def normed(o, branch, row, exists, channels, EPS: tl.constexpr):
-    """norm(o), o less the mean, and per plane 1 / deviation and the norm's factor."""
-    if branch.mean is None:
-        result, deviation, rstd, factor = o, o, None, None
-    else:
-        middle, rstd, factor = channel_norm(
-            branch.mean, branch.var, branch.weight, row, exists, channels, EPS
-        )
-        deviation = o - middle
-        result = deviation * factor
-        if branch.bias is not None:
-            result += tl.load(branch.bias + row % channels, exists, 0.0)[:, None]
-    return result, deviation, rstd, factor
-
-
-@triton.jit
-def finished(
-    o, branch, x, row, exists, channels,
-    EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """out of one tile."""
-    total, _, _, _ = normed(o, branch, row, exists, channels, EPS)
-    if RELU:
-        total = tl.where(total < 0, 0.0, total)  # NaN stays NaN, as in torch.relu
-    if branch.drop_scale is not None:
-        total *= tl.load(branch.drop_scale + row // channels, exists, 0.0)[:, None]
-    if RESIDUAL:
-        total += x.to(total.dtype)
-    return total
-
-
-@triton.jit
-def unfinished(grad, o, branch, row, exists, channels, EPS: tl.constexpr, RELU: tl.constexpr):
+def unfinished(grad, o, end, row, exists, channels, EPS: tl.constexpr, RELU: tl.constexpr):
     """Gradient of norm(o) for that of out; and what `normed` returns beside norm(o)."""
-    result, deviation, rstd, factor = normed(o, branch, row, exists, channels, EPS)
+    result, deviation, rstd, factor = normed(o, end, row, exists, channels, EPS)
     grad = grad.to(o.dtype)
-    if branch.drop_scale is not None:
-        grad *= tl.load(branch.drop_scale + row // channels, exists, 0.0)[:, None]
+    if end.drop_scale is not None:
+        grad *= per_plane(end.drop_scale, row // channels, exists)
     if RELU:
         grad = tl.where(result > 0, grad, 0.0)
     return grad, deviation, rstd, factor
@@ -386,84 +315,66 @@ def unfinished(grad, o, branch, row, exists, channels, EPS: tl.constexpr, RELU: 
 
 @triton.jit
 def _mix_kernel(
-    mix, branch, v, sums_v, o, moments, out, planes, area,
+    mix, end, v, sums_v, o, moments, out, cut,
     EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """v of one chunk of planes and its sums; and o and its moments if they are wanted, else out."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     dtype = mix.weights.dtype.element_ty
-    total = tl.zeros((PLANES, PIXELS), dtype)
-    mean = tl.zeros((PLANES, PIXELS), dtype)
-    squares = tl.zeros((PLANES, PIXELS), dtype)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
-        sum_of_values, own = mixture(
-            mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
-        )
+    total = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    mean = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    squares = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    for start in tl.range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS, disable_licm=True):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
+        sum_of_values, own = mixture(mix, first, row, exists, offset, inside, pixel, step_of(cut))
         if v is not None:
             tl.store(v + first + offset, own.to(v.dtype.element_ty), inside)
         if sums_v is not None:
             total += own
         if moments is not None:
             tl.store(o + first + offset, sum_of_values, inside)
-            mean, squares = welford(mean, squares, sum_of_values, inside, start // PIXELS + 1)
+            mean, squares = welford(mean, squares, sum_of_values, inside, start // cut.PIXELS + 1)
         else:
             x = tl.load(mix.x + first + offset, inside, 0.0)
-            result = finished(
-                sum_of_values, branch, x, row, exists, mix.channels, EPS, RELU, RESIDUAL
-            )
+            result = finished(sum_of_values, end, x, row, exists, mix.channels, EPS, RELU, RESIDUAL)
             tl.store(out + first + offset, result.to(out.dtype.element_ty), inside)
     if sums_v is not None:
         tl.store(sums_v + slot, tl.sum(total, axis=1), exists)
     if moments is not None:
-        middle, spread = chunk_moments(mean, squares, pixels, PIXELS, CHUNK)
+        middle, spread = chunk_moments(mean, squares, pixels, cut)
         tl.store(moments[0] + slot, middle, exists)
         tl.store(moments[1] + slot, spread, exists)
 
 
 @triton.jit
 def _output_kernel(
-    x, o, branch, out, channels, planes, area,
+    x, o, end, out, channels, cut,
     EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of out."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
     value = tl.load(o + first + offset, inside, 0.0)
     given = tl.load(x + first + offset, inside, 0.0)
-    result = finished(value, branch, given, row, exists, channels, EPS, RELU, RESIDUAL)
+    result = finished(value, end, given, row, exists, channels, EPS, RELU, RESIDUAL)
     tl.store(out + first + offset, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _norm_sums_kernel(
-    grad, mix, branch, sums, planes, area, EPS: tl.constexpr, RELU: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grad, mix, end, sums, cut, EPS: tl.constexpr, RELU: tl.constexpr
 ):  # fmt: skip
     """What one chunk of planes adds to the gradients of the norm's weight and bias."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    dweight = tl.zeros((PLANES, PIXELS), mix.weights.dtype.element_ty)
-    dbias = tl.zeros((PLANES, PIXELS), mix.weights.dtype.element_ty)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
-        o, _ = mixture(
-            mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
-        )
+    first, row, exists, slot, pixels = place(cut)
+    dweight = tl.zeros((cut.PLANES, cut.PIXELS), mix.weights.dtype.element_ty)
+    dbias = tl.zeros((cut.PLANES, cut.PIXELS), mix.weights.dtype.element_ty)
+    for start in tl.range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS, disable_licm=True):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
+        o, _ = mixture(mix, first, row, exists, offset, inside, pixel, step_of(cut))
         given = tl.load(grad + first + offset, inside, 0.0)
-        passed, deviation, rstd, _ = unfinished(
-            given, o, branch, row, exists, mix.channels, EPS, RELU
-        )
+        passed, deviation, rstd, _ = unfinished(given, o, end, row, exists, mix.channels, EPS, RELU)
         dweight += passed * deviation * rstd
         dbias += passed
     tl.store(sums[0] + slot, tl.sum(dweight, axis=1), exists)
@@ -472,33 +383,27 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _mix_backward_kernel(
-    grad, mix, branch, dnorm, values, g, products, sums, planes, area, WEIGHTS: tl.constexpr,
-    EPS: tl.constexpr, RELU: tl.constexpr,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grad, mix, end, dnorm, values, g, products, sums, cut,
+    WEIGHTS: tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """g = dL/do of one chunk of planes, and the sums of its products with the values.
 
     dnorm: of the norm's weight and bias, if g depends on them as the batch's moments do; else sums
     takes what the chunk adds to them, if there is a norm.
     """
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     dtype = mix.weights.dtype.element_ty
     number = tl.arange(0, WEIGHTS)[None, :]
-    found = tl.zeros((PLANES, WEIGHTS), dtype)
-    dweight = tl.zeros((PLANES, PIXELS), dtype)
-    dbias = tl.zeros((PLANES, PIXELS), dtype)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
-        o, own = mixture(
-            mix, first, row, exists, offset, inside, pixel, planes, PLANES, PIXELS, CHANNELS_LAST
-        )
+    found = tl.zeros((cut.PLANES, WEIGHTS), dtype)
+    dweight = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    dbias = tl.zeros((cut.PLANES, cut.PIXELS), dtype)
+    for start in tl.range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS, disable_licm=True):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
+        o, own = mixture(mix, first, row, exists, offset, inside, pixel, step_of(cut))
         given = tl.load(grad + first + offset, inside, 0.0)
         change, deviation, rstd, factor = unfinished(
-            given, o, branch, row, exists, mix.channels, EPS, RELU
+            given, o, end, row, exists, mix.channels, EPS, RELU
         )
         if sums is not None:
             dweight += change * deviation * rstd
@@ -517,7 +422,7 @@ def _mix_backward_kernel(
                 value = tl.load(mix.maps[t] + first + offset, inside, 0.0).to(dtype)
                 found += tl.where(number == t, tl.sum(change * value, axis=1)[:, None], 0.0)
         found += tl.where(number == mix.count, tl.sum(change * own, axis=1)[:, None], 0.0)
-    slots = mix.rows * tl.cdiv(area, CHUNK)
+    slots = tl.cast(mix.rows, tl.int64) * tl.cdiv(cut.area, cut.CHUNK)
     wanted = exists[:, None] & (number <= mix.count)
     tl.store(products + number * slots + slot[:, None], found, wanted)
     if sums is not None:
@@ -526,58 +431,39 @@ def _mix_backward_kernel(
 
 
 @triton.jit
-def _weighted_sum_kernel(
-    maps, count, weights, rows, out, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+def _value_gradient_kernel(
+    maps, count, weights, rows, dv, cut,
 ):  # fmt: skip
-    """One tile of the sum."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
-    total = weighted_sum(
-        maps, count, weights, rows, first, row, exists, offset, inside, PLANES, PIXELS
-    )
-    tl.store(out + first + offset, total.to(out.dtype.element_ty), inside)
+    """One tile of dv. weights: [count + 1, B, C]; the last is that of 1."""
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
+    total = weighted_sum(maps, count, weights, rows, first, row, exists, offset, inside)
+    total += per_plane(weights, tl.cast(rows, tl.int64) * count + row, exists)
+    tl.store(dv + first + offset, total.to(dv.dtype.element_ty), inside)
 
 
 @triton.jit
 def _value_backward_kernel(
-    dv, x, grad, dmean_v, dy, v_weight, dx, sums, taps, batch, channels, height, width,
-    planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    dv, x, grad, dy, v_weight, dx, sums, size, cut,
 ):  # fmt: skip
     """dx of one chunk of planes, and what it adds to the gradients of their filters."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     dtype = v_weight.dtype.element_ty
-    filters = v_weight + row % channels * taps
-    level = tl.load(dy + row, exists, 0.0) / area
-    level_v = tl.zeros((PLANES,), dtype)
-    if dmean_v is not None:
-        level_v += tl.load(dmean_v + row, exists, 0.0) / area
-    stride = planes if CHANNELS_LAST else 1
-    number = tl.arange(0, 16)[None, :]
-    found = tl.zeros((PLANES, 16), dtype)
-    for start in tl.range(0, tl.minimum(pixels, CHUNK), PIXELS, disable_licm=True):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = area - pixels + start + tl.arange(0, PIXELS)[None, :]
+    level = per_plane(dy, row, exists) / cut.area
+    step = step_of(cut)
+    totals = zeros(TAPS, cut, dtype)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
         own = tl.load(x + first + offset, inside, 0.0).to(dtype)
-        total = tl.zeros((PLANES, PIXELS), dtype) + level[:, None]
+        total, terms = through_filter(
+            dv + first, v_weight, own, offset, inside, pixel, row % size.channels, exists, size,
+            step,
+        )  # fmt: skip
+        totals = added(totals, terms)
+        total += level
         if grad is not None:
             total += tl.load(grad + first + offset, inside, 0.0).to(dtype)
-        for tap in range(taps):
-            # A pixel adds to the value on the other side of it.
-            offset_there, there = neighbour(
-                offset, inside, pixel, height, width, stride, 1 - tap // 3, 1 - tap % 3
-            )
-            change = tl.where(there, level_v[:, None], 0.0)
-            if dv is not None:
-                change += tl.load(dv + first + offset_there, there, 0.0).to(dtype)
-            total += tl.load(filters + tap, exists, 0.0)[:, None] * change
-            found += tl.where(number == tap, tl.sum(own * change, axis=1)[:, None], 0.0)
         tl.store(dx + first + offset, total.to(dx.dtype.element_ty), inside)
-    slots = batch * channels * tl.cdiv(area, CHUNK)
-    wanted = exists[:, None] & (number < taps)
-    tl.store(sums + number * slots + slot[:, None], found, wanted)
+    stride = tl.cast(size.batch, tl.int64) * size.channels * tl.cdiv(cut.area, cut.CHUNK)
+    store_sums(totals, sums, stride, slot, exists)

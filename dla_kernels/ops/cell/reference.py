@@ -121,10 +121,14 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class Kind(NamedTuple):
-    """A kind of cell; ``shapes(h, C)`` are those of its parameters."""
+    """A kind of cell; ``shapes(h, C)`` are those of its parameters.
+
+    layers: how many hidden layers it has.
+    """
 
     step: Callable[[Tensor, Tensor, Sequence[Tensor], Activation], Tensor]
     slots: int
+    layers: int
     shapes: Callable[[int, int], Shapes]
 
 
@@ -138,11 +142,11 @@ def _two_matrices(gates: int, c: int) -> Shapes:
 
 # The native kernels number them in this order (CellKind).
 CELLS = {
-    "dsu": Kind(dsu, 1, lambda h, c: ((h, 2 * c), (3 * c, h), (3 * c,))),
-    "dsu_split": Kind(dsu_split, 2, lambda h, c: _two_bottlenecks(3, h, c)),
-    "dia": Kind(dia, 2, lambda h, c: _two_bottlenecks(4, h, c)),
-    "lstm": Kind(lstm, 2, lambda h, c: _two_matrices(4, c)),
-    "rnn": Kind(rnn, 1, lambda h, c: _two_matrices(1, c)),
+    "dsu": Kind(dsu, 1, 1, lambda h, c: ((h, 2 * c), (3 * c, h), (3 * c,))),
+    "dsu_split": Kind(dsu_split, 2, 2, lambda h, c: _two_bottlenecks(3, h, c)),
+    "dia": Kind(dia, 2, 2, lambda h, c: _two_bottlenecks(4, h, c)),
+    "lstm": Kind(lstm, 2, 0, lambda h, c: _two_matrices(4, c)),
+    "rnn": Kind(rnn, 1, 0, lambda h, c: _two_matrices(1, c)),
 }
 
 

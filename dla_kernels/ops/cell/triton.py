@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.triton_common import launch, pick
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
@@ -84,7 +85,7 @@ class _Cell:
         self.kind = kind
         self.y, self.state = y.contiguous(), state.contiguous()
         self.params = [w.contiguous() for w in params]
-        self.layers = {"dsu": 1, "lstm": 0, "rnn": 0}.get(kind, 2)
+        self.layers = CELLS[kind].layers
         self.sides = self.split(self.params)
         self.sizes = Sizes(*y.shape, params[0].shape[0] if self.layers else 0)
         self.grid = _tiles(*y.shape)

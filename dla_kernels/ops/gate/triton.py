@@ -9,7 +9,7 @@ from torch import Tensor
 from dla_kernels.ops.common import dense, dense_format, empty_features
 from dla_kernels.ops.triton_common import (
     finish,
-    launch,
+    launch_tiles,
     new_sums,
     padded,
     pick,
@@ -30,7 +30,7 @@ def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]
     for alike in _alike(features):
         plan = tiles(features[alike[0]])
         lists = [padded([tensors[i] for i in alike]) for tensors in (features, gates, outs)]
-        launch(_forward_kernel, (plan.programs, len(alike)), *lists, **plan.sizes)
+        launch_tiles(plan, _forward_kernel, *lists, maps=len(alike))
     return outs
 
 
@@ -48,8 +48,7 @@ def backward(
         plan = tiles(x, summing=True)
         sums = [new_sums(x, plan) for _ in alike]
         lists = [padded([tensors[i] for i in alike]) for tensors in (grads, features, gates, dx)]
-        grid = (plan.programs, len(alike))
-        launch(_backward_kernel, grid, *lists, padded(sums), **plan.sizes)
+        launch_tiles(plan, _backward_kernel, *lists, padded(sums), maps=len(alike))
         dgates |= zip(alike, finish(sums), strict=True)
     return dx + [dgates[i] for i in range(len(gates))]
 
@@ -66,15 +65,13 @@ def _alike(features: Sequence[Tensor]) -> Iterator[list[int]]:
 
 @triton.jit
 def _forward_kernel(
-    features, gates, outs, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    features, gates, outs, cut,
 ):  # fmt: skip
     """One tile of the feature on grid axis 1."""
     number = tl.program_id(1)
     x, gate, out = pick(features, number), pick(gates, number), pick(outs, number)
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
     factor = tl.load(gate + row, exists)[:, None]
     product = tl.load(x + first + offset, inside).to(factor.dtype) * factor
     tl.store(out + first + offset, product.to(out.dtype.element_ty), inside)
@@ -82,21 +79,17 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grads, features, gates, dx, sums, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grads, features, gates, dx, sums, cut,
 ):  # fmt: skip
     """dx of one chunk of planes, and what it adds to the gradients of the gates."""
     number = tl.program_id(1)
     grad, x, gate = pick(grads, number), pick(features, number), pick(gates, number)
     out, dgate = pick(dx, number), pick(sums, number)
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     factor = tl.load(gate + row, exists)[:, None]
-    total = tl.zeros((PLANES, PIXELS), dgate.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    total = tl.zeros((cut.PLANES, cut.PIXELS), dgate.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         g = tl.load(grad + first + offset, inside, 0.0).to(factor.dtype)
         total += g * tl.load(x + first + offset, inside, 0.0).to(factor.dtype)
         tl.store(out + first + offset, (g * factor).to(out.dtype.element_ty), inside)

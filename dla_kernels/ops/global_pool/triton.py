@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_kernels.ops.common import dense, dense_format, empty_features
-from dla_kernels.ops.triton_common import launch, place, plane_sums, tile, tiles
+from dla_kernels.ops.triton_common import launch_tiles, place, plane_sums, tile, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 
@@ -19,18 +19,16 @@ def backward(grad: Tensor, x: Tensor) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
     grad, dx = grad.contiguous(), empty_features(x)
     plan = tiles(dx)
-    launch(_backward_kernel, (plan.programs,), grad, dx, **plan.sizes)
+    launch_tiles(plan, _backward_kernel, grad, dx)
     return dx
 
 
 @triton.jit
 def _backward_kernel(
-    grad, dx, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grad, dx, cut,
 ):  # fmt: skip
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    share = tl.load(grad + row, exists) / area
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
-    share = tl.broadcast_to(share[:, None], (PLANES, PIXELS)).to(dx.dtype.element_ty)
+    first, row, exists, _, pixels = place(cut)
+    share = tl.load(grad + row, exists) / cut.area
+    offset, inside = tile(cut, 0, pixels, exists)
+    share = tl.broadcast_to(share[:, None], (cut.PLANES, cut.PIXELS)).to(dx.dtype.element_ty)
     tl.store(dx + first + offset, share, inside)

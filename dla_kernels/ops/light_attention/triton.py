@@ -3,9 +3,7 @@ them the small part, on tensors [B, C]."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from dla_kernels.ops.cell import triton as cell
 from dla_kernels.ops.common import (
     compute_dtype,
+    contiguous,
     dense,
     dense_format,
     empty_features,
@@ -28,8 +27,9 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     Gradients,
     Inputs,
     Mixture,
-    Norm,
+    Moments,
     P,
+    Rule,
     Size,
     X,
     channel_gradients_kernel,
@@ -39,24 +39,32 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     output_kernel,
     statistics_kernel,
 )
+from dla_kernels.ops.norm_triton import Ending, ending
 from dla_kernels.ops.residual_norm.triton import moments, through_norm
-from dla_kernels.ops.triton_common import Tiles, finish, launch, new_sums, plane_sums, tiles
+from dla_kernels.ops.step_formulas import context_of
+from dla_kernels.ops.triton_common import (
+    Tiles,
+    finish,
+    launch,
+    launch_tiles,
+    new_sums,
+    plane_sums,
+    tiles,
+)
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
-REGISTERS = 128  # per thread of `moments_kernel`; with a limit, ptxas does not spill to be below it
 GRADIENTS, GRADIENTS_WARPS = 256, 4  # of `gradients_kernel`, which needs the most registers
+# Per thread; with a limit, ptxas does not spill to get below it.
+REGISTERS, GRADIENTS_REGISTERS = 128, 255
 # Pixels that a program forms g of before it reads what is around them.
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
 PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
 FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
 
-_contiguous = functools.partial(dense, layout=torch.contiguous_format)
 
-
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     """The cell's part of a step: the new state, and the gates under it."""
 
     kind: str
@@ -74,7 +82,7 @@ class _Cell:
         new_state = cell.forward(y, state, self.params, self.kind, self.activation)
         if pooled_p is None:
             return new_state, None
-        context = self._context(new_state)
+        context = context_of(new_state, self.context)
         output = cell.forward(pooled_p, context, self.params, self.kind, self.activation)[0]
         return new_state, torch.sigmoid(output) if self.gate == "sigmoid" else output
 
@@ -89,34 +97,24 @@ class _Cell:
         new_state: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, Tensor, list[Tensor]]:
         """Gradients of y and pooled p (None: zeros), of the state and of the parameters."""
-        dpooled_p, dparams = None, None
+        dpooled_p, dparams = None, [torch.zeros_like(w) for w in self.params]
         if pooled_p is not None:
             grad = torch.zeros_like(new_state)
             grad[0] = dd * d * (1 - d) if self.gate == "sigmoid" else dd
-            context = self._context(new_state)
+            context = context_of(new_state, self.context)
             dpooled_p, dcontext, *dparams = cell.backward(
                 grad, pooled_p, context, self.params, self.kind, self.activation
             )
             if self.context == "first_sample":
-                dcontext = torch.cat(
-                    [dcontext.sum(1, keepdim=True), torch.zeros_like(dcontext[:, 1:])], dim=1
-                )
+                of_all = dcontext.sum(1)
+                dcontext.zero_()[:, 0] = of_all
             grad_state = dcontext if grad_state is None else grad_state + dcontext
         if grad_state is None or self.kind == "none":
-            zeros = [torch.zeros_like(w) for w in self.params]
-            return None, dpooled_p, torch.zeros_like(state), zeros
-        dy, dstate, *own = cell.backward(
+            return None, dpooled_p, torch.zeros_like(state), dparams
+        dy, dstate, *of_y = cell.backward(
             grad_state, y, state, self.params, self.kind, self.activation
         )
-        if dparams is not None:
-            own = torch._foreach_add(own, dparams)
-        return dy, dpooled_p, dstate, list(own)
-
-    def _context(self, new_state: Tensor) -> Tensor:
-        """What the gates read: of the first sample, all the same (the official defect)."""
-        if self.context == "first_sample":
-            return new_state[:, :1].expand_as(new_state)
-        return new_state
+        return dy, dpooled_p, dstate, list(torch._foreach_add(of_y, dparams))
 
 
 def forward(
@@ -165,9 +163,9 @@ def forward(
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     gated = p is not None and kind != "none"
     if norm == "batch":
-        sums = _moments(inputs, Gradients(None, None))
-        y = sums[X.value] / area
-        pooled_p = sums[P0.value] + sums[P.value] / area if gated else None
+        found = _moments(inputs, Gradients(None, None))
+        y = found.sums[X.value] / area
+        pooled_p = found.sums[P0.value] + found.sums[P.value] / area if gated else None
     else:
         y, pooled_p = _means(inputs, gated)
     with without_autocast(x):
@@ -176,23 +174,26 @@ def forward(
     new_state, d = step.forward(y, pooled_p, state)
     pooled_p = torch.zeros_like(y) if pooled_p is None else pooled_p
     summary = torch.stack([y, pooled_p, attention, torch.ones_like(y) if d is None else d])
-    mixture = Mixture(summary, lam.contiguous(), batch * channels)
+    mixture = Mixture(*summary[2:], lam.contiguous())
     mean, var = state.new_empty(0), state.new_empty(0)
     if norm == "batch":
         mean, var = state.new_empty(channels), state.new_empty(channels)
-        grid = (triton.cdiv(channels, FOLD["CHANNELS"]),)
-        launch(statistics_kernel, grid, sums, mixture, mean, var, batch, channels, area, **FOLD)
+        launch(
+            statistics_kernel,
+            (triton.cdiv(channels, FOLD["CHANNELS"]),),
+            *(found, mixture, mean, var, batch, channels, area),
+            **FOLD,
+        )
     used = (mean_in, var_in) if norm == "running" else (mean, var)
     out, o = empty_features(x), empty_features(x) if return_o else None
     plan = tiles(x, size=STENCIL)
-    launch(
+    launch_tiles(
+        plan,
         output_kernel,
-        (plan.programs,),
-        *(inputs, mixture, _norm(norm, *used, norm_weight, norm_bias), _contiguous(drop_scale)),
-        *(out, o, Size(channels, height, width)),
+        *(inputs, mixture, ending(norm, *used, norm_weight, norm_bias, drop_scale), out, o),
+        Size(channels, height, width),
         EPS=eps,
         RESIDUAL=residual,
-        **plan.sizes,
     )
     o = x.new_empty(0) if o is None else o
     return out, o, new_state, mean, var, branch_mean, branch_var, summary
@@ -238,27 +239,17 @@ def backward(
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
-    batch, channels, height, width = x.shape
-    area = height * width
     branch = _branch(branch_norm, branch_mean, branch_var, branch_weight, branch_bias, branch_eps)
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     arriving = Gradients(grad_out, grad_o)
-    summary = summary.contiguous()
-    mixture = Mixture(summary, lam.contiguous(), batch * channels)
-    of_planes, of_channels = state.new_empty(3, batch, channels), state.new_empty(6, channels)
-    launch(
-        channel_gradients_kernel,
-        (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(_moments(inputs, arriving), mixture, _norm(norm, mean, var, norm_weight, norm_bias)),
-        *(_contiguous(drop_scale), of_planes, of_channels, batch, channels, area),
-        EPS=eps,
-        THROUGH_NORM=norm == "batch",
-        **FOLD,
-    )
-    y, pooled_p, _, d = summary
-    da, dd, _ = of_planes
+    y, pooled_p, a, d = summary.contiguous()
+    mixture = Mixture(a, d, lam.contiguous())
+    end = ending(norm, mean, var, norm_weight, norm_bias, drop_scale)
+    found = _channel_gradients(inputs, arriving, mixture, end, eps, norm == "batch")
+    da, dd, dlam, dnorm_weight, dnorm_bias, rule = found
+
     dy, dq, dk = differentiate(
-        lambda *inputs: scores_of(*inputs, head_dim), [y, q_weight, k_weight], [da]
+        lambda *given: scores_of(*given, head_dim), [y, q_weight, k_weight], [da]
     )
     gated = p is not None and kind != "none"
     step = _Cell(kind, activation, gate, context, cell_params)
@@ -266,35 +257,24 @@ def backward(
         dd, grad_state, y, pooled_p if gated else None, d, state, new_state
     )
     dy = dy if of_cell is None else dy + of_cell
-    dx = empty_features(x)
-    dp = empty_features(x) if p is not None and needs_p else None
-    plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[layout])
-    programs, length = _programs(x, plan), _neighbourhood(x, plan)
-    filters = state.new_empty(20, batch, channels, plan.chunks)
-    scratch = state.new_empty(programs, plan.sizes["PLANES"], length)
-    launch(
-        gradients_kernel,
-        (programs,),
-        *(inputs, arriving, mixture, of_planes, of_channels, dy.contiguous(), dpooled_p, dx, dp),
-        *(filters, filters.stride(0), None if branch is None else branch_mean.contiguous()),
-        *(scratch, plan.programs, length, Size(channels, height, width)),
-        THROUGH_NORM=norm == "batch",
+
+    dx, dp, dv_weight, dprev_weight, of_branch = _map_gradients(
+        *(inputs, arriving, mixture, rule, dy.contiguous(), dpooled_p),
+        *(None if branch is None else branch_mean.contiguous(), needs_p),
         RESIDUAL=residual,
         SCALED=branch_norm == "running",
-        **{**plan.sizes, "num_warps": GRADIENTS_WARPS},
     )
-    of_filters = filters.sum((1, 3))
     dbranch = None, None
     if branch is not None:
-        dbranch = of_filters[19] * torch.rsqrt(branch_var + branch_eps), of_filters[18]
+        dbranch = of_branch[1] * torch.rsqrt(branch_var + branch_eps), of_branch[0]
     if branch_norm == "batch":
-        dx = through_norm(dx, x, branch_mean, branch_var, branch_weight, *dbranch, branch_eps)
-    dlam, dnorm_weight, dnorm_bias, *_ = of_channels
+        statistics = branch_mean, branch_var, branch_weight
+        through_norm(dx, x, *statistics, *dbranch, branch_eps, out=dx)
     dweights = [
         _gradient_of(q_weight, dq),
         _gradient_of(k_weight, dk),
-        _gradient_of(v_weight, of_filters[:9].t()),
-        _gradient_of(prev_weight, of_filters[9:18].t() * lam[:, None]),
+        _gradient_of(v_weight, dv_weight.t()),
+        _gradient_of(prev_weight, dprev_weight.t()),
         _gradient_of(lam, dlam),
         _gradient_of(norm_weight, dnorm_weight),
         _gradient_of(norm_bias, dnorm_bias),
@@ -348,32 +328,26 @@ def _inputs(
     join: bool,
     branch: _Branch | None,
 ) -> Inputs:
-    filters = v_weight.contiguous(), _contiguous(prev_weight)
+    filters = contiguous(v_weight=v_weight, prev_weight=prev_weight).values()
     return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
 
 
-def _norm(norm: str, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Norm:
-    statistics = (None, None) if norm == "none" else (mean, var)
-    return Norm(*(_contiguous(t) for t in (*statistics, weight, bias)))
-
-
-def _moments(inputs: Inputs, gradients: Gradients) -> Tensor:
-    """The numbers of all planes [FIELDS, B, C], see `moments_kernel`."""
+def _moments(inputs: Inputs, gradients: Gradients) -> Moments:
+    """The numbers of all planes."""
     x = inputs.x
     batch, channels, height, width = x.shape
     plan = tiles(x, summing=True, size=STENCIL)
     dtype = compute_dtype(x.dtype)
     sums = x.new_zeros((FIELDS.value, batch, channels, plan.chunks), dtype=dtype)
     size = Size(channels, height, width)
-    launch(
+    launch_tiles(
+        plan,
         moments_kernel,
-        (plan.programs,),
         *(inputs, gradients, sums, sums.stride(0), size),
         maxnreg=REGISTERS,
-        **plan.sizes,
     )
     (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])
-    return sums.view(FIELDS.value, batch, channels)
+    return Moments(sums.view(FIELDS.value, batch, channels), batch * channels)
 
 
 def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
@@ -385,9 +359,72 @@ def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
         return y, *(pooled_p or [None])
     plan = tiles(x, summing=True, size=STENCIL)
     sums = new_sums(x, plan), new_sums(x, plan)
-    launch(means_kernel, (plan.programs,), inputs, *sums, x.shape[1], **plan.sizes)
+    launch_tiles(plan, means_kernel, inputs, *sums, x.shape[1])
     y, pooled_p = finish(sums)
     return y / area, pooled_p / area if gated else None
+
+
+def _channel_gradients(
+    inputs: Inputs,
+    arriving: Gradients,
+    mixture: Mixture,
+    end: Ending,
+    eps: float,
+    through_norm: bool,
+) -> tuple[Tensor | Rule, ...]:
+    """Gradients of a, d [B, C], of lam and of the norm's weight and bias [C]; what g is made by."""
+    batch, channels, height, width = inputs.x.shape
+    of_planes = mixture.a.new_empty(3, batch, channels)
+    of_channels = mixture.a.new_empty(6, channels)
+    launch(
+        channel_gradients_kernel,
+        (triton.cdiv(channels, FOLD["CHANNELS"]),),
+        *(_moments(inputs, arriving), mixture, end, of_planes, of_channels),
+        *(batch, channels, height * width),
+        EPS=eps,
+        THROUGH_NORM=through_norm,
+        **FOLD,
+    )
+    da, dd, factor = of_planes
+    of_norm = of_channels[3:] if through_norm else (None,) * 3
+    return da, dd, *of_channels[:3], Rule(factor, *of_norm)
+
+
+def _map_gradients(
+    inputs: Inputs,
+    arriving: Gradients,
+    mixture: Mixture,
+    rule: Rule,
+    dy: Tensor,
+    dpooled_p: Tensor | None,
+    branch_mean: Tensor | None,
+    needs_p: bool,
+    **flags: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, p and the filters [9, C], and sums for the branch's norm [2, C].
+
+    The last two are empty where there is no such thing. A branch's x is what has passed its norm;
+    see `gradients_kernel`.
+    """
+    x = inputs.x
+    batch, channels, height, width = x.shape
+    dx = empty_features(x)
+    dp = empty_features(x) if inputs.p is not None and needs_p else None
+    plan = tiles(x, size=GRADIENTS, chunk=GRADIENT_PIXELS[dense_format(x)])
+    programs, length = _programs(x, plan), _neighbourhood(x, plan)
+    parts = [9, 0 if inputs.prev_weight is None else 9, 0 if branch_mean is None else 2]
+    shares = dy.new_empty(sum(parts), batch, channels, plan.chunks)
+    scratch = dy.new_empty(programs, plan.cut.PLANES.value, length)
+    launch(
+        gradients_kernel,
+        (programs,),
+        *(inputs, arriving, mixture, rule, dy, dpooled_p, dx, dp, shares, shares.stride(0)),
+        *(branch_mean, scratch, plan.programs, length, Size(channels, height, width), plan.cut),
+        maxnreg=GRADIENTS_REGISTERS,
+        num_warps=GRADIENTS_WARPS,
+        **flags,
+    )
+    return dx, dp, *shares.sum((1, 3)).split(parts)
 
 
 def _programs(x: Tensor, plan: Tiles) -> int:
@@ -401,4 +438,4 @@ def _programs(x: Tensor, plan: Tiles) -> int:
 def _neighbourhood(x: Tensor, plan: Tiles) -> int:
     """Pixels of a plane that a chunk of it and all that is around can have."""
     height, width = x.shape[2:]
-    return min(height * width, plan.sizes["CHUNK"] + 2 * (width + 1))
+    return min(height * width, plan.cut.CHUNK.value + 2 * (width + 1))

@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dla_kernels.ops.triton_common import place, place_of, tile
+from dla_kernels.ops.norm_triton import finished
+from dla_kernels.ops.stencil_triton import added, neighbour, store_sums, through_filter, zeros
+from dla_kernels.ops.triton_common import (
+    aligned,
+    in_plane,
+    offsets,
+    per_plane,
+    place,
+    place_of,
+    step_of,
+    tile,
+)
 
 
 class Inputs(NamedTuple):
@@ -50,20 +61,30 @@ class Size(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Coefficients of o: a and d are the last two of summary [4, B, C], lam is [C]."""
+    """Coefficients of o = a u + lam (d p + e): a and d [B, C], lam [C]."""
 
-    summary: Any
+    a: Any
+    d: Any
     lam: Any
+
+
+class Moments(NamedTuple):
+    """What `moments_kernel` leaves, its chunks added up: [FIELDS, B, C]."""
+
+    sums: Any
     planes: int  # B * C
 
 
-class Norm(NamedTuple):
-    """Mean and variance [C], or None without a norm; weight and bias [C] or None."""
+class Rule(NamedTuple):
+    """g = factor * dL/dout [+ slope * (o - mean) + level] [+ the gradient that arrives at o].
 
+    factor is [B, C]; the others are [C], None unless o has a part in the norm's statistics.
+    """
+
+    factor: Any
     mean: Any
-    var: Any
-    weight: Any
-    bias: Any
+    slope: Any
+    level: Any
 
 
 # Numbers of a plane that `moments_kernel` leaves: sums of x; of u, p, e; of their products with
@@ -75,26 +96,6 @@ X, U, P, E, UU, UP, UE, PP, PE, EE, G, GU, GP, GE, D, DU, DP, DE, U0, P0, E0 = (
 )
 
 # --- maps -----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def neighbour(tap: tl.constexpr, offset, inside, row, column, size, step):
-    """Offset of the pixel under a tap of a 3x3 filter, and whether there is one."""
-    if tap < 3:
-        inside = inside & (row > 0)
-    if tap >= 6:
-        inside = inside & (row < size.height - 1)
-    if tap % 3 == 0:
-        inside = inside & (column > 0)
-    if tap % 3 == 2:
-        inside = inside & (column < size.width - 1)
-    return offset + ((tap // 3 - 1) * size.width + (tap % 3 - 1)) * step, inside
-
-
-@triton.jit
-def per_plane(values, index, exists):
-    """[PLANES, 1] from an array."""
-    return tl.load(values + index, exists, 0.0)[:, None]
 
 
 @triton.jit
@@ -120,21 +121,17 @@ def read_p(inputs, offset, inside):
 @triton.jit
 def features(inputs, first, offset, inside, pixel, channel, exists, size, step):
     """x at the pixels of a tile; and u, p, e there, as many of them as there are."""
-    row = pixel // size.width
-    column = pixel - row * size.width
     dtype: tl.constexpr = inputs.v_weight.dtype.element_ty
     u = tl.zeros_like(offset).to(dtype)
     e = tl.zeros_like(offset).to(dtype)
     p = tl.zeros_like(offset).to(dtype)
     # A loop: of nine taps at once the compiler would load everything first, into many registers.
     for i in range(3):
-        known = inside & (row + i > 0) & (row + i <= size.height)
         for j in tl.static_range(3):
-            there = known & (column + j > 0) & (column + j <= size.width)
-            at = first + offset + ((i - 1) * size.width + j - 1) * step
+            near, there = neighbour(offset, inside, pixel, i - 1, j - 1, size, step)
             if inputs.prev_weight is not None or inputs.shortcut is not None:
-                p = read_p(inputs, at, there)
-            x = read_x(inputs, at, there, channel, exists, p)
+                p = read_p(inputs, first + near, there)
+            x = read_x(inputs, first + near, there, channel, exists, p)
             tap = channel * 9 + 3 * i + j
             u += per_plane(inputs.v_weight, tap, exists) * x
             if inputs.prev_weight is not None:
@@ -152,10 +149,10 @@ def features(inputs, first, offset, inside, pixel, channel, exists, size, step):
 
 @triton.jit
 def mixed(mixture, row, channel, exists, values):
-    """o = a u + lam (d p + e) from those of u, p, e that there are."""
-    o = per_plane(mixture.summary + 2 * mixture.planes, row, exists) * values[0]
+    """o from those of u, p, e that there are."""
+    o = per_plane(mixture.a, row, exists) * values[0]
     if len(values) > 1:
-        rest = per_plane(mixture.summary + 3 * mixture.planes, row, exists) * values[1]
+        rest = per_plane(mixture.d, row, exists) * values[1]
         if len(values) > 2:
             rest += values[2]
         o += per_plane(mixture.lam, channel, exists) * rest
@@ -164,18 +161,14 @@ def mixed(mixture, row, channel, exists, values):
 
 @triton.jit
 def means_kernel(
-    inputs, of_x, of_p, channels, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, of_x, of_p, channels, cut,
 ):  # fmt: skip
     """Sums of a joined x and of p over one chunk of planes."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    total_x = tl.zeros((PLANES, PIXELS), of_x.dtype.element_ty)
-    total_p = tl.zeros((PLANES, PIXELS), of_x.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    first, row, exists, slot, pixels = place(cut)
+    total_x = tl.zeros((cut.PLANES, cut.PIXELS), of_x.dtype.element_ty)
+    total_p = tl.zeros((cut.PLANES, cut.PIXELS), of_x.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         p = read_p(inputs, first + offset, inside)
         total_p += p
         total_x += read_x(inputs, first + offset, inside, row % channels, exists, p)
@@ -238,84 +231,68 @@ def deviations(values, centres, inside):
 
 
 @triton.jit
-def zeros(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, dtype: tl.constexpr):
-    """A tuple of tiles."""
-    found = ()
-    for _ in tl.static_range(count):
-        found = found + (tl.zeros((rows, columns), dtype),)
-    return found
-
-
-@triton.jit
-def added(totals, values):
-    """Sums of two tuples, member by member."""
-    found = ()
-    for i in tl.static_range(len(totals)):
-        found = found + (totals[i] + values[i],)
-    return found
-
-
-@triton.jit
 def moments_kernel(
-    inputs, gradients, sums, stride, size, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, gradients, sums, stride, size, cut,
 ):  # fmt: skip
     """sums[field, plane, chunk] for one chunk of planes; ``stride`` is that of a field."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     channel = row % size.channels
-    step = planes if CHANNELS_LAST else 1
-    begin = area - pixels
+    step = step_of(cut)
+    begin = cut.area - pixels
     # All chunks of a plane subtract the same, so that their sums can be added. A value inside the
     # map is close enough to the mean: float32 squares of large numbers would lose the variance.
-    middle = area // 2
-    at, known = tile(middle - begin, pixels, exists, planes, area, PLANES, 1, ALIGN, CHANNELS_LAST)
-    middle = tl.full((1, 1), middle, tl.int32)
-    _, centres = features(inputs, first, at, known, middle, channel, exists, size, step)
+    middle = tl.full((1, 1), cut.area // 2, tl.int32)
+    planes, area = aligned(cut)
+    at = offsets(cut, middle - begin, planes, area)
+    _, centres = features(inputs, first, at, exists[:, None], middle, channel, exists, size, step)
     of: tl.constexpr = fields(len(centres), gradients)
-    totals = zeros(len(of), PLANES, PIXELS, centres[0].dtype)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
-        pixel = begin + start + tl.arange(0, PIXELS)[None, :]
+    totals = zeros(len(of), cut, centres[0].dtype)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
+        pixel = in_plane(cut, start, pixels)
         x, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
         values = deviations(values, centres, inside)
         totals = added(totals, terms(x, values, gradients, first + offset, inside))
+    stride = tl.cast(stride, tl.int64)
     for i in tl.static_range(len(of)):
-        tl.store(sums + of[i] * stride + slot, tl.sum(totals[i], axis=1), exists)
+        tl.store(sums + stride * of[i] + slot, tl.sum(totals[i], axis=1), exists)
     # They are added up over chunks as all the others.
     for i in tl.static_range(len(centres)):
         centre = tl.where(begin == 0, tl.sum(centres[i], axis=1), 0.0)
-        tl.store(sums + (U0 + i) * stride + slot, centre, exists)
+        tl.store(sums + stride * (U0 + i) + slot, centre, exists)
 
 
 # --- between the passes: [B, C] -------------------------------------------------------------------
 
 
 @triton.jit
-def of_field(sums, field: tl.constexpr, index, inside, mixture):
-    """One number of each plane, in double: sums over the batch in float are not accurate enough."""
-    return tl.load(sums + field * mixture.planes + index, inside, 0.0).to(tl.float64)
+def double(values, index, inside, missing: tl.constexpr = 0.0):
+    """Values, for exact sums over the batch; ``missing`` stands for an array of None."""
+    if values is not None:
+        return tl.load(values + index, inside, 0.0).to(tl.float64)
+    else:
+        return tl.where(inside, tl.full(inside.shape, missing, tl.float64), 0.0)
+
+
+@triton.jit
+def of_field(moments, field: tl.constexpr, index, inside):
+    """One number of each plane."""
+    return double(moments.sums + tl.cast(moments.planes, tl.int64) * field, index, inside)
 
 
 @triton.jit
 def coefficients(mixture, index, channel, inside):
-    """a, lam d and lam in double."""
-    a = of_field(mixture.summary, 2, index, inside, mixture)
-    d = of_field(mixture.summary, 3, index, inside, mixture)
-    lam = tl.load(mixture.lam + channel, inside, 0.0).to(tl.float64)
-    return a, lam * d, lam
+    """a, lam d and lam."""
+    lam = double(mixture.lam, channel, inside)
+    return double(mixture.a, index, inside), lam * double(mixture.d, index, inside), lam
 
 
 @triton.jit
-def mix(
-    sums, of_u: tl.constexpr, of_p: tl.constexpr, of_e: tl.constexpr, index, inside, mixture, k
-):
+def mix(moments, u: tl.constexpr, p: tl.constexpr, e: tl.constexpr, index, inside, k):
     """The same of o as three fields are of u, p and e."""
-    u = of_field(sums, of_u, index, inside, mixture)
-    p = of_field(sums, of_p, index, inside, mixture)
-    return k[0] * u + k[1] * p + k[2] * of_field(sums, of_e, index, inside, mixture)
+    of_u = of_field(moments, u, index, inside)
+    of_p = of_field(moments, p, index, inside)
+    return k[0] * of_u + k[1] * of_p + k[2] * of_field(moments, e, index, inside)
 
 
 @triton.jit
@@ -327,35 +304,34 @@ def block(start, batch, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def mean_of(sums, mixture, batch, channels, area, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def mean_of(moments, mixture, batch, channels, area, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Mean [CHANNELS] of o over batch and space."""
     total = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        total += mix(sums, U0, P0, E0, index, inside, mixture, k)
-        total += mix(sums, U, P, E, index, inside, mixture, k) / area
+        total += mix(moments, U0, P0, E0, index, inside, k)
+        total += mix(moments, U, P, E, index, inside, k) / area
     return tl.sum(total, axis=0) / batch
 
 
 @triton.jit
 def statistics_kernel(
-    sums, mixture, mean, var, batch, channels, area, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    moments, mixture, mean, var, batch, channels, area, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """Mean and biased variance of o, for some channels."""
-    middle = mean_of(sums, mixture, batch, channels, area, ROWS, CHANNELS)
+    middle = mean_of(moments, mixture, batch, channels, area, ROWS, CHANNELS)
     total = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        square = k[0] * mix(sums, UU, UP, UE, index, inside, mixture, k)
-        square += k[1] * mix(sums, UP, PP, PE, index, inside, mixture, k)
-        square += k[2] * mix(sums, UE, PE, EE, index, inside, mixture, k)
-        alone = mix(sums, U, P, E, index, inside, mixture, k)
+        square = k[0] * mix(moments, UU, UP, UE, index, inside, k)
+        square += k[1] * mix(moments, UP, PP, PE, index, inside, k)
+        square += k[2] * mix(moments, UE, PE, EE, index, inside, k)
+        alone = mix(moments, U, P, E, index, inside, k)
         centred = square - alone * alone / area
-        deviation = (
-            mix(sums, U0, P0, E0, index, inside, mixture, k) + alone / area - middle[None, :]
-        )
+        mean_of_plane = mix(moments, U0, P0, E0, index, inside, k) + alone / area
+        deviation = mean_of_plane - middle[None, :]
         spread = tl.where(centred > 0, centred, 0.0) + deviation * deviation * area
         total += tl.where(inside, spread, 0.0)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -365,45 +341,35 @@ def statistics_kernel(
 
 
 @triton.jit
-def loaded(values, index, inside, missing: tl.constexpr):
-    """Values in double; ``missing`` stands for an array of None."""
-    if values is not None:
-        return tl.load(values + index, inside, 0.0).to(tl.float64)
-    else:
-        return tl.where(inside, tl.full(inside.shape, missing, tl.float64), 0.0)
-
-
-@triton.jit
 def channel_gradients_kernel(
-    sums, mixture, norm, drop_scale, of_planes, of_channels, batch, channels, area,
+    moments, mixture, end, of_planes, of_channels, batch, channels, area,
     EPS: tl.constexpr, THROUGH_NORM: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """What follows from the moments of G = dL/dout, for some channels.
 
-    of_planes [3, B, C]: da, dd and the factor of G in g. of_channels [6, C]: gradients of lam and
-    of the norm's weight and bias; mean, slope and level in g = factor G + slope (o - mean) + level
-    [+ gradient of o].
+    of_planes [3, B, C]: da, dd and the factor of the `Rule`. of_channels [6, C]: gradients of lam
+    and of the norm's weight and bias; mean, slope and level of the `Rule`.
     """
     line = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = line < channels
-    middle = loaded(norm.mean, line, exists, 0.0)
+    middle = double(end.mean, line, exists)
     if THROUGH_NORM:
         # Not the one that was rounded: it is multiplied by sums of gradients over whole planes.
-        middle = mean_of(sums, mixture, batch, channels, area, ROWS, CHANNELS)
+        middle = mean_of(moments, mixture, batch, channels, area, ROWS, CHANNELS)
     rstd = tl.full((CHANNELS,), 1.0, tl.float64)
-    if norm.var is not None:
-        rstd = 1.0 / tl.sqrt(loaded(norm.var, line, exists, 1.0) + EPS)
-    weight = rstd * loaded(norm.weight, line, exists, 1.0)
+    if end.var is not None:
+        rstd = 1.0 / tl.sqrt(double(end.var, line, exists) + EPS)
+    weight = rstd * double(end.weight, line, exists, 1.0)
     dweight = tl.zeros((ROWS, CHANNELS), tl.float64)
     dbias = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        centre = mix(sums, U0, P0, E0, index, inside, mixture, k) - middle[None, :]
-        scale = loaded(drop_scale, index // channels, inside, 1.0)
-        alone = of_field(sums, G, index, inside, mixture)
+        centre = mix(moments, U0, P0, E0, index, inside, k) - middle[None, :]
+        scale = double(end.drop_scale, index // channels, inside, 1.0)
+        alone = of_field(moments, G, index, inside)
         dbias += scale * alone
-        dweight += scale * (mix(sums, GU, GP, GE, index, inside, mixture, k) + centre * alone)
+        dweight += scale * (mix(moments, GU, GP, GE, index, inside, k) + centre * alone)
     dbias = tl.sum(dbias, axis=0)
     dweight = tl.sum(dweight, axis=0) * rstd
     slope = tl.zeros((CHANNELS,), tl.float64)
@@ -415,21 +381,21 @@ def channel_gradients_kernel(
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        centre = mix(sums, U0, P0, E0, index, inside, mixture, k) - middle[None, :]
-        factor = weight[None, :] * loaded(drop_scale, index // channels, inside, 1.0)
+        centre = mix(moments, U0, P0, E0, index, inside, k) - middle[None, :]
+        factor = weight[None, :] * double(end.drop_scale, index // channels, inside, 1.0)
         # Sums over the plane of g and of g f for f = u, p, e.
-        alone = mix(sums, U, P, E, index, inside, mixture, k) + centre * area
-        g = factor * of_field(sums, G, index, inside, mixture) + slope[None, :] * alone
-        g += level[None, :] * area + of_field(sums, D, index, inside, mixture)
-        known = (sums, g, factor, slope, level, centre, index, inside, mixture, k)
+        alone = mix(moments, U, P, E, index, inside, k) + centre * area
+        g = factor * of_field(moments, G, index, inside) + slope[None, :] * alone
+        g += level[None, :] * area + of_field(moments, D, index, inside)
+        known = (moments, g, factor, slope, level, centre, index, inside, k)
         gu = with_g(U, U0, UU, UP, UE, GU, DU, known)
         gp = with_g(P, P0, UP, PP, PE, GP, DP, known)
         ge = with_g(E, E0, UE, PE, EE, GE, DE, known)
-        dlam += of_field(mixture.summary, 3, index, inside, mixture) * gp + ge
+        dlam += double(mixture.d, index, inside) * gp + ge
         found = (gu, k[2] * gp, factor)
         for i in tl.static_range(3):
             value = found[i].to(of_planes.dtype.element_ty)
-            tl.store(of_planes + i * mixture.planes + index, value, inside)
+            tl.store(of_planes + tl.cast(moments.planes, tl.int64) * i + index, value, inside)
     found = (tl.sum(dlam, axis=0), dweight, dbias, middle, slope, level)
     for i in tl.static_range(6):
         value = found[i].to(of_channels.dtype.element_ty)
@@ -442,13 +408,13 @@ def with_g(
     with_e: tl.constexpr, with_out: tl.constexpr, with_o: tl.constexpr, known,
 ):  # fmt: skip
     """Sum over each plane of g f, from the fields of f = u, p or e."""
-    sums, g, factor, slope, level, centre, index, inside, mixture, k = known
-    of_f = of_field(sums, alone, index, inside, mixture)
-    found = factor * of_field(sums, with_out, index, inside, mixture)
-    o = mix(sums, with_u, with_p, with_e, index, inside, mixture, k) + centre * of_f
+    moments, g, factor, slope, level, centre, index, inside, k = known
+    of_f = of_field(moments, alone, index, inside)
+    found = factor * of_field(moments, with_out, index, inside)
+    o = mix(moments, with_u, with_p, with_e, index, inside, k) + centre * of_f
     found += slope[None, :] * o + level[None, :] * of_f
-    found += of_field(sums, with_o, index, inside, mixture)
-    return found + of_field(sums, shift, index, inside, mixture) * g
+    found += of_field(moments, with_o, index, inside)
+    return found + of_field(moments, shift, index, inside) * g
 
 
 # --- output ---------------------------------------------------------------------------------------
@@ -456,34 +422,20 @@ def with_g(
 
 @triton.jit
 def output_kernel(
-    inputs, mixture, norm, drop_scale, out, o, size,
-    EPS: tl.constexpr, RESIDUAL: tl.constexpr,
-    planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, mixture, end, out, o, size, cut, EPS: tl.constexpr, RESIDUAL: tl.constexpr
 ):  # fmt: skip
     """One tile of out, and of o if that is not None."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
     channel = row % size.channels
-    step = planes if CHANNELS_LAST else 1
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
-    pixel = area - pixels + tl.arange(0, PIXELS)[None, :]
+    step = step_of(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
+    pixel = in_plane(cut, 0, pixels)
     x, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
-    branch = mixed(mixture, row, channel, exists, values)
+    mixture_here = mixed(mixture, row, channel, exists, values)
     if o is not None:
-        tl.store(o + first + offset, branch.to(o.dtype.element_ty), inside)
-    if norm.mean is not None:
-        factor = 1.0 / tl.sqrt(per_plane(norm.var, channel, exists) + EPS)
-        if norm.weight is not None:
-            factor *= per_plane(norm.weight, channel, exists)
-        branch = (branch - per_plane(norm.mean, channel, exists)) * factor
-        if norm.bias is not None:
-            branch += per_plane(norm.bias, channel, exists)
-    if drop_scale is not None:
-        branch *= per_plane(drop_scale, row // size.channels, exists)
-    if RESIDUAL:
-        branch += x
-    tl.store(out + first + offset, branch.to(out.dtype.element_ty), inside)
+        tl.store(o + first + offset, mixture_here.to(o.dtype.element_ty), inside)
+    result = finished(mixture_here, end, x, row, exists, size.channels, EPS, False, RESIDUAL)
+    tl.store(out + first + offset, result.to(out.dtype.element_ty), inside)
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -491,20 +443,19 @@ def output_kernel(
 
 @triton.jit
 def form_g(
-    inputs, gradients, mixture, of_planes, of_channels, first, offset, inside, pixel, row, exists,
-    size, step, THROUGH_NORM: tl.constexpr,
+    inputs, gradients, mixture, rule, first, offset, inside, pixel, row, exists, size, step
 ):  # fmt: skip
-    """g = dL/do on a tile (see `channel_gradients_kernel`)."""
-    channel = row % size.channels
-    g = tl.zeros_like(offset).to(of_planes.dtype.element_ty)
-    if THROUGH_NORM:
+    """g of a tile, see `Rule`."""
+    g = tl.zeros_like(offset).to(rule.factor.dtype.element_ty)
+    if rule.slope is not None:
+        channel = row % size.channels
         _, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
         o = mixed(mixture, row, channel, exists, values)
-        mean = per_plane(of_channels + 3 * size.channels, channel, exists)
-        slope = per_plane(of_channels + 4 * size.channels, channel, exists)
-        g = slope * (o - mean) + per_plane(of_channels + 5 * size.channels, channel, exists)
+        deviation = o - per_plane(rule.mean, channel, exists)
+        slope = per_plane(rule.slope, channel, exists)
+        g = slope * deviation + per_plane(rule.level, channel, exists)
     if gradients.out is not None:
-        factor = per_plane(of_planes + 2 * mixture.planes, row, exists)
+        factor = per_plane(rule.factor, row, exists)
         g += factor * tl.load(gradients.out + first + offset, inside, 0.0).to(g.dtype)
     if gradients.o is not None:
         g += tl.load(gradients.o + first + offset, inside, 0.0).to(g.dtype)
@@ -513,119 +464,84 @@ def form_g(
 
 @triton.jit
 def gradients_kernel(
-    inputs, gradients, mixture, of_planes, of_channels, dy, dpooled_p, dx, dp, filters, stride,
-    branch_mean, scratch, programs, length, size,
-    THROUGH_NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-    planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    inputs, gradients, mixture, rule, dy, dpooled_p, dx, dp, shares, stride, branch_mean,
+    scratch, programs, length, size, cut, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """dx and dp of chunks of planes, and their shares of filters [20, plane, chunk].
+    """dx and dp of chunks of planes, and their shares [., plane, chunk] of gradients of weights.
 
-    These are the correlations of a g with x (9) and of g with p (9); and, where branch_mean is not
-    None, sums of the gradient of the normed branch and of its product with the deviation of the
-    branch from that mean. dx is then that gradient, or with SCALED the one of the branch itself,
-    for a norm with constant statistics.
+    These are of v_weight (9) and prev_weight (9), as far as they are there; and, where branch_mean
+    is not None, sums of the gradient of the normed branch and of its product with the deviation of
+    the branch from that mean. dx is then that gradient, or with SCALED the one of the branch
+    itself, for a norm with constant statistics.
 
     g is needed around every pixel: a program first forms it for a whole chunk and what is around
     it, in [PLANES, length] elements of scratch memory that are its own. There are only as many
-    programs as run at a time, so all of that stays in the cache.
+    programs as run at a time, so all of that stays in the cache. What a thread of a program writes
+    there, others read after a barrier, which orders accesses to global memory too (bar.sync).
     """
-    dtype: tl.constexpr = of_planes.dtype.element_ty
-    step = planes if CHANNELS_LAST else 1
-    own_step = PLANES if CHANNELS_LAST else 1
-    scratch += tl.program_id(0).to(tl.int64) * PLANES * length
+    dtype: tl.constexpr = rule.factor.dtype.element_ty
+    step = step_of(cut)
+    own_step = cut.PLANES if cut.CHANNELS_LAST else 1
+    scratch += tl.program_id(0).to(tl.int64) * cut.PLANES * length
     for number in range(tl.program_id(0), programs, tl.num_programs(0)):
-        first, row, exists, slot, pixels = place_of(
-            number, planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST
-        )
+        first, row, exists, slot, pixels = place_of(cut, number)
         channel = row % size.channels
-        begin = area - pixels
-        count = tl.minimum(pixels, CHUNK)
-        lowest = tl.maximum(-size.width - 1, -begin)
+        count = tl.minimum(pixels, cut.CHUNK)
+        lowest = tl.maximum(-size.width - 1, pixels - cut.area)
         end = tl.minimum(count + size.width + 1, pixels)
+        first_pixel = cut.area - pixels + lowest
         tl.debug_barrier()  # the chunk before has been read
-        for start in range(lowest, end, PIXELS):
-            offset, inside = tile(
-                start, end, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-            )
-            pixel = begin + start + tl.arange(0, PIXELS)[None, :]
+        for start in range(lowest, end, cut.PIXELS):
+            offset, inside = tile(cut, start, end, exists)
+            pixel = in_plane(cut, start, pixels)
             g = form_g(
-                inputs, gradients, mixture, of_planes, of_channels, first, offset, inside, pixel,
-                row, exists, size, step, THROUGH_NORM,
+                inputs, gradients, mixture, rule, first, offset, inside, pixel, row, exists, size,
+                step,
             )  # fmt: skip
-            at, _ = tile(
-                start - lowest, end, exists, PLANES, length, PLANES, PIXELS, 1, CHANNELS_LAST
-            )
+            at = offsets(cut, pixel - first_pixel, cut.PLANES, length)
             tl.store(scratch + at, g, inside)
         tl.debug_barrier()  # all of g is there
-        a = per_plane(mixture.summary + 2 * mixture.planes, row, exists)
-        d = per_plane(mixture.summary + 3 * mixture.planes, row, exists)
+        a = per_plane(mixture.a, row, exists)
         lam = per_plane(mixture.lam, channel, exists)
-        filtered: tl.constexpr = 9 if inputs.prev_weight is None else 18
-        sums: tl.constexpr = filtered if branch_mean is None else filtered + 2
-        totals = zeros(sums, PLANES, PIXELS, dtype)
-        for start in range(0, count, PIXELS):
-            offset, inside = tile(
-                start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-            )
-            at, _ = tile(
-                start - lowest, end, exists, PLANES, length, PLANES, PIXELS, 1, CHANNELS_LAST
-            )
-            pixel = begin + start + tl.arange(0, PIXELS)[None, :]
-            row_of = pixel // size.width
-            column = pixel - row_of * size.width
+        taps: tl.constexpr = 9 if inputs.prev_weight is None else 18
+        totals = zeros(taps if branch_mean is None else taps + 2, cut, dtype)
+        for start in range(0, count, cut.PIXELS):
+            offset, inside = tile(cut, start, pixels, exists)
+            pixel = in_plane(cut, start, pixels)
+            at = offsets(cut, pixel - first_pixel, cut.PLANES, length)
             p = tl.zeros_like(offset).to(dtype)
             if inputs.p is not None:
                 p = read_p(inputs, first + offset, inside)
             x = read_x(inputs, first + offset, inside, channel, exists, p)
-            to_x = tl.zeros_like(x)
-            to_p = d * tl.load(scratch + at, inside, 0.0)
-            for i in range(3):
-                around = inside & (row_of + i > 0) & (row_of + i <= size.height)
-                for j in tl.static_range(3):
-                    there = around & (column + j > 0) & (column + j <= size.width)
-                    here = at + ((i - 1) * size.width + j - 1) * own_step
-                    g = tl.load(scratch + here, there, 0.0)
-                    # This pixel lies under the tap on the other side of its neighbour's centre.
-                    tap = channel * 9 + 8 - 3 * i - j
-                    to_x += per_plane(inputs.v_weight, tap, exists) * g
-                    if inputs.prev_weight is not None:
-                        to_p += per_plane(inputs.prev_weight, tap, exists) * g
-            to_x = a * to_x + per_plane(dy, row, exists) / area
+            to_x, found = through_filter(
+                scratch, inputs.v_weight, a * x, at, inside, pixel, channel, exists, size, own_step
+            )
+            to_p = tl.zeros_like(x)
+            if inputs.prev_weight is not None:
+                to_p, with_p = through_filter(
+                    scratch, inputs.prev_weight, lam * p, at, inside, pixel, channel, exists, size,
+                    own_step,
+                )  # fmt: skip
+                found = found + with_p
+            to_x = a * to_x + per_plane(dy, row, exists) / cut.area
             if RESIDUAL and gradients.out is not None:
                 to_x += tl.load(gradients.out + first + offset, inside, 0.0).to(dtype)
             if inputs.shortcut is not None:
                 to_x = tl.where(x <= 0, 0.0, to_x)
-            passed = to_x
-            if SCALED:
-                passed *= per_plane(inputs.scale, channel, exists)
-            tl.store(dx + first + offset, passed.to(dx.dtype.element_ty), inside)
             if dp is not None:
+                to_p += per_plane(mixture.d, row, exists) * tl.load(scratch + at, inside, 0.0)
                 to_p *= lam
                 if dpooled_p is not None:
-                    to_p += per_plane(dpooled_p, row, exists) / area
+                    to_p += per_plane(dpooled_p, row, exists) / cut.area
                 if inputs.shortcut is not None:
                     to_p += to_x
                 tl.store(dp + first + offset, to_p.to(dp.dtype.element_ty), inside)
-            found = ()
-            of_p = ()
-            for tap in tl.static_range(9):
-                here, there = neighbour(8 - tap, at, inside, row_of, column, size, own_step)
-                g = tl.load(scratch + here, there, 0.0)
-                found = found + (x * g,)
-                if inputs.prev_weight is not None:
-                    of_p = of_p + (p * g,)
-            found = found + of_p
             if branch_mean is not None:
                 z = tl.load(inputs.x + first + offset, inside, 0.0).to(dtype)
-                to_x = tl.where(inside, to_x, 0.0)
-                found = found + (to_x, to_x * (z - per_plane(branch_mean, channel, exists)))
+                passed = tl.where(inside, to_x, 0.0)
+                found = found + (passed, passed * (z - per_plane(branch_mean, channel, exists)))
             totals = added(totals, found)
-        a = tl.sum(a, axis=1)
-        for i in tl.static_range(sums):
-            value = tl.sum(totals[i], axis=1)
-            if i < 9:
-                value *= a
-            field = i if i < filtered else 18 + i - filtered
-            tl.store(filters + field * stride + slot, value, exists)
+            if SCALED:
+                to_x *= per_plane(inputs.scale, channel, exists)
+            tl.store(dx + first + offset, to_x.to(dx.dtype.element_ty), inside)
+        store_sums(totals, shares, stride, slot, exists)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_kernels.ops.common import dense, dense_format, empty_features
-from dla_kernels.ops.triton_common import finish, launch, new_sums, place, tile, tiles
+from dla_kernels.ops.triton_common import finish, launch_tiles, new_sums, place, tile, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 
@@ -16,7 +16,7 @@ def forward(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:
     out = empty_features(u)
     plan = tiles(u)
     # ptxas alone stops at 64 registers per thread, and spills.
-    launch(_forward_kernel, (plan.programs,), u, h, shortcut, out, maxnreg=80, **plan.sizes)
+    launch_tiles(plan, _forward_kernel, u, h, shortcut, out, maxnreg=80)
     return out
 
 
@@ -29,20 +29,18 @@ def backward(grad: Tensor, u: Tensor, h: Tensor, out: Tensor) -> list[Tensor]:
     plan = tiles(u, summing=True)
     sums = new_sums(u, plan)
     tensors = (grad, u, h, out, du, dshortcut, sums)
-    launch(_backward_kernel, (plan.programs,), *tensors, **plan.sizes)
+    launch_tiles(plan, _backward_kernel, *tensors)
     (dh,) = finish([sums])
     return [du, dh, dshortcut]
 
 
 @triton.jit
 def _forward_kernel(
-    u, h, shortcut, out, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    u, h, shortcut, out, cut,
 ):  # fmt: skip
     """One tile."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
     factor = tl.load(h + row, exists)[:, None]
     branch = tl.load(u + first + offset, inside).to(factor.dtype) * factor
     total = branch + tl.load(shortcut + first + offset, inside).to(factor.dtype)
@@ -52,18 +50,14 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, u, h, out, du, dshortcut, sums, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    grad, u, h, out, du, dshortcut, sums, cut,
 ):  # fmt: skip
     """du and dshortcut of one chunk of planes, and what it adds to dh."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     factor = tl.load(h + row, exists)[:, None]
-    total = tl.zeros((PLANES, PIXELS), sums.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    total = tl.zeros((cut.PLANES, cut.PIXELS), sums.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         alive = tl.load(out + first + offset, inside, 0.0) > 0
         passed = tl.where(alive, tl.load(grad + first + offset, inside, 0.0), 0.0)
         tl.store(dshortcut + first + offset, passed, inside)

@@ -14,7 +14,7 @@ from dla_kernels.ops.norm_triton import (
     norm_gradient,
     welford,
 )
-from dla_kernels.ops.triton_common import SMALL_TILE, launch, new_sums, place, tile, tiles
+from dla_kernels.ops.triton_common import SMALL_TILE, launch_tiles, new_sums, place, tile, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 
@@ -39,11 +39,10 @@ def forward(
     mean, var = used
     small = contiguous(mean=mean, var=var, weight=weight, bias=bias)
     plan = tiles(x, size=SMALL_TILE)
-    launch(
+    launch_tiles(
+        plan,
         _forward_kernel,
-        (plan.programs,),
         *(x, shortcut, out, *small.values(), x.shape[1], eps),
-        **plan.sizes,
     )
     return out, *found
 
@@ -52,7 +51,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of a dense map."""
     plan = tiles(x, summing=True)
     means, squares = new_moments(x, plan)
-    launch(_moments_kernel, (plan.programs,), x, means, squares, **plan.sizes)
+    launch_tiles(plan, _moments_kernel, x, means, squares)
     return fold_moments(means, squares, plan)
 
 
@@ -76,11 +75,10 @@ def backward(
     channels, running = x.shape[1], norm == "running"
     plan = tiles(x, summing=True, size=SMALL_TILE)
     sums = new_sums(x, plan), new_sums(x, plan)
-    launch(
+    launch_tiles(
+        plan,
         _branch_kernel,
-        (plan.programs,),
         *(grad, x, out, *small, dx, dshortcut, *sums, channels, eps, running),
-        **plan.sizes,
     )
     dweight, dbias = fold_sums(sums)
     if not running:
@@ -108,45 +106,38 @@ def through_norm(
     dx = empty_features(x) if out is None else out
     channels, plan = x.shape[1], tiles(x, size=SMALL_TILE)
     small = contiguous(mean=mean, var=var, weight=weight, dweight=dweight, dbias=dbias).values()
-    launch(
+    launch_tiles(
+        plan,
         _backward_kernel,
-        (plan.programs,),
         *(passed, x, *small, dx, channels, x.numel() // channels, eps),
-        **plan.sizes,
     )
     return dx
 
 
 @triton.jit
 def _moments_kernel(
-    x, means, squares, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    x, means, squares, cut,
 ):  # fmt: skip
     """Moments of one chunk of planes."""
-    first, _, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    mean = tl.zeros((PLANES, PIXELS), squares.dtype.element_ty)
-    square = tl.zeros((PLANES, PIXELS), squares.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    first, _, exists, slot, pixels = place(cut)
+    mean = tl.zeros((cut.PLANES, cut.PIXELS), squares.dtype.element_ty)
+    square = tl.zeros((cut.PLANES, cut.PIXELS), squares.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         value = tl.load(x + first + offset, inside, 0.0).to(mean.dtype)
-        mean, square = welford(mean, square, value, inside, start // PIXELS + 1)
-    middle, spread = chunk_moments(mean, square, pixels, PIXELS, CHUNK)
+        mean, square = welford(mean, square, value, inside, start // cut.PIXELS + 1)
+    middle, spread = chunk_moments(mean, square, pixels, cut)
     tl.store(means + slot, middle, exists)
     tl.store(squares + slot, spread, exists)
 
 
 @triton.jit
 def _forward_kernel(
-    x, shortcut, out, mean, var, weight, bias, channels, EPS: tl.constexpr, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    x, shortcut, out, mean, var, weight, bias, channels, EPS: tl.constexpr, cut,
 ):  # fmt: skip
     """One tile."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
     middle, _, factor = channel_norm(mean, var, weight, row, exists, channels, EPS)
     total = (tl.load(x + first + offset, inside, 0.0).to(factor.dtype) - middle) * factor
     if bias is not None:
@@ -159,20 +150,16 @@ def _forward_kernel(
 @triton.jit
 def _branch_kernel(
     grad, x, out, mean, var, weight, dx, dshortcut, dweight, dbias, channels,
-    EPS: tl.constexpr, RUNNING: tl.constexpr, planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    EPS: tl.constexpr, RUNNING: tl.constexpr, cut,
 ):  # fmt: skip
     """dshortcut of one chunk of planes, what it adds to the sums that are dweight and dbias, and dx
     if that does not depend on these."""
-    first, row, exists, slot, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
+    first, row, exists, slot, pixels = place(cut)
     middle, rstd, factor = channel_norm(mean, var, weight, row, exists, channels, EPS)
-    total = tl.zeros((PLANES, PIXELS), dbias.dtype.element_ty)
-    product = tl.zeros((PLANES, PIXELS), dbias.dtype.element_ty)
-    for start in range(0, tl.minimum(pixels, CHUNK), PIXELS):
-        offset, inside = tile(
-            start, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST
-        )
+    total = tl.zeros((cut.PLANES, cut.PIXELS), dbias.dtype.element_ty)
+    product = tl.zeros((cut.PLANES, cut.PIXELS), dbias.dtype.element_ty)
+    for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
+        offset, inside = tile(cut, start, pixels, exists)
         alive = tl.load(out + first + offset, inside, 0.0) > 0
         passed = tl.where(alive, tl.load(grad + first + offset, inside, 0.0), 0.0)
         tl.store(dshortcut + first + offset, passed, inside)
@@ -188,13 +175,11 @@ def _branch_kernel(
 @triton.jit
 def _backward_kernel(
     passed, x, mean, var, weight, dweight, dbias, dx, channels, count, EPS: tl.constexpr,
-    planes, area,
-    PLANES: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    cut,
 ):  # fmt: skip
     """dx of one tile, given the gradient of the norm's result and its sums."""
-    first, row, exists, _, pixels = place(planes, area, PLANES, CHUNK, ALIGN, CHANNELS_LAST)
-    offset, inside = tile(0, pixels, exists, planes, area, PLANES, PIXELS, ALIGN, CHANNELS_LAST)
+    first, row, exists, _, pixels = place(cut)
+    offset, inside = tile(cut, 0, pixels, exists)
     middle, rstd, factor = channel_norm(mean, var, weight, row, exists, channels, EPS)
     deviation = tl.load(x + first + offset, inside, 0.0).to(factor.dtype) - middle
     arriving = tl.load(passed + first + offset, inside, 0.0).to(factor.dtype)
