@@ -262,7 +262,7 @@ def _value_gradient(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], level: Te
     """dv = level + sum_t w_t m_t of maps like x and weights [B, C]; level is [B, C]."""
     maps, dv = [m for m, _ in terms], empty_features(x)
     weights = torch.stack([*(w for _, w in terms), level])
-    plan = tiles(x)
+    plan = tiles(x, size=SMALL_TILE)
     tensors = padded(maps or [x]), len(maps), weights, level.numel(), dv
     launch_tiles(plan, _value_gradient_kernel, *tensors)
     return dv

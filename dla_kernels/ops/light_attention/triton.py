@@ -61,7 +61,7 @@ REGISTERS, GRADIENTS_REGISTERS = 128, 255
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
 PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
-FOLD = {"ROWS": 64, "CHANNELS": 8, "num_warps": 4}
+FOLD = {"ROWS": 32, "CHANNELS": 8, "num_warps": 4}
 
 
 class _Cell(NamedTuple):
@@ -383,6 +383,7 @@ def _channel_gradients(
         *(batch, channels, height * width),
         EPS=eps,
         THROUGH_NORM=through_norm,
+        maxnreg=GRADIENTS_REGISTERS,
         **FOLD,
     )
     da, dd, factor = of_planes
