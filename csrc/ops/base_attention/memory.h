@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common/channel_filter.h"
@@ -169,27 +170,37 @@ struct LayerMemory {
       double* line = logits.template reserve<double>(layers + 1);
       filter(args.q_weight).apply(y + b * channels, query);
       for (int64_t head = 0; head < heads; ++head) {
-        for (int64_t t = 0; t <= layers; ++t)
+        OnlineSum sum;
+        for (int64_t t = 0; t <= layers; ++t) {
           line[t] = scale() * head_dot(head, query, of.keys + t * planes + b * channels);
-        softmax(line);
+          sum.add(line[t]);
+        }
         for (int64_t t = 0; t <= layers; ++t)
-          scores[(t * batch + b) * heads + head] = static_cast<A>(line[t]);
+          scores[(t * batch + b) * heads + head] =
+              static_cast<A>(std::exp(line[t] - sum.most) / sum.total);
       }
     });
   }
+
+  // The sum of exp(logit - most) as logits arrive, `most` being the largest so far.
+  struct OnlineSum {
+    double most = std::numeric_limits<double>::lowest(), total = 0;
+
+    void add(double logit) {
+      if (logit > most) {
+        total = total * std::exp(most - logit) + 1;
+        most = logit;
+      } else {
+        total += std::exp(logit - most);
+      }
+    }
+  };
 
   double head_dot(int64_t head, const A* one, const A* other) const {
     double dot = 0;
     for (int64_t c = head * args.head_dim; c < (head + 1) * args.head_dim; ++c)
       dot += static_cast<double>(one[c]) * other[c];
     return dot;
-  }
-
-  void softmax(double* logits) const {
-    const double most = *std::max_element(logits, logits + layers + 1);
-    double total = 0;
-    for (int64_t t = 0; t <= layers; ++t) total += logits[t] = std::exp(logits[t] - most);
-    for (int64_t t = 0; t <= layers; ++t) logits[t] /= total;
   }
 
   // The factors of the values: scores times gates, [T + 1, B, C].
