@@ -30,8 +30,16 @@ _EVERYDAY_KEYS = (
     _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
     | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
-_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter, type(None)})
-_PLAIN_FLAGS = frozenset({str, int, float, bool})
+# The types that arguments of a schema usually have.
+_PLAIN = {
+    "Tensor": frozenset({Tensor, torch.nn.Parameter}),
+    "Optional[Tensor]": frozenset({Tensor, torch.nn.Parameter, type(None)}),
+    "List[Tensor]": frozenset({list, tuple}),
+    "str": frozenset({str}),
+    "int": frozenset({int}),
+    "float": frozenset({int, float}),
+    "bool": frozenset({bool}),
+}
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
 
 
@@ -87,26 +95,28 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
     """The operator; but ``direct`` itself where the dispatcher would only end up there. To convert
     forty arguments to and fro takes it as long as a layer's work on a small feature map."""
 
-    tensors = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
+    kinds = tuple(_PLAIN[str(argument.type)] for argument in overload._schema.arguments)
 
     def operator(*args: Any) -> Any:
-        plain = _dispatches_plainly(args[:tensors], args[tensors:])
-        return direct(*args) if plain else overload(*args)
+        return direct(*args) if _dispatches_plainly(args, kinds) else overload(*args)
 
     return operator
 
 
-def _dispatches_plainly(tensors: Sequence[Any], flags: Sequence[Any]) -> bool:
+def _dispatches_plainly(args: Sequence[Any], kinds: Sequence[frozenset[type]]) -> bool:
     """Whether nothing but autograd is to see the call: no compiler, no profiler, no mode of any
-    kind (fake tensors, functorch, tracing, ...), no subclass of Tensor, no symbolic number."""
+    kind (fake tensors, functorch, tracing, ...), no subclass of Tensor, no symbolic number; and no
+    argument of a wrong type, about which the dispatcher complains."""
     if torch.compiler.is_compiling() or _C._autograd._profiler_enabled():
         return False
     if _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS:
         return False
     if _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU):
         return False
-    plain = _PLAIN_TENSORS.issuperset(map(type, flatten(tensors)))
-    return plain and _PLAIN_FLAGS.issuperset(map(type, flags))
+    if not all(type(value) in plain for value, plain in zip(args, kinds, strict=True)):
+        return False
+    lists = (value for value in args if isinstance(value, list | tuple))
+    return all(_PLAIN["Tensor"].issuperset(map(type, values)) for values in lists)
 
 
 def _register(
