@@ -7,6 +7,7 @@ from torch import nn
 
 from dla.nn.cells import CELLS, Cell
 from dla.nn.checks import one_of
+from dla_kernels.ops.common import describe
 
 VARIANTS = ("light", "base")
 SPECS = ("paper", "official")
@@ -69,6 +70,8 @@ def _refuse(variant: str, **choices: Any) -> None:
 
 def check_kind(cell: Cell | None, kind: str) -> None:
     """Raises unless ``cell`` is of the kind that the layer was made for; None is "none"."""
+    if not isinstance(cell, Cell | None):
+        raise TypeError(f"cell: expected a Cell or None, got {describe(cell)}")
     found = STATIC if cell is None else cell.kind
     if found != kind:
         raise ValueError(

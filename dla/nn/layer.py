@@ -46,7 +46,9 @@ class DLALayer(nn.Module):
         a   = softmax over t of q . K_t / sqrt(D) per head
         out = x + drop_path(relu(norm(sum_t a_t * V_t)))
 
-    or, with ``gated="features"``, gates the features that K_t and V_t are made from instead.
+    or, with ``gated="features"``, gates the features that K_t and V_t are made from instead. Fused,
+    a stage of it has at most 64 layers.
+
     A spec is a preset:
 
     ============= ===================================== ======================================
@@ -382,6 +384,8 @@ class DLALayer(nn.Module):
         cell = self.cell if cell is None else cell
         prev_conv = self.prev_conv if prev_conv is None else prev_conv
         check_kind(cell, self.form.cell)
+        if not isinstance(prev_conv, nn.Module | None):
+            raise TypeError(f"prev_conv: expected a Conv2d or None, got {describe(prev_conv)}")
         if (prev_conv is not None) != bool(self.form.prev_conv):
             raise ValueError(
                 f"prev_conv: this layer was made with prev_conv={self.form.prev_conv}, "

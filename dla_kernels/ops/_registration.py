@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from dla_kernels import backend
@@ -174,6 +175,7 @@ def _register_autograd(
     )
 
     def autograd(keyset: Any, *args: Any) -> Any:
+        _refuse_tangents(op, args)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return below_autograd(keyset, args)
         # args as one tuple for the redispatch; flat, for autograd to see every tensor.
@@ -182,6 +184,17 @@ def _register_autograd(
 
     LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
     return autograd
+
+
+def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Raises in forward-mode differentiation, which would take the results for constants."""
+    if forward_ad._current_level < 0:
+        return
+    for value in flatten(args):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative; the unfused path has (fused=False)"
+            )
 
 
 def _on_device_of(x: Tensor, function: Callable[..., Any], args: Sequence[Any]) -> Any:

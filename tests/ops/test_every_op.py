@@ -353,3 +353,18 @@ def test_second_derivatives_are_refused(op: str, variant: str, backend: str) -> 
         loss = outputs_of(call)[0].square().sum()
         (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
         torch.autograd.grad(gradient.square().sum(), first)
+
+
+@EACH_CPU_KERNEL
+def test_forward_mode_is_refused(op: str, variant: str, backend: str) -> None:
+    """Not taken for a constant."""
+    call = sample(op, variant, SMALL)
+    name, tensor = next((n, t) for n, t in flatten(call.inputs).items() if n not in call.constant)
+
+    def function(tensor: Tensor) -> Tensor:
+        inputs = mapped(lambda key, given: tensor if key == name else given, call.inputs)
+        result = call.function(*inputs.values(), **call.flags)
+        return result if isinstance(result, Tensor) else result[0]
+
+    with use_backend(backend), pytest.raises(NotImplementedError, match=op):
+        torch.func.jvp(function, (tensor,), (tensor,))
