@@ -229,8 +229,6 @@ struct BackwardStep : Step<A> {
       branch_gradients(weights, coefficients, table, dweights);
     } else {
       std::fill_n(dweights, with_own, A(0));
-      for (void* grad : {args.dnorm_weight, args.dnorm_bias})
-        if (grad != nullptr) std::fill_n(small(grad), shape.channels, A(0));
     }
     if (args.grad_pooled_x != nullptr)
       std::copy_n(small(args.grad_pooled_x), planes, dy);

@@ -187,10 +187,12 @@ def backward(
     g = x.new_empty(0) if grad_out is None else empty_features(x)
     mix = state.new_empty(0 if grad_out is None else (len(values) + 1, *x.shape[:2]))
     dx = empty_features(x)
-    # Without grad_out the CUDA kernels leave the gradients of the norm as they are.
-    make = torch.zeros_like if prepare and grad_out is None else torch.empty_like
-    dweights = {name: None if w is None else make(w) for name, w in weights.items()}
-    dlists = {name: [make(t) for t in ts] for name, ts in weight_lists.items()}
+    dweights = {name: None if w is None else torch.empty_like(w) for name, w in weights.items()}
+    dlists = {name: [torch.empty_like(t) for t in ts] for name, ts in weight_lists.items()}
+    if grad_out is None or norm == "none":  # the kernels then take no look at the norm
+        for name in ("norm_weight", "norm_bias"):
+            if dweights[name] is not None:
+                dweights[name].zero_()
     module = load()
     terms = len(later_grads) + sum(t is not None for t in (grad_out, grad_v))
     dv = empty_features(x) if prepare and terms > 1 else x.new_empty(0)
