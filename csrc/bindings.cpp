@@ -230,14 +230,14 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
            activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, stream, scratch, strips, mean_in, var_in, branch_mean_in,
+           eps, branch_eps, threads, stream, scratch, mean_in, var_in, branch_mean_in,
            branch_var_in, out, o, new_state, mean, var, branch_mean, branch_var, summary);
 
   DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
            k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
            drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
            activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, stream, scratch, strips, grad_out, grad_o, grad_state, mean,
+           eps, branch_eps, threads, stream, scratch, grad_out, grad_o, grad_state, mean,
            var, branch_mean, branch_var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight,
            dv_weight, dprev_weight, dlam, dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias,
            dcell_params);
@@ -261,6 +261,8 @@ PYBIND11_MODULE(DLA_MODULE, m) {
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("max_threads", &max_threads);
 #else
+  m.def("light_attention_forward_scratch", &cuda::light_attention_forward_scratch);
+  m.def("light_attention_backward_scratch", &cuda::light_attention_backward_scratch);
   m.def("base_attention_forward_scratch", &cuda::base_attention_forward_scratch);
   m.def("base_attention_backward_scratch", &cuda::base_attention_backward_scratch);
 #endif

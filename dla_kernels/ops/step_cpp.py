@@ -1,12 +1,16 @@
-"""Fields that the native structs of light_attention and base_attention share."""
+"""What the adapters of light_attention and base_attention share: fields of structs, the call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
-from dla_kernels.ops.cpp_common import DTYPES, NORMS
+from dla_kernels.ops.cpp_common import DTYPES, NORMS, execution
+
+# Of (module, function, struct, a tensor of the compute dtype): gives the struct working memory.
+Prepare = Callable[[Any, str, Any, Tensor], Tensor]
 
 
 def sizes(
@@ -23,7 +27,8 @@ def sizes(
         "hidden": cell_params[0].shape[0] if cell_params else 0,
         "dtype": DTYPES[x.dtype],
         "channels_last": layout is torch.channels_last,
-        "threads": torch.get_num_threads(),
+        **execution(x),
+        "scratch": None,
     }
 
 
@@ -48,3 +53,10 @@ def flags(
         "eps": eps,
         "residual": residual,
     }
+
+
+def run_step(module: Any, function: str, step: Any, like: Tensor, prepare: Prepare | None) -> None:
+    """Calls a native function, on a GPU with the working memory that ``prepare`` allocates."""
+    memory = None if prepare is None else prepare(module, function, step, like)
+    getattr(module, function)(step)
+    del memory  # not before the launches: what is launched later may have it then

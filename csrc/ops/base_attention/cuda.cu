@@ -2,6 +2,7 @@
 // (cuda_memory.h) with the cell (ops/cell). Sums of pieces of maps are added up in small launches.
 #include "ops/base_attention/op.h"
 
+#include "common/cuda/scratch.h"
 #include "ops/base_attention/cuda_memory.h"
 #include "ops/base_attention/cuda_passes.h"
 
@@ -34,24 +35,6 @@ __global__ void __launch_bounds__(kThreads)
   const double sum = add_rows(rows, channels, [&](Size, Size i) { return of_tap[i]; });
   if (writes_channel(channels)) dv_weight[c * kTaps + tap] = static_cast<A>(sum);
 }
-
-// Working memory, handed out bit by bit; without any it is only counted.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<A*>(memory)) {}
-
-  A* take(Size count) {
-    A* taken = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += ceil_div(count, kWarp) * kWarp;
-    return taken;
-  }
-  Size used() const { return used_; }
-
- private:
-  A* memory_;
-  Size used_ = 0;
-};
 
 // One of the maps that are not aligned to packs, if there is any.
 const void* least_aligned(const std::vector<const void*>& maps) {
@@ -410,21 +393,6 @@ void base_attention_backward(const BaseAttentionBackward& args) {
     base::BackwardStep<decltype(element)>(args).run();
   });
 }
-
-namespace {
-
-// Of what a step takes without having it.
-template <template <class> class Step, class Args>
-std::int64_t scratch_of(Args args) {
-  std::int64_t size = 0;
-  args.scratch = nullptr;
-  with_element_type(args.dtype, [&](auto element) {
-    size = Step<decltype(element)>(args).scratch.used();
-  });
-  return size;
-}
-
-}  // namespace
 
 std::int64_t base_attention_forward_scratch(const BaseAttentionForward& args) {
   return scratch_of<base::ForwardStep>(args);

@@ -3,6 +3,7 @@
 #include "ops/light_attention/op.h"
 
 #include "common/cuda/norm_gradient.h"
+#include "common/cuda/scratch.h"
 #include "common/cuda/statistics.h"
 #include "ops/cell/tails.h"
 #include "ops/light_attention/cuda_small.h"
@@ -21,23 +22,16 @@ struct Summary {
       : y(data), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
 };
 
-// Working memory, handed out piece by piece.
-template <class A>
-struct Memory {
-  A* next;
-
-  A* take(Size count) {
-    A* found = next;
-    next += count;
-    return found;
-  }
-};
+// Rows of a plane that a block takes, at most: enough to be worth those above and below, which it
+// reads too.
+constexpr Size kRows = 16;
 
 template <class T>
 struct Step {
   using A = Compute<T>;
   const LightAttentionInputs& args;
   const Call call;
+  Scratch<A> scratch{args.scratch};
   const Size planes, area;
   const Summary<const A> summary;
   const Walk walk;
@@ -49,7 +43,7 @@ struct Step {
         area(args.height * args.width),
         summary(small(summary), planes),
         walk(walk_map(args.batch, args.channels, args.height, args.width, args.channels_last,
-                      static_cast<int>(ceil_div(args.height, args.strips)))) {}
+                      static_cast<int>(ceil_div(args.height, ceil_div(args.height, kRows))))) {}
 
   static const A* small(const void* p) { return static_cast<const A*>(p); }
   static A* small(void* p) { return static_cast<A*>(p); }
@@ -112,10 +106,9 @@ struct ForwardStep : Step<T> {
       : Step<T>("light_attention", args, args.summary),
         args(args),
         found(small(args.summary), planes) {
-    Memory<A> memory{small(args.scratch)};
-    partial = memory.take(kG * this->pieces() * args.channels);
-    table = memory.take(kPlaneFields * planes);
-    gate_state = memory.next;
+    partial = this->scratch.take(kG * this->pieces() * args.channels);
+    table = this->scratch.take(kPlaneFields * planes);
+    gate_state = gated() ? this->scratch.take(this->slots() * planes) : nullptr;
   }
 
   // Statistics of the branch, if they are of the batch.
@@ -203,10 +196,10 @@ struct BackwardStep : Step<T> {
         args(args),
         state_size(this->slots() * planes) {
     const Size channels = args.channels;
-    Memory<A> memory{small(args.scratch)};
-    normed_dx = reinterpret_cast<T*>(memory.next);
-    if (args.branch_norm == Norm::batch)
-      memory.take(ceil_div(planes * area, kPack<T>) * kPack<A>);
+    auto& memory = this->scratch;
+    const bool normed = args.branch_norm == Norm::batch;
+    normed_dx = reinterpret_cast<T*>(
+        memory.take(normed ? ceil_div(planes * area, kPack<T>) * kPack<A> : 0));
     table = memory.take(kPlaneFields * planes);
     // The sums of whole planes are their table; when gradients are summed up, that is done with.
     partial = walk.strips == 1 ? table : memory.take(kPlaneFields * this->pieces() * channels);
@@ -228,7 +221,7 @@ struct BackwardStep : Step<T> {
     score_grads = memory.take(2 * planes);
     dfilters = memory.take(2 * args.kernel_size * args.batch);
     branch_factors = {memory.take(channels), memory.take(channels), memory.take(channels)};
-    cell_scratch = memory.next;
+    cell_scratch = memory.take(dynamic() ? args.batch * (5 * channels + 4 * args.hidden) : 0);
   }
 
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
@@ -341,6 +334,13 @@ void light_attention_backward(const LightAttentionBackward& args) {
   with_element_type(args.dtype, [&](auto element) {
     BackwardStep<decltype(element)>(args).run();
   });
+}
+
+std::int64_t light_attention_forward_scratch(const LightAttentionForward& args) {
+  return scratch_of<ForwardStep>(args);
+}
+std::int64_t light_attention_backward_scratch(const LightAttentionBackward& args) {
+  return scratch_of<BackwardStep>(args);
 }
 
 }  // namespace dla::cuda

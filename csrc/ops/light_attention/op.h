@@ -30,15 +30,8 @@ struct LightAttentionInputs {
   bool join;  // ReLU(branch_norm(x) + p) takes the place of x
   double eps, branch_eps;
   int threads;
-  // For CUDA alone: a stream (cudaStream_t), how many blocks may share the rows of a plane, and
-  // working memory, aligned to 16 bytes, so many elements of the compute type:
-  //   forward   (10 strips + 21 + S) batch channels
-  //   backward  (21 strips + 28 + 3 S) batch channels + 6 channels
-  //             + (5 channels + 4 hidden + 2 kernel_size) batch;
-  //             with branch_norm batch also what a map like x takes in packs of 16 bytes
-  void* stream = nullptr;
-  void* scratch = nullptr;
-  std::int64_t strips = 1;
+  void* stream = nullptr;   // cudaStream_t
+  void* scratch = nullptr;  // CUDA: light_attention_*_scratch elements of the compute type
 };
 
 struct LightAttentionForward : LightAttentionInputs {
@@ -67,3 +60,11 @@ DLA_CPU_ENTRY(light_attention_forward, dla::LightAttentionForward)
 DLA_CPU_ENTRY(light_attention_backward, dla::LightAttentionBackward)
 DLA_CUDA_ENTRY(light_attention_forward, dla::LightAttentionForward)
 DLA_CUDA_ENTRY(light_attention_backward, dla::LightAttentionBackward)
+
+namespace dla::cuda {
+
+// The working memory that a call needs, whose own `scratch` is not looked at.
+std::int64_t light_attention_forward_scratch(const LightAttentionForward& args);
+std::int64_t light_attention_backward_scratch(const LightAttentionBackward& args);
+
+}  // namespace dla::cuda

@@ -1,19 +1,15 @@
 """``base_attention`` on the compiled CPU kernels (``csrc/ops/base_attention``)."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import Loader, addresses, execution
+from dla_kernels.ops.cpp_common import Loader, addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
-from dla_kernels.ops.step_cpp import flags, sizes
-
-# Gives a step (argument struct of a function) its working memory, which the caller has to keep.
-Prepare = Callable[[Any, str, Any, Tensor], Tensor]
+from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
 
 
 def forward(
@@ -88,8 +84,6 @@ def forward(
     module = load()
     step = module.BaseAttentionForward(
         **sizes(x, layout, q_weight, cell_params),
-        stream=execution(x)["stream"],
-        scratch=None,
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=gated == "features",
         relu=relu,
@@ -97,7 +91,7 @@ def forward(
         **_addresses_of_lists(lists),
         **_results(results),
     )
-    _run(module, "base_attention_forward", step, state, prepare)
+    run_step(module, "base_attention_forward", step, state, prepare)
     out, v, *rest, own_mean, scores, mean, var, pooled_x = results.values()
     own_mean = pooled_x.clone() if features else own_mean
     return out, v, *rest, own_mean, scores, mean, var, pooled_x
@@ -198,8 +192,6 @@ def backward(
     dv = empty_features(x) if prepare and terms > 1 else x.new_empty(0)
     step = module.BaseAttentionBackward(
         **sizes(x, layout, q_weight, cell_params),
-        stream=execution(x)["stream"],
-        scratch=None,
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=gated == "features",
         relu=relu,
@@ -209,19 +201,13 @@ def backward(
         **addresses({f"d{name}": w for name, w in dweights.items()}),
         **_addresses_of_lists({f"d{name}": ts for name, ts in dlists.items()}),
     )
-    _run(module, "base_attention_backward", step, state, prepare)
+    run_step(module, "base_attention_backward", step, state, prepare)
     if not needs_values:
         g, mix = x.new_empty(0), state.new_empty(0)
     dstate, dkeys, dgates, dq, dk, dv, *dnorm = dweights.values()
     dpooled, dcell_params, dkey_weights = dlists.values()
     grads = [dstate, dkeys, dgates, *dpooled, *dcell_params, dq, dk, *dkey_weights, dv, *dnorm]
     return [dx, g, mix, *(state.new_empty(0) if t is None else t for t in grads)]
-
-
-def _run(module: Any, function: str, step: Any, like: Tensor, prepare: Prepare | None) -> None:
-    memory = None if prepare is None else prepare(module, function, step, like)
-    getattr(module, function)(step)
-    del memory  # not before the launches: what is launched later may have it then
 
 
 def _addresses_of_lists(lists: dict[str, list[Tensor]]) -> dict[str, list[int]]:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import NORMS, Loader, address, addresses, execution
+from dla_kernels.ops.cpp_common import NORMS, Loader, address, addresses
 from dla_kernels.ops.cpp_common import unsupported as unsupported
-from dla_kernels.ops.step_cpp import flags, sizes
+from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
 
 
 def forward(
@@ -44,8 +44,7 @@ def forward(
     branch_eps: float,
     return_o: bool,
     load: Loader = native.load,
-    scratch: Tensor | None = None,
-    strips: int = 1,
+    prepare: Prepare | None = None,
 ) -> tuple[Tensor, ...]:
     """Arguments and results of ``dla_kernels::light_attention``; the last two are for GPUs."""
     layout = dense_format(x)
@@ -78,28 +77,26 @@ def forward(
     )
     summary = state.new_empty(4, batch, channels)
     module = load()
-    module.light_attention_forward(
-        module.LightAttentionForward(
-            **sizes(x, layout, q_weight, params),
-            **_for_gpus(x, scratch, strips),
-            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
-            join=join,
-            branch_norm=NORMS[branch_norm],
-            branch_eps=branch_eps,
-            **addresses(small),
-            x=x.data_ptr(),
-            p=address(p),
-            cell_params=[w.data_ptr() for w in params],
-            out=out.data_ptr(),
-            o=o.data_ptr() if return_o else None,
-            new_state=new_state.data_ptr(),
-            mean=mean.data_ptr(),
-            var=var.data_ptr(),
-            branch_mean=branch_mean.data_ptr(),
-            branch_var=branch_var.data_ptr(),
-            summary=summary.data_ptr(),
-        )
+    step = module.LightAttentionForward(
+        **sizes(x, layout, q_weight, params),
+        **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+        join=join,
+        branch_norm=NORMS[branch_norm],
+        branch_eps=branch_eps,
+        **addresses(small),
+        x=x.data_ptr(),
+        p=address(p),
+        cell_params=[w.data_ptr() for w in params],
+        out=out.data_ptr(),
+        o=o.data_ptr() if return_o else None,
+        new_state=new_state.data_ptr(),
+        mean=mean.data_ptr(),
+        var=var.data_ptr(),
+        branch_mean=branch_mean.data_ptr(),
+        branch_var=branch_var.data_ptr(),
+        summary=summary.data_ptr(),
     )
+    run_step(module, "light_attention_forward", step, state, prepare)
     return out, o, new_state, mean, var, branch_mean, branch_var, summary
 
 
@@ -140,8 +137,7 @@ def backward(
     branch_eps: float,
     needs_p: bool,
     load: Loader = native.load,
-    scratch: Tensor | None = None,
-    strips: int = 1,
+    prepare: Prepare | None = None,
 ) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::light_attention_backward``; as above."""
     layout = dense_format(x)
@@ -176,31 +172,25 @@ def backward(
     }
     dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
     module = load()
-    module.light_attention_backward(
-        module.LightAttentionBackward(
-            **sizes(x, layout, q_weight, params),
-            **_for_gpus(x, scratch, strips),
-            **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
-            join=join,
-            branch_norm=NORMS[branch_norm],
-            branch_eps=branch_eps,
-            **addresses(weights),
-            **addresses(small),
-            **addresses(dweights),
-            x=x.data_ptr(),
-            p=address(p),
-            cell_params=[w.data_ptr() for w in params],
-            grad_out=address(grad_out),
-            grad_o=address(grad_o),
-            dx=dx.data_ptr(),
-            dp=address(dp),
-            dstate=dstate.data_ptr(),
-            dcell_params=[w.data_ptr() for w in dparams],
-        )
+    step = module.LightAttentionBackward(
+        **sizes(x, layout, q_weight, params),
+        **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
+        join=join,
+        branch_norm=NORMS[branch_norm],
+        branch_eps=branch_eps,
+        **addresses(weights),
+        **addresses(small),
+        **addresses(dweights),
+        x=x.data_ptr(),
+        p=address(p),
+        cell_params=[w.data_ptr() for w in params],
+        grad_out=address(grad_out),
+        grad_o=address(grad_o),
+        dx=dx.data_ptr(),
+        dp=address(dp),
+        dstate=dstate.data_ptr(),
+        dcell_params=[w.data_ptr() for w in dparams],
     )
+    run_step(module, "light_attention_backward", step, state, prepare)
     grads = [dx, dp, dstate, *dweights.values(), *dparams]
     return [state.new_empty(0) if g is None else g for g in grads]
-
-
-def _for_gpus(x: Tensor, scratch: Tensor | None, strips: int) -> dict[str, int | None]:
-    return {"stream": execution(x)["stream"], "scratch": address(scratch), "strips": strips}
