@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def metadata(settings: Settings, cache: int, bandwidth: float) -> Row:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join(["bench_dla.py", *sys.argv[1:]]),
+        "command": re.sub(r"[^ =]*/", "", " ".join(["bench_dla.py", *sys.argv[1:]])),  # no folders
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dla_kernels": dla_kernels.__version__,

@@ -73,7 +73,7 @@ struct BranchStatistics {
           if (place.strip.first == 0) {
             const V corner = load_masked<A>(in.at(0, 0), grid.own(0, channels));
             fill_block(plane, V{});
-            plane[0] = grid.channel_lanes ? corner : splat<A>(corner[0]);
+            plane[0] = kPixelLanes ? splat<A>(corner[0]) : corner;
           }
           for (int64_t row = place.strip.first; row < place.strip.last; ++row) {
             V sum{}, square{};

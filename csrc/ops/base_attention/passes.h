@@ -262,7 +262,7 @@ struct MixMomentsPass {
                           block<R>(row, filter, mix, shift, alone, squared);
                         });
     // put() adds the lanes up where they share a plane.
-    sums.put(place, kShift, grid.channel_lanes ? shift : keep<A>(first_lane(), shift));
+    sums.put(place, kShift, kPixelLanes ? keep<A>(first_lane(), shift) : shift);
     sums.put(place, kO, alone);
     sums.put(place, kSquare, squared);
   }
@@ -276,7 +276,7 @@ struct MixMomentsPass {
     V o[1];
     mix.template apply<1>(row, 0, grid.taps(row, 1, 0, mix.channels),
                           FilterVectors<A>(mix.own.filter), o);
-    return grid.channel_lanes ? o[0] : splat<A>(o[0][0]);
+    return kPixelLanes ? splat<A>(o[0][0]) : o[0];
   }
 
   template <int R>

@@ -129,16 +129,20 @@ struct MomentsPass {
   // Channel lanes see every pixel of a row: long sums are formed block by block.
   template <int R>
   void add_block(int64_t row, const In (&in)[kInputs], Plane& plane) const {
-    if (!grid.channel_lanes) return block<R>(row, in, plane, plane.sums);
-    V sums[kSums];
-    fill_block(sums, V{});
-    block<R>(row, in, plane, sums);
-    for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
+    if constexpr (kPixelLanes) {
+      block<R>(row, in, plane, plane.sums);
+    } else {
+      V sums[kSums];
+      fill_block(sums, V{});
+      block<R>(row, in, plane, sums);
+      for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
+    }
   }
 
   template <int R>
   void block(int64_t row, const In (&in)[kInputs], Plane& plane, V (&sums)[kSums]) const {
-    const int64_t middle = grid.shape.width / 2 / (grid.channel_lanes ? 1 : kLanes<A>);
+    const int64_t middle = grid.shape.width / 2 / (kPixelLanes ? kLanes<A> : 1);
+    const FilterVectors<A> v_filter(plane.v_filter), e_filter(plane.e_filter);
     for (int64_t i = 0; i < grid.vectors; ++i) {
       // From the middle on, where the shifts are taken.
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
@@ -151,9 +155,8 @@ struct MomentsPass {
       V u[R], e[R];
       fill_block(u, V{});
       fill_block(e, V{});
-      stencil_block<R, A>(in[kX_], row, k, taps, FilterVectors<A>(plane.v_filter), u);
-      if (prev_weight != nullptr)
-        stencil_block<R, A>(in[kP_], row, k, taps, FilterVectors<A>(plane.e_filter), e);
+      stencil_block<R, A>(in[kX_], row, k, taps, v_filter, u);
+      if (prev_weight != nullptr) stencil_block<R, A>(in[kP_], row, k, taps, e_filter, e);
       if (take_u) plane.shift[0] = inner(u[R / 2]);
       if (take_p && p) plane.shift[1] = inner(load_masked<A>(in[kP_].at(row + R / 2, k), own));
       if (take_p) plane.shift[2] = inner(e[R / 2]);
@@ -215,7 +218,7 @@ struct MomentsPass {
   }
 
   void write(const Plane& plane, A* record) const {
-    if (grid.channel_lanes) {
+    if constexpr (!kPixelLanes) {
       for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, plane.sums[f]);
       for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, plane.shift[f]);
     } else {
