@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ _PLAIN = {
     "bool": frozenset({bool}),
 }
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
+_metadata = operator.attrgetter("shape", "dtype", "device", "layout")
+_REMEMBERED = 4096  # calls that an op has checked
 
 
 def define(
@@ -61,8 +64,10 @@ def define(
     Args:
         op: name of the op and of its package.
         schema, backward_schema: arguments and results of the two; no default values.
-        check: takes the arguments of ``op``; raises if they do not fit.
+        check: takes the arguments of ``op``; raises if they do not fit. May look at the shape,
+            dtype, device and layout of tensors only.
         fake, backward_fake: make results of the right shape, dtype and format, without values.
+            Gradients of arguments that are not there are None here, as in implementations.
         tensors: number of leading arguments that are tensors (or lists of them).
         save: ``save(ctx, arguments, results)`` keeps what backward needs.
         gradients: ``gradients(ctx, *grads)`` gives one gradient (or None, or a list of these) per
@@ -72,8 +77,10 @@ def define(
         The two operators.
     """
 
+    check_new = _once_per_form(check)
+
     def run(*args: Any) -> Any:
-        check(*args)
+        check_new(*args)
         x = _first_tensor(args)
         return _on_device_of(x, backend.select(op, x, args).forward, args)
 
@@ -86,10 +93,45 @@ def define(
         return fake(*args)
 
     overload = _register(op, schema, run, checked_fake)
-    backward = _register(f"{op}_backward", backward_schema, run_backward, backward_fake)
+    backward = _register(
+        f"{op}_backward", backward_schema, _whole(run_backward), _whole(backward_fake)
+    )
     autograd = _register_autograd(op, overload, run, tensors, save, gradients)
     operator = _with_shortcut(overload, functools.partial(autograd, None))
     return operator, _with_shortcut(backward, run_backward)
+
+
+def _once_per_form(check: Callable[..., None]) -> Callable[..., None]:
+    """``check``, but not again for arguments that differ in the values of tensors only."""
+    passed: set[tuple[Any, ...]] = set()
+
+    def check_new(*args: Any) -> None:
+        form = tuple(
+            _metadata(value)
+            if isinstance(value, Tensor)
+            else tuple(map(_metadata, value))
+            if isinstance(value, list | tuple)
+            else value
+            for value in args
+        )
+        if form in passed:
+            return
+        check(*args)
+        if len(passed) >= _REMEMBERED:
+            passed.clear()
+        passed.add(form)
+
+    return check_new
+
+
+def _whole(function: Callable[..., Sequence[Tensor | None]]) -> Callable[..., list[Tensor]]:
+    """The function with empty tensors in place of None, which no list of a schema's results has."""
+
+    def filled(*args: Any) -> list[Tensor]:
+        empty = _first_tensor(args)
+        return [empty.new_empty(0) if t is None else t for t in function(*args)]
+
+    return filled
 
 
 def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operator:

@@ -34,5 +34,5 @@ def step_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 def _with_memory(module: Any, function: str, step: Any, like: Tensor) -> Tensor:
     """Allocates what a native function says that a call needs."""
     memory = like.new_empty(getattr(module, f"{function}_scratch")(step))
-    step.scratch = memory.data_ptr()
+    step.scratch = memory
     return memory

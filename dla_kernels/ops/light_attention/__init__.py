@@ -217,13 +217,13 @@ def _fake_backward(
     state: Tensor,
     cell_params: Sequence[Tensor],
     *rest: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     weights, needs_p = rest[:_WEIGHTS], rest[-1]
     return [
         empty_features(x),
-        empty_features(x) if p is not None and needs_p else state.new_empty(0),
+        empty_features(x) if p is not None and needs_p else None,
         state.new_empty(state.shape),
-        *(state.new_empty(0 if w is None else w.shape) for w in weights),
+        *(None if w is None else state.new_empty(w.shape) for w in weights),
         *(w.new_empty(w.shape) for w in cell_params),
     ]
 
