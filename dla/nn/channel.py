@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import cast
 from dla.nn.cells import CELLS, Cell
 from dla.nn.checks import check_features, hidden_width, match_autocast, one_of, positive_int
 from dla.nn.form import channel_kernel_size, check_kind
@@ -136,7 +135,7 @@ class DIALayer(nn.Module):
         pool = (dla_kernels if self.fused else pool_reference).global_pool
         step = (dla_kernels if self.fused else cell_reference).cell
         finish = (dla_kernels if self.fused else gate_reference).residual_gate
-        weights = [cast(weight, dtype) for weight in cell.weights()]
+        weights = cell.weights(dtype)
         context = step(pool(u), context, weights, cell.kind, cell.activation)
         h = torch.sigmoid(context[0]) if cell.kind == "dsu" else context[0]
         out = finish(u, h, shortcut)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import batch_norm_arguments, cast, is_plain, is_unhooked, track_statistics
+from dla.nn.batch_norm import batch_norm_arguments, is_plain, is_unhooked, track_statistics
 from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
 from dla.nn.checks import check_features, match_autocast, one_of, positive_int
@@ -24,6 +24,7 @@ from dla.nn.form import (
 )
 from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state
+from dla.nn.tensors import parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
@@ -193,7 +194,7 @@ class DLALayer(nn.Module):
         check_features("x", x, self.channels, self.v_conv.weight)
         cell, prev_conv = self._parts(cell, prev_conv)
         state = self._start(x, cell) if state is None else self._check_state(x, state, cell)
-        weights = [cast(w, state.context.dtype) for w in cell.weights()] if cell else []
+        weights = cell.weights(state.context.dtype) if cell else []
         if self.variant == "base":
             if prev is not None or join:
                 raise ValueError(
@@ -224,8 +225,9 @@ class DLALayer(nn.Module):
         branch_norm: nn.BatchNorm2d | None,
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else light_reference).light_attention
-        branch = batch_norm_arguments(branch_norm, x, state.context.dtype)
-        q_weight, k_weight, v_weight = self._filters(state.context.dtype)
+        dtype = state.context.dtype
+        branch = batch_norm_arguments(branch_norm, x, dtype)
+        q_weight, k_weight, v_weight = self._filters(dtype)
         has_conv = prev_conv is not None and prev is not None
         attend = functools.partial(
             attend,
@@ -236,8 +238,8 @@ class DLALayer(nn.Module):
             q_weight,
             k_weight,
             v_weight,
-            cast(prev_conv.weight, state.context.dtype) if has_conv else None,
-            cast(self.lam, state.context.dtype),
+            parameter(prev_conv, "weight", dtype) if has_conv else None,
+            parameter(self, "lam", dtype),
             branch_weight=branch.weight,
             branch_bias=branch.bias,
             branch_mean_in=branch.mean,
@@ -309,7 +311,7 @@ class DLALayer(nn.Module):
 
     def _filters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         convs = self.q_conv, self.k_conv, self.v_conv
-        q_weight, k_weight, v_weight = (cast(conv.weight, dtype) for conv in convs)
+        q_weight, k_weight, v_weight = (parameter(conv, "weight", dtype) for conv in convs)
         return q_weight, k_weight, v_weight
 
     def _flags(self) -> dict[str, Any]:
@@ -354,9 +356,9 @@ class DLALayer(nn.Module):
 
     def _norm_and_drop_path_are_fused(self) -> bool:
         """Whether the op may stand for the modules: they do nothing that it would miss."""
-        norm = self.norm
+        norm, drop_path = self.norm, self.drop_path
         known = norm is None or is_plain(norm)
-        known = known and type(self.drop_path) is DropPath and is_unhooked(self.drop_path)
+        known = known and type(drop_path) is DropPath and is_unhooked(drop_path)
         return self.fused and known
 
     def _joins(self, branch_norm: nn.Module | None) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ _EVERYDAY_KEYS = (
     _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
     | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
-# The types that arguments of a schema usually have.
+# The types that arguments of a schema usually have: no subclass of Tensor, no symbolic number, and
+# nothing of a wrong type, about which the dispatcher complains.
 _PLAIN = {
     "Tensor": frozenset({Tensor, torch.nn.Parameter}),
     "Optional[Tensor]": frozenset({Tensor, torch.nn.Parameter, type(None)}),
@@ -43,7 +44,7 @@ _PLAIN = {
     "bool": frozenset({bool}),
 }
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
-_metadata = operator.attrgetter("shape", "dtype", "device", "layout")
+_metadata = attrgetter("shape", "dtype", "device", "layout")
 _REMEMBERED = 4096  # calls that an op has checked
 
 
@@ -77,7 +78,7 @@ def define(
         The two operators.
     """
 
-    check_new = _once_per_form(check)
+    check_new = _once_per_form(check, tensors)
 
     def run(*args: Any) -> Any:
         check_new(*args)
@@ -101,19 +102,16 @@ def define(
     return operator, _with_shortcut(backward, run_backward)
 
 
-def _once_per_form(check: Callable[..., None]) -> Callable[..., None]:
-    """``check``, but not again for arguments that differ in the values of tensors only."""
+def _once_per_form(check: Callable[..., None], tensors: int) -> Callable[..., None]:
+    """``check``, but not again for arguments that differ only in the values of their tensors."""
     passed: set[tuple[Any, ...]] = set()
 
+    def form_of(value: Tensor | Sequence[Tensor]) -> tuple[Any, ...]:
+        return tuple(map(_metadata, value)) if type(value) in (list, tuple) else _metadata(value)
+
     def check_new(*args: Any) -> None:
-        form = tuple(
-            _metadata(value)
-            if isinstance(value, Tensor)
-            else tuple(map(_metadata, value))
-            if isinstance(value, list | tuple)
-            else value
-            for value in args
-        )
+        forms = [None if value is None else form_of(value) for value in args[:tensors]]
+        form = (*forms, *args[tensors:])
         if form in passed:
             return
         check(*args)
@@ -124,12 +122,15 @@ def _once_per_form(check: Callable[..., None]) -> Callable[..., None]:
     return check_new
 
 
-def _whole(function: Callable[..., Sequence[Tensor | None]]) -> Callable[..., list[Tensor]]:
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with empty tensors in place of None, which no list of a schema's results has."""
 
-    def filled(*args: Any) -> list[Tensor]:
+    def filled(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results
         empty = _first_tensor(args)
-        return [empty.new_empty(0) if t is None else t for t in function(*args)]
+        return [empty.new_empty(0) if t is None else t for t in results]
 
     return filled
 
@@ -138,28 +139,33 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
     """The operator; but ``direct`` itself where the dispatcher would only end up there. To convert
     forty arguments to and fro takes it as long as a layer's work on a small feature map."""
 
-    kinds = tuple(_PLAIN[str(argument.type)] for argument in overload._schema.arguments)
+    kinds = [_PLAIN[str(argument.type)] for argument in overload._schema.arguments]
+    lists = [index for index, kind in enumerate(kinds) if kind is _PLAIN["List[Tensor]"]]
+
+    @functools.lru_cache(1024)
+    def are_plain(*types: type) -> bool:
+        return all(given in plain for given, plain in zip(types, kinds, strict=True))
 
     def operator(*args: Any) -> Any:
-        return direct(*args) if _dispatches_plainly(args, kinds) else overload(*args)
+        plainly = (
+            _dispatches_plainly()
+            and are_plain(*map(type, args))
+            and all(_PLAIN["Tensor"].issuperset(map(type, args[index])) for index in lists)
+        )
+        return direct(*args) if plainly else overload(*args)
 
     return operator
 
 
-def _dispatches_plainly(args: Sequence[Any], kinds: Sequence[frozenset[type]]) -> bool:
-    """Whether nothing but autograd is to see the call: no compiler, no profiler, no mode of any
-    kind (fake tensors, functorch, tracing, ...), no subclass of Tensor, no symbolic number; and no
-    argument of a wrong type, about which the dispatcher complains."""
-    if torch.compiler.is_compiling() or _C._autograd._profiler_enabled():
-        return False
-    if _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS:
-        return False
-    if _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU):
-        return False
-    if not all(type(value) in plain for value, plain in zip(args, kinds, strict=True)):
-        return False
-    lists = (value for value in args if isinstance(value, list | tuple))
-    return all(_PLAIN["Tensor"].issuperset(map(type, values)) for values in lists)
+def _dispatches_plainly() -> bool:
+    """Whether nothing but autograd is to see a call whose arguments are plain: no compiler, no
+    profiler, no mode of any kind (fake tensors, functorch, tracing, ...)."""
+    return not (
+        torch.compiler.is_compiling()
+        or _C._autograd._profiler_enabled()
+        or _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS
+        or _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU)
+    )
 
 
 def _register(
