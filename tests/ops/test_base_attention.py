@@ -534,6 +534,7 @@ BAD = {
     "k unlike q": ({"k_weight": zeros(1, 1, 5)}, "k_weight", "1, 1, 3", "1, 1, 5"),
     "v's shape": ({"v_weight": zeros(6, 6, 3, 3)}, "v_weight", "6, 1, 3, 3", "6, 6, 3, 3"),
     "weight without bias": ({"norm_bias": None}, "norm_bias", "norm_weight"),
+    "weight without norm": ({"norm": "none"}, "norm_weight", "None", "norm='none'", "float32 [6]"),
     "no running mean": ({"mean_in": None}, "mean_in", "running"),
     "drop path's batch": ({"drop_scale": zeros(3)}, "drop_scale", "2", "3"),
     "heads": ({"head_dim": 4}, "head_dim", "6", "4"),

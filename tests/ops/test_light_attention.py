@@ -551,6 +551,10 @@ BAD = {
     "lam in half": ({"lam": lambda t: t.half()}, "lam", "float32", "float16"),
     "weight's shape": ({"norm_weight": zeros(5)}, "norm_weight", "6", "5"),
     "weight without bias": ({"norm_bias": None}, "norm_bias", "norm_weight"),
+    "weight without norm": ({"norm": "none"}, "norm_weight", "None", "norm='none'", "float32 [6]"),
+    "weight without branch_norm": (
+        {"branch_weight": zeros(6), "branch_bias": zeros(6)}, "branch_weight", "None", "[6]",
+    ),
     "bias's dtype": ({"norm_bias": double}, "norm_bias", "float32", "float64"),
     "no running mean": ({"mean_in": None}, "mean_in", "running"),
     "no running variance": ({"var_in": None}, "var_in", "running"),

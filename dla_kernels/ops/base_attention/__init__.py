@@ -81,7 +81,7 @@ def base_attention(
         q_weight, k_weight: [1, 1, k], k odd.
         key_weights: k_weight of each earlier layer for ``gated="features"``, else empty.
         v_weight: [C, 1, 3, 3].
-        norm_weight, norm_bias: [C], both or neither.
+        norm_weight, norm_bias: [C], both or neither; None for ``norm="none"``.
         mean_in, var_in: [C], constants, for ``norm="running"``.
         drop_scale: [B], a constant factor for each sample's branch; None for 1.
         cell: a kind of ``dla_kernels.cell``, or "none": static (MRLA-B), all gates 1.

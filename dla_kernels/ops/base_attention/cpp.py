@@ -185,7 +185,7 @@ def backward(
     dx = empty_features(x)
     dweights = {name: None if w is None else torch.empty_like(w) for name, w in weights.items()}
     dlists = {name: [torch.empty_like(t) for t in ts] for name, ts in weight_lists.items()}
-    if grad_out is None or norm == "none":  # the kernels then take no look at the norm
+    if grad_out is None:  # the kernels then take no look at the norm
         for name in ("norm_weight", "norm_bias"):
             if dweights[name] is not None:
                 dweights[name].zero_()

@@ -72,7 +72,7 @@ def light_attention(
         q_weight, k_weight: [1, 1, k], k odd.
         v_weight, prev_weight: [C, 1, 3, 3]; no prev_weight, no convolution of p.
         lam: [C].
-        norm_weight, norm_bias: [C], both or neither.
+        norm_weight, norm_bias: [C], both or neither; None for ``norm="none"``.
         branch_weight, branch_bias: of the branch's norm, likewise.
         mean_in, var_in: [C], constants, for ``norm="running"``.
         branch_mean_in, branch_var_in: likewise, for ``branch_norm="running"``.
