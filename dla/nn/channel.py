@@ -5,11 +5,17 @@ from torch import Tensor, nn
 
 import dla_kernels
 from dla.nn.cells import CELLS, Cell
-from dla.nn.checks import check_features, hidden_width, match_autocast, one_of, positive_int
+from dla.nn.checks import (
+    check_features,
+    check_like,
+    hidden_width,
+    match_autocast,
+    one_of,
+    positive_int,
+)
 from dla.nn.form import channel_kernel_size, check_kind
 from dla.nn.state import DLAState, check_state
 from dla_kernels.ops.cell import reference as cell_reference
-from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import compute_dtype
 from dla_kernels.ops.global_pool import reference as pool_reference
 from dla_kernels.ops.residual_gate import reference as gate_reference
@@ -129,9 +135,9 @@ class DIALayer(nn.Module):
         if state is None:
             context = cell.initial_state(u.shape[0], dtype, u.device)
         else:
-            context = check_state(state, cell.slots, u, dtype).context
+            context = check_state(state, cell, u, dtype).context
         shortcut = match_autocast(shortcut, u)
-        like("shortcut", shortcut, u.shape, u.dtype, u.device)
+        check_like("shortcut", shortcut, u.shape, u.dtype, u.device)
         pool = (dla_kernels if self.fused else pool_reference).global_pool
         step = (dla_kernels if self.fused else cell_reference).cell
         finish = (dla_kernels if self.fused else gate_reference).residual_gate
@@ -139,4 +145,4 @@ class DIALayer(nn.Module):
         context = step(pool(u), context, weights, cell.kind, cell.activation)
         h = torch.sigmoid(context[0]) if cell.kind == "dsu" else context[0]
         out = finish(u, h, shortcut)
-        return out, DLAState(context, None, (u.shape[2], u.shape[3]))
+        return out, DLAState(context, None, (u.shape[2], u.shape[3]), cell.kind)

@@ -1,10 +1,12 @@
 """Checks of arguments of layers, with messages that name them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
 
 
@@ -58,7 +60,18 @@ def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
         )
 
 
-def match_autocast(other: Tensor, x: Tensor) -> Tensor:
-    """``other`` in the dtype of ``x`` under autocast, which mixes dtypes; else as it is."""
-    differs = other.dtype != x.dtype and other.is_floating_point() and under_autocast(x)
-    return other.to(x.dtype) if differs else other
+def check_like(
+    name: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises unless ``x`` is a Tensor of exactly this shape, dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {describe(x)}")
+    like(name, x, shape, dtype, device)
+
+
+def match_autocast(other: Any, x: Tensor) -> Any:
+    """``other`` in the dtype of ``x`` under autocast, which mixes dtypes; else, and if it is no
+    tensor, as it is."""
+    if not isinstance(other, Tensor) or other.dtype == x.dtype:
+        return other
+    return other.to(x.dtype) if other.is_floating_point() and under_autocast(x) else other

@@ -23,7 +23,7 @@ from dla.nn.form import (
     shared_parts,
 )
 from dla.nn.recording import record, recordings
-from dla.nn.state import DLAState, check_memory, check_state
+from dla.nn.state import DLAState, check_memory, check_state, check_tensors
 from dla.nn.tensors import parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.common import compute_dtype, describe
@@ -193,7 +193,7 @@ class DLALayer(nn.Module):
         """
         check_features("x", x, self.channels, self.v_conv.weight)
         cell, prev_conv = self._parts(cell, prev_conv)
-        state = self._start(x, cell) if state is None else self._check_state(x, state, cell)
+        state = self._start(x, cell) if state is None else self._check_state(x, prev, state, cell)
         weights = cell.weights(state.context.dtype) if cell else []
         if self.variant == "base":
             if prev is not None or join:
@@ -261,7 +261,7 @@ class DLALayer(nn.Module):
             *_, scores, gates = summary
             gated = cell_weights and prev is not None
             record(self, scores[:, :: self.head_dim], gates if gated else None)
-        return out, DLAState(context, o if keep_output else None, state.size)
+        return out, DLAState(context, o if keep_output else None, state.size, state.cell)
 
     def _base_step(
         self, x: Tensor, state: DLAState, cell_weights: list[Tensor], keep_output: bool
@@ -296,12 +296,13 @@ class DLALayer(nn.Module):
         if recordings:
             record(self, scores, gates if cell_weights else None)
         if not keep_output:
-            return out, DLAState(context, None, state.size)
+            return out, DLAState(context, None, state.size, state.cell)
         static, features = self.form.cell == STATIC, self.form.gated == "features"
         return out, DLAState(
             context,
             None,
             state.size,
+            state.cell,
             values=(*state.values, v),
             keys=keys,
             gates=gates,
@@ -372,11 +373,20 @@ class DLALayer(nn.Module):
         none = torch.empty((0, *x.shape[:2]), dtype=dtype, device=x.device)
         context = none if cell is None else cell.initial_state(x.shape[0], dtype, x.device)
         memory = {"keys": none, "gates": none} if self.variant == "base" else {}
-        return DLAState(context, None, (x.shape[2], x.shape[3]), **memory)
+        return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, **memory)
 
-    def _check_state(self, x: Tensor, state: DLAState, cell: Cell | None) -> DLAState:
-        state = check_state(state, cell.slots if cell else 0, x, compute_dtype(x.dtype))
+    def _check_state(
+        self, x: Tensor, prev: Tensor | None, state: DLAState, cell: Cell | None
+    ) -> DLAState:
+        state = check_state(state, cell, x, compute_dtype(x.dtype))
         check_memory(state, self.variant, cell is None, self.form.gated)
+        if not self.fused:
+            check_tensors(state, x, self.form.gated)
+        if prev is None and state.output is None and self.form.prev_from == "output":
+            raise ValueError(
+                "state: expected one with the output of the layer before, got one without: it is "
+                "from another form of layer, or from a layer called with keep_output=False"
+            )
         return state
 
     def _parts(
@@ -398,6 +408,7 @@ class DLALayer(nn.Module):
 
     def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState) -> Tensor | None:
         """p of this step; None stands for zeros."""
+        name = "prev" if prev is not None else "state.output"
         if prev is None:
             if self.form.prev_from == "shortcut":
                 raise ValueError(
@@ -408,11 +419,12 @@ class DLALayer(nn.Module):
                 return None
             prev = state.output
         if not isinstance(prev, Tensor):
-            raise TypeError(f"prev: expected a Tensor or None, got {type(prev).__name__}")
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(prev).__name__}")
         prev = match_autocast(prev, x)
         if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
             raise ValueError(
-                f"prev: expected shape, dtype and device of x, {describe(x)}, got {describe(prev)}"
+                f"{name}: expected shape, dtype and device of x, {describe(x)}, "
+                f"got {describe(prev)}"
             )
         return prev
 

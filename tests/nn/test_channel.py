@@ -126,7 +126,10 @@ def test_bad_input() -> None:
     assert_refused(lambda: layer()(u.float(), u), "u", "float64", "float32")
     assert_refused(lambda: layer()(u, images(3, CHANNELS, 4, 5)), "shortcut", "3, 6, 5, 4")
     assert_refused(lambda: layer()(u, u.float()), "shortcut", "float64", "float32")
+    assert_refused(lambda: layer()(u, 1.0), "shortcut", "Tensor", "float 1.0")
     assert_refused(lambda: layer()(u, u, u), "state", "DLAState", "Tensor")
+    lstm = DIALayer(CHANNELS, "lstm").double()(u, u)[1]
+    assert_refused(lambda: layer()(u, u, lstm), "state", "dsu_split", "lstm")
     wrong = other(u.float(), u.float())[1]
     assert_refused(lambda: layer()(u, u, wrong), "state", "float64", "float32")
     assert_refused(lambda: layer()(u, u, cell=DSUCell(CHANNELS)), "cell", "dsu_split", "'dsu'")

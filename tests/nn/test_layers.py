@@ -493,7 +493,7 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
     ),
     "state of another stage": (
         lambda layer: layer(map_(), map_(), state_of(layer, map_(2, 12, 10, 12))),
-        "state", "5x6", "10x12",
+        "state", "(5, 6)", "(10, 12)",
     ),
     "state of more channels": (
         lambda layer: layer(
@@ -507,6 +507,20 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
             map_(), map_(), DLALayer(CHANNELS, head_dim=4)(map_())[1]
         ),
         "state", "2 slots", "1, 2, 12",
+    ),
+    "state of another kind of cell": (
+        lambda layer: layer(
+            map_(), map_(), state_of(DLALayer(CHANNELS, cell="lstm", head_dim=4), map_())
+        ),
+        "state", "dsu_split", "lstm",
+    ),
+    "size of a state by hand": (
+        lambda layer: layer(map_(), map_(), state_of(layer, map_())._replace(size=())),
+        "state", "(5, 6)", "()",
+    ),
+    "context of a state by hand": (
+        lambda layer: layer(map_(), map_(), state_of(layer, map_())._replace(context=1)),
+        "state", "2, 2, 12", "int 1",
     ),
     "dtype of state": (
         lambda layer: layer(
@@ -534,6 +548,19 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
 def test_bad_input(bad: str) -> None:
     call, *words = BAD_CALLS[bad]
     assert_refused(lambda: call(official()), *words)
+
+
+@each_fused
+def test_bad_output_in_a_state(fused: bool) -> None:
+    """Of a state made by hand, or by a layer whose output nobody was to read."""
+    layer = DLALayer(CHANNELS, head_dim=4, fused=fused)
+    state = layer(map_())[1]
+    for output, *words in ((1.0, "float"), (map_(2, 12, 6, 5), "2, 12, 5, 6", "2, 12, 6, 5")):
+        bad = state._replace(output=output)
+        assert_refused(lambda bad=bad: layer(map_(), state=bad), "state.output", *words)
+    lost = layer(map_(), keep_output=False)[1]
+    assert_refused(lambda: layer(map_(), state=lost), "state", "output", "keep_output=False")
+    assert layer(map_(), map_(), lost)[0].shape == (2, CHANNELS, *SIZE)
 
 
 def test_shared_layer_needs_its_owners_parts() -> None:
