@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import match_autocast
+from dla.nn.checks import match_autocast, number
 from dla.nn.tensors import cast, parameter
+from dla_kernels.ops.checks import at_least_zero
 from dla_kernels.ops.common import compute_dtype
 
 
@@ -20,6 +21,14 @@ class BatchNormArguments(NamedTuple):
     bias: Tensor | None
     mean: Tensor | None
     var: Tensor | None
+
+
+def batch_norm(channels: int, eps: float, momentum: float | None) -> nn.BatchNorm2d:
+    """A fresh norm; TypeError or ValueError where torch's would fail late or not at all."""
+    at_least_zero("eps", number("eps", eps))
+    if momentum is not None and not 0.0 <= number("momentum", momentum) <= 1.0:
+        raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum!r}")
+    return nn.BatchNorm2d(channels, eps, momentum)
 
 
 def batch_norm_arguments(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 import dla_kernels
 from dla.nn.cells import CELLS, Cell
 from dla.nn.checks import (
+    boolean,
     check_features,
     check_like,
     hidden_width,
@@ -98,9 +99,10 @@ class DIALayer(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = positive_int("channels", channels)
-        self.kind, self.fused = one_of("cell", cell, CELLS), fused
-        make = CELLS[cell]
-        self.cell = None if shared else make(channels, reduction, activation, initial_state)
+        self.kind, self.fused = one_of("cell", cell, CELLS), boolean("fused", fused)
+        self.cell = None
+        if not boolean("shared", shared):
+            self.cell = CELLS[cell](channels, reduction, activation, initial_state)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, cell={self.kind!r}, fused={self.fused}"

@@ -1,10 +1,11 @@
 """Checks of arguments of layers, with messages that name them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
@@ -12,7 +13,7 @@ from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     """``value`` if it is among ``choices``, else ValueError."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
     return value
 
@@ -24,6 +25,33 @@ def positive_int(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """``value`` if it is True or False, else TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a float if it is a real number, else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    return float(value)
+
+
+def module_list(name: str, modules: Any) -> nn.ModuleList:
+    """The modules as nn.ModuleList, or TypeError or ValueError: there must be one at least."""
+    if not isinstance(modules, Iterable):
+        raise TypeError(f"{name}: expected a list of modules, got {describe(modules)}")
+    given = list(modules)
+    if not given:
+        raise ValueError(f"{name}: expected at least one, got none")
+    for index, module in enumerate(given):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}[{index}]: expected a Module, got {describe(module)}")
+    return nn.ModuleList(given)
 
 
 def hidden_width(channels: int, reduction: int) -> int:

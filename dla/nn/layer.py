@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import batch_norm_arguments, is_plain, is_unhooked, track_statistics
+from dla.nn.batch_norm import (
+    batch_norm,
+    batch_norm_arguments,
+    is_plain,
+    is_unhooked,
+    track_statistics,
+)
 from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
-from dla.nn.checks import check_features, match_autocast, one_of, positive_int
+from dla.nn.checks import boolean, check_features, match_autocast, one_of, positive_int
 from dla.nn.drop import DropPath
 from dla.nn.form import (
     CONTEXTS,
@@ -132,7 +138,8 @@ class DLALayer(nn.Module):
             raise ValueError(
                 f"head_dim: expected a divisor of channels={channels}, got {self.head_dim}"
             )
-        self.variant, self.spec, self.fused, self.shared = variant, spec, fused, shared
+        self.variant, self.spec = variant, spec
+        self.fused, self.shared = boolean("fused", fused), boolean("shared", shared)
         self.form = resolve_form(variant, spec, cell, gate, prev_conv, prev_from, gated)
         self.context = one_of("context", context, CONTEXTS)
         self.activation = one_of("activation", activation, ACTIVATIONS)
@@ -147,7 +154,7 @@ class DLALayer(nn.Module):
         self.k_conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.v_conv = depthwise_conv(channels, spec)
         self.lam = nn.Parameter(torch.randn(channels)) if variant == "light" else None
-        self.norm = nn.BatchNorm2d(channels, eps, momentum) if norm else None
+        self.norm = batch_norm(channels, eps, momentum) if boolean("norm", norm) else None
         self.drop_path = DropPath(drop_path)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dla.nn.batch_norm import is_unhooked, join
 from dla.nn.cells import CELLS
 from dla.nn.channel import DIALayer
+from dla.nn.checks import boolean, module_list
 from dla.nn.form import STATIC, shared_parts
 from dla.nn.layer import DLALayer
 
@@ -52,11 +53,9 @@ class DLAStage(nn.Module):
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if not self.blocks:
-            raise ValueError("blocks: expected at least one, got none")
+        self.blocks = module_list("blocks", blocks)
         rates = _one_per_block(drop_path, len(self.blocks))
-        if static:
+        if boolean("static", static):
             if cell not in (None, STATIC):
                 raise ValueError(f"cell: expected None in a static stage, got {cell!r}")
             cell = STATIC
@@ -140,11 +139,15 @@ class DIAStage(nn.Module):
         initial_state: str = "zeros",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if not self.blocks:
-            raise ValueError("blocks: expected at least one, got none")
+        self.blocks = module_list("blocks", blocks)
+        for index, block in enumerate(self.blocks):
+            if not callable(getattr(block, "parts", None)):
+                raise TypeError(
+                    f"blocks[{index}]: expected a Module with a method parts(x), "
+                    f"got {type(block).__name__}"
+                )
         self.layers = nn.ModuleList(
-            DIALayer(channels, cell, fused=fused, shared=True) for _ in blocks
+            DIALayer(channels, cell, fused=fused, shared=True) for _ in self.blocks
         )
         self.cell = CELLS[cell](channels, reduction, activation, initial_state)
 

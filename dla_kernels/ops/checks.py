@@ -57,8 +57,8 @@ def more_than_one_per_channel(name: str, x: Tensor) -> None:
 
 
 def at_least_zero(name: str, value: float) -> None:
-    """No negative number."""
-    if value < 0:
+    """No negative number, nor NaN."""
+    if not value >= 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -590,7 +591,20 @@ BAD_OPTIONS = {
     "reduction": ({"reduction": 13}, "reduction", "12", "13"),
     "no reduction": ({"reduction": 0}, "reduction", "0"),
     "fraction": ({"reduction": 2.0}, "reduction", "integer", "2.0"),
+    "no words": ({"spec": 1}, "spec", "paper", "1"),
     "drop_path": ({"drop_path": 1.0}, "drop_path", "[0, 1)", "1.0"),
+    "drop_path below 0": ({"drop_path": -0.1}, "drop_path", "[0, 1)", "-0.1"),
+    "drop_path NaN": ({"drop_path": math.nan}, "drop_path", "[0, 1)", "nan"),
+    "drop_path no number": ({"drop_path": "a"}, "drop_path", "number", "str 'a'"),
+    "norm": ({"norm": 3}, "norm", "True or False", "int 3"),
+    "fused": ({"fused": "no"}, "fused", "True or False", "str 'no'"),
+    "prev_conv": ({"prev_conv": 1}, "prev_conv", "True or False", "int 1"),
+    "eps": ({"eps": -1e-5}, "eps", "at least 0", "-1e-05"),
+    "eps NaN": ({"eps": math.nan}, "eps", "at least 0", "nan"),
+    "eps no number": ({"eps": "a"}, "eps", "number", "str 'a'"),
+    "momentum": ({"momentum": 1.5}, "momentum", "[0, 1]", "1.5"),
+    "momentum NaN": ({"momentum": math.nan}, "momentum", "[0, 1]", "nan"),
+    "momentum no number": ({"momentum": "a"}, "momentum", "number", "str 'a'"),
 }
 
 
@@ -604,7 +618,11 @@ def test_bad_options(bad: str) -> None:
 def test_bad_options_of_a_stage() -> None:
     block = nn.Identity()
     assert_refused(lambda: DLAStage([], CHANNELS), "blocks", "one", "none")
+    assert_refused(lambda: DLAStage([block, None], CHANNELS), "blocks[1]", "Module", "NoneType")
+    assert_refused(lambda: DLAStage(block, CHANNELS), "blocks", "list", "Identity")
+    assert_refused(lambda: DLAStage([block], CHANNELS, static=None), "static", "True", "NoneType")
     assert_refused(lambda: DLAStage([block], CHANNELS, drop_path=[0.1, 0.2]), "drop_path", "1", "2")
     assert_refused(lambda: DLAStage([block], CHANNELS, static=True, cell="dsu"), "cell", "dsu")
     assert_refused(lambda: DLALayer(0), "channels", "1", "0")
+    assert_refused(lambda: DLALayer(12, shared=2), "shared", "True or False", "int 2")
     assert_refused(lambda: DLALayer(12.0), "channels", "integer", "12.0")

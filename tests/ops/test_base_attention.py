@@ -544,6 +544,7 @@ BAD = {
     "gated": ({"gated": "values"}, "gated", "projections", "values"),
     "norm": ({"norm": "layer"}, "norm", "running", "layer"),
     "eps": ({"eps": -1.0}, "eps", "-1"),
+    "eps NaN": ({"eps": float("nan")}, "eps", "at least 0", "nan"),
 }  # fmt: skip
 
 

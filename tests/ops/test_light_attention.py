@@ -569,6 +569,7 @@ BAD = {
     "context": ({"context": "batch"}, "context", "per_sample", "batch"),
     "norm": ({"norm": "layer"}, "norm", "running", "layer"),
     "eps": ({"eps": -1.0}, "eps", "-1"),
+    "eps NaN": ({"eps": float("nan")}, "eps", "at least 0", "nan"),
 }  # fmt: skip
 
 
