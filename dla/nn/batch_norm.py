@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import match_autocast, number
+from dla.nn.checks import check_like, match_autocast, number
 from dla.nn.tensors import cast, parameter
 from dla_kernels.ops.checks import at_least_zero
-from dla_kernels.ops.common import compute_dtype
+from dla_kernels.ops.common import compute_dtype, describe
 
 
 class BatchNormArguments(NamedTuple):
@@ -84,9 +84,12 @@ def is_plain(norm: nn.Module | None) -> bool:
 
 def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) -> Tensor:
     """relu(norm(branch) + shortcut), all [B, C, H, W]: the end of a residual block."""
-    if not (fused and is_plain(norm)):
-        return torch.relu((branch if norm is None else norm(branch)) + shortcut)
     shortcut = match_autocast(shortcut, branch)
+    if not (fused and is_plain(norm)):
+        check_like("shortcut", shortcut, branch.shape, branch.dtype, branch.device)
+        if not isinstance(norm, nn.Module | None):
+            raise TypeError(f"branch_norm: expected a Module or None, got {describe(norm)}")
+        return torch.relu((branch if norm is None else norm(branch)) + shortcut)
     mode, eps, *tensors = batch_norm_arguments(norm, branch, compute_dtype(branch.dtype))
     out, mean, var = dla_kernels.residual_norm(branch, shortcut, *tensors, norm=mode, eps=eps)
     track_statistics(norm, mean, var, branch)

@@ -1,6 +1,6 @@
 """Runs of blocks with layer attention."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,8 +82,8 @@ class DLAStage(nn.Module):
         """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do.
 
         Raises:
-            ValueError, TypeError: a block's output or shortcut does not fit; under ``prev`` in
-                the message it is the shortcut.
+            ValueError, TypeError: what a block puts out does not fit; under ``prev`` in the
+                message it is the shortcut.
         """
         state = None
         last = len(self.layers) - 1
@@ -91,14 +91,16 @@ class DLAStage(nn.Module):
             reads_shortcut = layer.form.prev_from == "shortcut"
             options = {}
             if hasattr(block, "raw_parts") and is_unhooked(block):
-                out, norm, shortcut = block.raw_parts(x)
+                parts = block.raw_parts(x)
+                out, norm, shortcut = _checked_parts(block, "raw_parts", parts, _RAW_PARTS)
                 if reads_shortcut:
                     options = {"join": True, "branch_norm": norm}
                 else:
                     out = join(out, norm, shortcut, layer.fused)
             else:
                 result = block(x)
-                out, shortcut = result if isinstance(result, tuple) else (result, x)
+                parts = result if isinstance(result, tuple) else (result, x)
+                out, shortcut = _checked_parts(block, "forward", parts, _PARTS)
             x, state = layer(
                 out,
                 shortcut if reads_shortcut else None,
@@ -152,11 +154,33 @@ class DIAStage(nn.Module):
         self.cell = CELLS[cell](channels, reduction, activation, initial_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do."""
+        """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do.
+
+        Raises:
+            ValueError, TypeError: what a block puts out does not fit.
+        """
         state = None
         for block, layer in zip(self.blocks, self.layers, strict=True):
-            x, state = layer(*block.parts(x), state, cell=self.cell)
+            branch, shortcut = _checked_parts(block, "parts", block.parts(x), _PARTS)
+            x, state = layer(branch, shortcut, state, cell=self.cell)
         return x
+
+
+_PARTS = {"output": Tensor, "shortcut": Tensor}
+_RAW_PARTS = {"branch": Tensor, "norm": nn.Module | None, "shortcut": Tensor}
+
+
+def _checked_parts(block: nn.Module, method: str, parts: Any, types: Mapping[str, Any]) -> Any:
+    """``parts``, which a block's method gave, or TypeError if it is no tuple of these types."""
+    several = isinstance(parts, tuple) and len(parts) == len(types)
+    if several and all(map(isinstance, parts, types.values())):
+        return parts
+    found = parts if isinstance(parts, tuple) else (parts,)
+    raise TypeError(
+        f"blocks: expected {type(block).__name__}.{method} to give ({', '.join(types)}), all of "
+        "them tensors except a norm, a Module or None; "
+        f"got ({', '.join(type(part).__name__ for part in found)})"
+    )
 
 
 def _one_per_block(drop_path: float | Sequence[float], count: int) -> list[float]:
