@@ -24,9 +24,11 @@ Loader = Callable[[], ModuleType]
 
 def unsupported(x: Tensor) -> str | None:
     """Why the compiled CPU kernels cannot serve ``x``, or None."""
-    if not x.is_cpu:
-        return f"the compiled kernels run on CPU tensors, x is on {x.device}"
-    return native.error()
+    missing = native.error()
+    if x.is_cpu:
+        return missing
+    elsewhere = f"the compiled kernels run on CPU tensors, x is on {x.device}"
+    return f"{elsewhere}; {missing}" if missing else elsewhere
 
 
 def execution(x: Tensor) -> dict[str, int]:
