@@ -11,6 +11,7 @@ from dla.nn.channel import DIALayer
 from dla.nn.checks import boolean, module_list
 from dla.nn.form import STATIC, shared_parts
 from dla.nn.layer import DLALayer
+from dla_kernels.ops.base_attention import MAX_LAYERS
 
 
 class DLAStage(nn.Module):
@@ -73,6 +74,11 @@ class DLAStage(nn.Module):
             )
             for rate in rates
         )
+        if variant == "base" and self.layers[0].fused and len(self.blocks) > MAX_LAYERS:
+            raise ValueError(
+                f"blocks: expected at most {MAX_LAYERS} under variant='base' (any number with "
+                f"fused=False), got {len(self.blocks)}"
+            )
         form = self.layers[0].form
         self.cell, self.prev_conv = shared_parts(
             channels, form, spec, reduction, activation, initial_state

@@ -277,3 +277,9 @@ def test_too_many_layers() -> None:
         gates=state.gates.repeat(64, 1, 1),
     )
     assert_refused(lambda: base()(images(), state=many), "values", "63", "64")
+    blocks = [nn.Identity()] * 65
+    assert_refused(
+        lambda: DLAStage(blocks, CHANNELS, "base", head_dim=3), "blocks", "64", "fused=False", "65"
+    )
+    assert len(DLAStage(blocks, CHANNELS, "base", head_dim=3, fused=False).layers) == 65
+    assert len(DLAStage(blocks[:64], CHANNELS, "base", head_dim=3).layers) == 64
