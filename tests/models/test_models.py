@@ -166,7 +166,9 @@ def test_an_option_that_does_not_apply_is_a_type_error(name: str, option: str) -
     [
         ("resnet20_dlal", {}, "did you mean resnet20_dla_l"),
         ("resnet21_dla_l", {}, "name: no model"),
-        ("zzz", {}, "list_models"),
+        ("resnet20", {}, "did you mean resnet20_plain, resnet20_se, .*resnet20_dla_b"),
+        ("plain", {}, "resnet<depth>_<variant>, .* plain, se, .* list_models"),
+        (20, {}, "name: no model is called 20"),
         ("resnet29_plain", {"block": "basic"}, r"block: .* 6n \+ 2, which 29 is not"),
         ("resnet47_dla_l", {"block": "basic"}, r"block: .* 6n \+ 2, which 47 is not"),
         ("resnet20_plain", {"block": "wide"}, "block: expected one of bottleneck, basic"),
