@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from dla_kernels import backend
 
@@ -205,8 +204,12 @@ def _register_autograd(
         save(ctx, args, results)
         return results
 
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # never in a backward pass, but for create_graph=True
+            raise NotImplementedError(
+                f"{op} cannot be differentiated twice (create_graph=True); the unfused path can "
+                "(fused=False)"
+            )
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if ctx.backend == backend.AUTO or backend.requested() != backend.AUTO:

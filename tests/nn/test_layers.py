@@ -456,6 +456,17 @@ def test_layer_compiles_with_its_state() -> None:
     assert_same_state(layer, other)
 
 
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_second_derivatives(variant: str) -> None:
+    """Of the unfused path alone."""
+    layer = DLALayer(2, variant, head_dim=2, reduction=2).double()
+    x = features(2)[:, :2, :2, :3].contiguous().requires_grad_()
+    with pytest.raises(NotImplementedError, match="fused=False"):
+        torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    layer.fused = False
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
