@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_kernels.ops.checks import like
+from dla_kernels.ops.checks import like, strided
 from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
 
 
@@ -69,6 +69,7 @@ def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
     """Raises unless ``x`` is [B, channels, H, W] and goes with ``weight``, the layer's own."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    strided(name, x)
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {describe(x)}"

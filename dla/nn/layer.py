@@ -32,6 +32,7 @@ from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state, check_tensors
 from dla.nn.tensors import parameter
 from dla_kernels.ops.base_attention import reference as base_reference
+from dla_kernels.ops.checks import strided
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
 
@@ -427,6 +428,7 @@ class DLALayer(nn.Module):
             prev = state.output
         if not isinstance(prev, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {type(prev).__name__}")
+        strided(name, prev)
         prev = match_autocast(prev, x)
         if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
             raise ValueError(

@@ -149,11 +149,21 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
         plainly = (
             _dispatches_plainly()
             and are_plain(*map(type, args))
-            and all(_PLAIN["Tensor"].issuperset(map(type, args[index])) for index in lists)
+            and all(_are_plain_tensors(args[index]) for index in lists)
+            and not any(value.is_neg() for value in args if type(value) is Tensor)
         )
         return direct(*args) if plainly else overload(*args)
 
     return operator
+
+
+def _are_plain_tensors(values: Sequence[Tensor]) -> bool:
+    """Whether a list is of no subclass, and of no tensor that stands for its negative, as the
+    imaginary part of a conjugate does: the dispatcher forms these. Parameters never do."""
+    types = set(map(type, values))
+    if not types <= _PLAIN["Tensor"]:
+        return False
+    return Tensor not in types or not any(map(Tensor.is_neg, values))
 
 
 def _dispatches_plainly() -> bool:

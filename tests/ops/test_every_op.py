@@ -27,6 +27,7 @@ from op_cases import (
     run,
 )
 from op_samples import NAMES, SMALL, Call, sample
+from refusals import assert_refused
 from tolerances import assert_gradients_close
 
 # A layer step is dozens of launches, and takes seconds on Triton's interpreter: one variant there.
@@ -369,3 +370,26 @@ def test_forward_mode_is_refused(op: str, variant: str, backend: str) -> None:
 
     with use_backend(backend), pytest.raises(NotImplementedError, match=op):
         torch.func.jvp(function, (tensor,), (tensor,))
+
+
+@EACH_CPU_KERNEL
+def test_tensors_without_strides_are_refused(op: str, variant: str, backend: str) -> None:
+    """By name, whichever it is."""
+    with use_backend(backend):
+        for name in flatten(sample(op, variant, SMALL).inputs):
+            call = sample(op, variant, SMALL)
+            call.inputs = mapped(
+                lambda key, t, name=name: t.to_sparse() if key == name else t, call.inputs
+            )
+            assert_refused(lambda call=call: run_call(call), name.split(".")[0], "dense", "sparse")
+
+
+@EACH_CPU_KERNEL
+def test_tensors_that_stand_for_their_negative(op: str, variant: str, backend: str) -> None:
+    """As ``z.conj().imag`` does: forward and backward see the values, not the memory."""
+    call = sample(op, variant, SMALL)
+    with use_backend(backend):
+        expected = run_call(call)
+        call.inputs = mapped(lambda _, t: torch._neg_view(-t), call.inputs)
+        call.cotangents = {i: torch._neg_view(-t) for i, t in call.cotangents.items()}
+        assert_identical(run_call(call), expected)
