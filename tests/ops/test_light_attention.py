@@ -330,10 +330,14 @@ def per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
-@each_backend("light_attention")
+@each_backend("light_attention", but="reference")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_constant_map(backend: str, layout: str, generator: torch.Generator) -> None:
-    """No variance at all: rstd = 1 / sqrt(eps), never the root of a negative number."""
+    """No variance at all: rstd = 1 / sqrt(eps), never the root of a negative number.
+
+    Not of the reference, whose statistics are torch's: in channels_last these add plain float32
+    numbers one after the other, and take the square of the mean's rounding error for variance.
+    """
     case = Case(shape=(2, 6, 8, 8), cell="none", has_prev=False, x_layout=layout, p_layout=layout)
     inputs = case.inputs(generator)
     inputs["v_weight"].zero_()
