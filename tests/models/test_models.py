@@ -432,3 +432,19 @@ def test_compiles_without_graph_breaks(name: str, spec: str) -> None:
     assert_close(outputs[0], outputs[1], name="logits", table=MODELS)
     first = {key.removeprefix("_orig_mod."): g for key, g in gradients[0].items()}
     assert_gradients_close(first, gradients[1], case=torch.float32, table=MODELS)
+
+
+@pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
+@torch.no_grad()
+def test_export(name: str) -> None:
+    """torch.export keeps the fused ops, and serves any batch, also after a round trip by file."""
+    model = create_model(name, **OFFICIAL).eval()
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (batch(),), dynamic_shapes=shapes)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert any(target.startswith("dla_kernels.") for target in targets)
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    for program in (exported, torch.export.load(buffer)):
+        assert_close(program.module()(batch(count=7)), model(batch(count=7)))
