@@ -152,7 +152,17 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
             and all(_are_plain_tensors(args[index]) for index in lists)
             and not any(value.is_neg() for value in args if type(value) is Tensor)
         )
-        return direct(*args) if plainly else overload(*args)
+        if plainly:
+            return direct(*args)
+        try:
+            return overload(*args)
+        except RuntimeError as error:
+            if torch.compiler.is_compiling() or not _C._are_functorch_transforms_active():
+                raise
+            raise NotImplementedError(
+                f"{overload.name()} failed under a transform of torch.func; the unfused path knows "
+                f"them (fused=False): {error}"
+            ) from error
 
     return operator
 

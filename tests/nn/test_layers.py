@@ -467,6 +467,21 @@ def test_second_derivatives(variant: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
 
 
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_torch_func(variant: str) -> None:
+    """Of the unfused path alone."""
+    layer = DLALayer(CHANNELS, variant, head_dim=4).double().eval()
+    x = features().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x)[0].square().sum()
+
+    with pytest.raises(NotImplementedError, match="fused=False"):
+        torch.func.grad(loss)(x.detach())
+    layer.fused = False
+    assert_close(torch.func.grad(loss)(x.detach()), torch.autograd.grad(loss(x), x)[0])
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
