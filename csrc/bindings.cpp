@@ -8,7 +8,9 @@
 #endif
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -132,55 +134,58 @@ struct Field<std::vector<T>> {
   }
 };
 
-// A field of Args by name. Type-erased: a struct of forty fields must not become a pack of forty
-// types, which is slow to compile.
-template <class Args>
+// A field of a struct by name. Type-erased, as is all that follows: whatever is generated anew for
+// each of three hundred fields, or each of a dozen structs, is slow to compile.
 struct NamedField {
   PyObject* name;  // interned for the life of the process
-  void (*assign)(Args&, py::handle);
+  std::ptrdiff_t offset;
+  void (*assign)(void* field, py::handle value);
 };
 
-template <auto member, class Args>
-NamedField<Args> named_field(const char* name) {
-  return {PyUnicode_InternFromString(name), [](Args& args, py::handle value) {
-            using T = std::remove_reference_t<decltype(args.*member)>;
-            args.*member = Field<T>::from(value);
+template <class Args, class Owner, class T>
+NamedField named_field(const char* name, T Owner::*member) {
+  static Args args;
+  const auto offset = reinterpret_cast<char*>(&(args.*member)) - reinterpret_cast<char*>(&args);
+  return {PyUnicode_InternFromString(name), offset, [](void* field, py::handle value) {
+            *static_cast<T*>(field) = Field<T>::from(value);
           }};
 }
 
+// Of the struct whose function is bound; set by then.
 template <class Args>
-Args from_keywords(const std::vector<NamedField<Args>>& fields, const py::kwargs& values) {
-  Args args{};
-  for (const auto& [name, assign] : fields) {
+std::vector<NamedField> fields_of;
+
+void assign_all(const std::vector<NamedField>& fields, const py::kwargs& values, void* args) {
+  for (const auto& [name, offset, assign] : fields) {
     PyObject* value = PyDict_GetItemWithError(values.ptr(), name);
     const auto text = [name = name] { return py::cast<std::string>(py::handle(name)); };
     if (value == nullptr) throw py::type_error("missing argument " + text());
     try {
-      assign(args, value);
+      assign(static_cast<char*>(args) + offset, value);
     } catch (const py::cast_error&) {
       throw py::type_error("argument " + text() + ": cannot use " +
                            py::repr(value).cast<std::string>());
     }
   }
   if (values.size() != fields.size()) throw py::type_error("unknown argument given");
-  return args;
 }
 
-// Binds a struct with a constructor that wants every field by keyword, and the function over it.
-template <class Args>
-void bind(py::module_& m, const char* function_name, void (*function)(const Args&),
-          const char* struct_name, std::vector<NamedField<Args>> fields) {
-  // Local: both modules may be loaded.
-  py::class_<Args> type(m, struct_name, py::module_local());
-  type.def(py::init([fields = std::move(fields)](const py::kwargs& values) {
-    return from_keywords(fields, values);
-  }));
-  // How much of it a call needs may depend on all other fields.
-  if constexpr (requires(Args args) { args.scratch; })
-    type.def_property("scratch", nullptr, [](Args& args, py::handle memory) {
-      args.scratch = address_of(memory);
-    });
-  m.def(function_name, function, py::call_guard<py::gil_scoped_release>());
+using Function = std::function<std::int64_t(const py::kwargs&)>;
+
+void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
+
+// Binds a function of a struct as one that wants every field by keyword. Returns 0 for void.
+template <class Args, class Result>
+void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
+  define(m, name, [function](const py::kwargs& values) -> std::int64_t {
+    Args args{};
+    assign_all(fields_of<Args>, values, &args);
+    const py::gil_scoped_release released;
+    if constexpr (std::is_void_v<Result>)
+      return function(args), 0;
+    else
+      return function(args);
+  });
 }
 
 // DLA_BIND(m, function, Struct, field, field, ...): __VA_OPT__ recursion over the field names.
@@ -190,12 +195,12 @@ void bind(py::module_& m, const char* function_name, void (*function)(const Args
 #define DLA_REPEAT3(...) DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(__VA_ARGS__))))
 #define DLA_REPEAT4(...) __VA_ARGS__
 #define DLA_FIELD(Struct, field, ...)                  \
-  named_field<&Struct::field, Struct>(#field)          \
+  named_field<Struct>(#field, &Struct::field)          \
   __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
 #define DLA_FIELD_AGAIN() DLA_FIELD
-#define DLA_BIND(m, function, Struct, ...)                     \
-  bind<Struct>(m, #function, &DLA_BACKEND::function, #Struct,  \
-               {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))})
+#define DLA_BIND(m, function, Struct, ...)                                \
+  fields_of<Struct> = {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))};      \
+  bind(m, #function, &DLA_BACKEND::function)
 
 }  // namespace
 
@@ -272,10 +277,10 @@ PYBIND11_MODULE(DLA_MODULE, m) {
   m.def("simd_level", [] { return simd_name(simd_level()); });
   m.def("max_threads", &max_threads);
 #else
-  m.def("light_attention_forward_scratch", &cuda::light_attention_forward_scratch);
-  m.def("light_attention_backward_scratch", &cuda::light_attention_backward_scratch);
-  m.def("base_attention_forward_scratch", &cuda::base_attention_forward_scratch);
-  m.def("base_attention_backward_scratch", &cuda::base_attention_backward_scratch);
+  bind(m, "light_attention_forward_scratch", &cuda::light_attention_forward_scratch);
+  bind(m, "light_attention_backward_scratch", &cuda::light_attention_backward_scratch);
+  bind(m, "base_attention_forward_scratch", &cuda::base_attention_forward_scratch);
+  bind(m, "base_attention_backward_scratch", &cuda::base_attention_backward_scratch);
 #endif
 }
 

@@ -27,16 +27,34 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+// Whether there is code for doubles in this translation unit; common/isa.h says why not.
+#ifndef __AVX512F__
+#define DLA_DOUBLES
+constexpr bool kDoubles = true;
+#else
+constexpr bool kDoubles = false;
+#endif
+
 // Calls body(T{}) with T the element type of `dtype`.
 template <class Body>
 void with_element_type(DType dtype, Body&& body) {
   switch (dtype) {
     case DType::f32: return body(float{});
-    case DType::f64: return body(double{});
+    case DType::f64:
+      if constexpr (kDoubles) return body(double{});
+      break;
     case DType::f16: return body(Half{});
     case DType::bf16: return body(BFloat16{});
   }
   throw std::invalid_argument("dtype: expected 0 (f32), 1 (f64), 2 (f16) or 3 (bf16)");
+}
+
+// Calls body(A{}) with A the compute type of `dtype`.
+template <class Body>
+void with_compute_type(DType dtype, Body&& body) {
+  if constexpr (kDoubles)
+    if (dtype == DType::f64) return body(double{});
+  body(float{});
 }
 
 }  // namespace dla

@@ -1,8 +1,9 @@
 """What the ``cpp.py`` adapters share: numbers that stand for words, who is called.
 
-The module of the CUDA kernels has the same structs and functions as that of the CPU kernels. An
-adapter takes ``load``, which says which of them it works on: `cuda_common.on_cuda`. The fields of a
-struct that are addresses take tensors, which must outlive the native call; it does not keep them.
+The module of the CUDA kernels has the same functions as that of the CPU kernels, which want all
+their arguments by keyword. An adapter takes ``load``, which says which of them it works on:
+`cuda_common.on_cuda`. Arguments that are addresses take tensors, which must live until the call has
+returned.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,6 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def execution(x: Tensor) -> dict[str, int]:
-    """Fields of a native struct that say where the work on ``x`` is done."""
+    """Arguments of a native function that say where the work on ``x`` is done."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return {"threads": torch.get_num_threads(), "stream": stream}

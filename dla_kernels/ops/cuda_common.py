@@ -33,8 +33,6 @@ def step_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(function, load=native.load_cuda, prepare=_with_memory)
 
 
-def _with_memory(module: Any, function: str, step: Any, like: Tensor) -> Tensor:
-    """Allocates what a native function says that a call needs."""
-    memory = like.new_empty(getattr(module, f"{function}_scratch")(step))
-    step.scratch = memory
-    return memory
+def _with_memory(module: Any, function: str, args: dict[str, Any], like: Tensor) -> Tensor:
+    """What a native function says that a call needs; anybody's again after the last launch."""
+    return like.new_empty(getattr(module, f"{function}_scratch")(**args))

@@ -1,4 +1,4 @@
-"""What the adapters of light_attention and base_attention share: fields of structs, the call."""
+"""What the adapters of light_attention and base_attention share: arguments, the call."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
 from dla_kernels.ops.cpp_common import DTYPES, NORMS, execution
 
-# Of (module, function, struct, a tensor of the compute dtype): gives the struct working memory.
-Prepare = Callable[[Any, str, Any, Tensor], Tensor]
+# Of (module, name of a function, its arguments, a tensor of the compute dtype): working memory.
+Prepare = Callable[[Any, str, dict[str, Any], Tensor], Tensor]
 
 
 def sizes(
@@ -55,8 +55,10 @@ def flags(
     }
 
 
-def run_step(module: Any, function: str, step: Any, like: Tensor, prepare: Prepare | None) -> None:
+def run_step(
+    module: Any, function: str, like: Tensor, prepare: Prepare | None, **args: Any
+) -> None:
     """Calls a native function, on a GPU with the working memory that ``prepare`` allocates."""
-    memory = None if prepare is None else prepare(module, function, step, like)
-    getattr(module, function)(step)
-    del memory  # not before the launches: what is launched later may have it then
+    if prepare is not None:
+        args["scratch"] = prepare(module, function, args, like)
+    getattr(module, function)(**args)

@@ -242,11 +242,11 @@ struct BackwardStep : Step<A> {
 }  // namespace
 
 void base_attention_forward(const BaseAttentionForward& args) {
-  args.dtype == DType::f64 ? ForwardStep<double>(args).run() : ForwardStep<float>(args).run();
+  with_compute_type(args.dtype, [&](auto zero) { ForwardStep<decltype(zero)>(args).run(); });
 }
 
 void base_attention_backward(const BaseAttentionBackward& args) {
-  args.dtype == DType::f64 ? BackwardStep<double>(args).run() : BackwardStep<float>(args).run();
+  with_compute_type(args.dtype, [&](auto zero) { BackwardStep<decltype(zero)>(args).run(); });
 }
 
 }  // namespace dla::DLA_ISA

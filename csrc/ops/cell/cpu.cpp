@@ -51,7 +51,9 @@ void cell_backward(const CellWeights<A>& cell, const CellInputs<A>& in, const A*
   template void cell_backward<A>(const CellWeights<A>&, const CellInputs<A>&, const A*, bool, A*, \
                                  A*, A* const[kMaxCellParams], bool, int);
 DLA_INSTANTIATE(float)
+#ifdef DLA_DOUBLES
 DLA_INSTANTIATE(double)
+#endif
 #undef DLA_INSTANTIATE
 
 namespace {
@@ -66,15 +68,6 @@ CellWeights<A> weights_of(const Args& args) {
     throw std::invalid_argument("cell: wrong number of parameters for this kind");
   for (int i = 0; i < expected; ++i) cell.params[i] = static_cast<const A*>(args.params[i]);
   return cell;
-}
-
-template <class Body>
-void with_compute_type(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::f64: return body(double{});
-    default: throw std::invalid_argument("cell: dtype must be 0 (f32) or 1 (f64)");
-  }
 }
 
 template <class A, class Args>

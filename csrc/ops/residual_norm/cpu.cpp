@@ -173,11 +173,11 @@ struct BackwardStep : Step<A> {
 }  // namespace
 
 void residual_norm_forward(const ResidualNormForward& args) {
-  args.dtype == DType::f64 ? ForwardStep<double>(args).run() : ForwardStep<float>(args).run();
+  with_compute_type(args.dtype, [&](auto zero) { ForwardStep<decltype(zero)>(args).run(); });
 }
 
 void residual_norm_backward(const ResidualNormBackward& args) {
-  args.dtype == DType::f64 ? BackwardStep<double>(args).run() : BackwardStep<float>(args).run();
+  with_compute_type(args.dtype, [&](auto zero) { BackwardStep<decltype(zero)>(args).run(); });
 }
 
 }  // namespace dla::DLA_ISA

@@ -81,8 +81,8 @@ def forward(
         "var": state.new_empty(channels if norm == "batch" else 0),
         "pooled_x": state.new_empty(batch, channels),
     }
-    module = load()
-    step = module.BaseAttentionForward(
+    run_step(
+        *(load(), "base_attention_forward", state, prepare),
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=gated == "features",
@@ -92,7 +92,6 @@ def forward(
         **lists,
         **results,
     )
-    run_step(module, "base_attention_forward", step, state, prepare)
     out, v, *rest, own_mean, scores, mean, var, pooled_x = results.values()
     own_mean = pooled_x.clone() if features else own_mean
     return out, v, *rest, own_mean, scores, mean, var, pooled_x
@@ -189,10 +188,10 @@ def backward(
         for name in ("norm_weight", "norm_bias"):
             if dweights[name] is not None:
                 dweights[name].zero_()
-    module = load()
     terms = len(later_grads) + sum(t is not None for t in (grad_out, grad_v))
     dv = empty_features(x) if prepare and terms > 1 else None
-    step = module.BaseAttentionBackward(
+    run_step(
+        *(load(), "base_attention_backward", state, prepare),
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=gated == "features",
@@ -208,7 +207,6 @@ def backward(
         weights=mix,
         dv=dv,
     )
-    run_step(module, "base_attention_backward", step, state, prepare)
     if not needs_values:
         g = mix = None
     dstate, dkeys, dgates, dq, dk, dv, *dnorm = dweights.values()

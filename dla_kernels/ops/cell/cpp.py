@@ -27,8 +27,7 @@ def forward(
     y, state = y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
     out = torch.empty_like(state)
-    module = load()
-    module.cell_forward(module.CellForward(**_inputs(y, state, params, kind, activation), out=out))
+    load().cell_forward(**_inputs(y, state, params, kind, activation), out=out)
     return out
 
 
@@ -46,16 +45,13 @@ def backward(
     grad, y, state = grad.contiguous(), y.contiguous(), state.contiguous()
     params = [w.contiguous() for w in params]
     grads = [torch.empty_like(t) for t in (y, state, *params)]
-    module = load()
-    module.cell_backward(
-        module.CellBackward(
-            **_inputs(y, state, params, kind, activation),
-            grad_out=grad,
-            grad_y=grads[0],
-            grad_state=grads[1],
-            grad_params=grads[2:],
-            scratch=scratch,
-        )
+    load().cell_backward(
+        **_inputs(y, state, params, kind, activation),
+        grad_out=grad,
+        grad_y=grads[0],
+        grad_state=grads[1],
+        grad_params=grads[2:],
+        scratch=scratch,
     )
     return grads
 
@@ -63,7 +59,7 @@ def backward(
 def _inputs(
     y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str
 ) -> dict[str, object]:
-    """The fields that the two native structs share."""
+    """The arguments that the two native functions share."""
     batch, channels = y.shape
     return {
         "y": y,

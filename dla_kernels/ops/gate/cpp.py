@@ -18,12 +18,9 @@ def forward(
     features = [dense(x, dense_format(x)) for x in features]
     gates = [d.contiguous() for d in gates]
     outs = [empty_features(x) for x in features]
-    module = load()
-    module.gate_forward(
-        module.GateForward(
-            **_inputs(features, gates),
-            out=outs,
-        )
+    load().gate_forward(
+        **_inputs(features, gates),
+        out=outs,
     )
     return outs
 
@@ -40,20 +37,17 @@ def backward(
     gates = [d.contiguous() for d in gates]
     dx = [empty_features(x) for x in features]
     dgates = [torch.empty_like(d) for d in gates]
-    module = load()
-    module.gate_backward(
-        module.GateBackward(
-            **_inputs(features, gates),
-            grad=grads,
-            dx=dx,
-            dgates=dgates,
-        )
+    load().gate_backward(
+        **_inputs(features, gates),
+        grad=grads,
+        dx=dx,
+        dgates=dgates,
     )
     return dx + dgates
 
 
 def _inputs(features: Sequence[Tensor], gates: Sequence[Tensor]) -> dict[str, object]:
-    """The fields that the two native structs share."""
+    """The arguments that the two native functions share."""
     return {
         "x": features,
         "gates": gates,

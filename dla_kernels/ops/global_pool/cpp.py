@@ -13,21 +13,19 @@ def forward(x: Tensor, load: Loader = native.load) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool``."""
     x = dense(x, dense_format(x))
     out = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
-    module = load()
-    module.global_pool_forward(module.GlobalPoolForward(x=x, out=out, **_sizes(x)))
+    load().global_pool_forward(x=x, out=out, **_sizes(x))
     return out
 
 
 def backward(grad: Tensor, x: Tensor, load: Loader = native.load) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
     grad, dx = grad.contiguous(), empty_features(x)
-    module = load()
-    module.global_pool_backward(module.GlobalPoolBackward(grad=grad, dx=dx, **_sizes(dx)))
+    load().global_pool_backward(grad=grad, dx=dx, **_sizes(dx))
     return dx
 
 
 def _sizes(x: Tensor) -> dict[str, object]:
-    """The fields that the two native structs share."""
+    """The arguments that the two native functions share."""
     batch, channels, height, width = x.shape
     return {
         "batch": batch,

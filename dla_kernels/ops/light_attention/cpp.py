@@ -76,8 +76,8 @@ def forward(
         for kind in (norm, norm, branch_norm, branch_norm)
     )
     summary = state.new_empty(4, batch, channels)
-    module = load()
-    step = module.LightAttentionForward(
+    run_step(
+        *(load(), "light_attention_forward", state, prepare),
         **sizes(x, layout, q_weight, params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         join=join,
@@ -96,7 +96,6 @@ def forward(
         branch_var=branch_var,
         summary=summary,
     )
-    run_step(module, "light_attention_forward", step, state, prepare)
     return out, o, new_state, mean, var, branch_mean, branch_var, summary
 
 
@@ -171,8 +170,8 @@ def backward(
         f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
     }
     dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
-    module = load()
-    step = module.LightAttentionBackward(
+    run_step(
+        *(load(), "light_attention_backward", state, prepare),
         **sizes(x, layout, q_weight, params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         join=join,
@@ -191,5 +190,4 @@ def backward(
         dstate=dstate,
         dcell_params=dparams,
     )
-    run_step(module, "light_attention_backward", step, state, prepare)
     return [dx, dp, dstate, *dweights.values(), *dparams]

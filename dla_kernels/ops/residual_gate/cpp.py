@@ -14,10 +14,7 @@ def forward(u: Tensor, h: Tensor, shortcut: Tensor, load: Loader = native.load) 
     layout = dense_format(u)
     u, shortcut, h = dense(u, layout), dense(shortcut, layout), h.contiguous()
     out = empty_features(u)
-    module = load()
-    module.residual_gate_forward(
-        module.ResidualGateForward(u=u, h=h, shortcut=shortcut, out=out, **_sizes(u, layout))
-    )
+    load().residual_gate_forward(u=u, h=h, shortcut=shortcut, out=out, **_sizes(u, layout))
     return out
 
 
@@ -29,11 +26,8 @@ def backward(
     grad, u, out = (dense(t, layout) for t in (grad, u, out))
     h = h.contiguous()
     du, dh, dshortcut = empty_features(u), torch.empty_like(h), empty_features(u)
-    module = load()
-    module.residual_gate_backward(
-        module.ResidualGateBackward(
-            grad=grad, u=u, h=h, out=out, du=du, dh=dh, dshortcut=dshortcut, **_sizes(u, layout)
-        )
+    load().residual_gate_backward(
+        grad=grad, u=u, h=h, out=out, du=du, dh=dh, dshortcut=dshortcut, **_sizes(u, layout)
     )
     return [du, dh, dshortcut]
 

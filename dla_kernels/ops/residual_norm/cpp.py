@@ -37,10 +37,7 @@ def forward(
     mean, var = (x.new_empty(size, dtype=compute_dtype(x.dtype)) for _ in range(2))
     tensors = {"x": x, "shortcut": shortcut, "out": out, "mean": mean, "var": var}
     tensors |= {"scratch": scratch}
-    module = load()
-    module.residual_norm_forward(
-        module.ResidualNormForward(**tensors, **small, **_options(x, layout, norm, eps, pieces))
-    )
+    load().residual_norm_forward(**tensors, **small, **_options(x, layout, norm, eps, pieces))
     return out, mean, var
 
 
@@ -67,17 +64,14 @@ def backward(
     dweight, dbias = (None if w is None else torch.empty_like(w) for w in (weight, bias))
     tensors = {"grad": grad, "x": x, "out": out, "dx": dx, "dshortcut": dshortcut}
     tensors |= {"dweight": dweight, "dbias": dbias, "scratch": scratch}
-    module = load()
-    module.residual_norm_backward(
-        module.ResidualNormBackward(**tensors, **small, **_options(x, layout, norm, eps, pieces))
-    )
+    load().residual_norm_backward(**tensors, **small, **_options(x, layout, norm, eps, pieces))
     return [dx, dshortcut, dweight, dbias]
 
 
 def _options(
     x: Tensor, layout: torch.memory_format, norm: str, eps: float, pieces: int
 ) -> dict[str, object]:
-    """The fields that say what the tensors are and what is computed."""
+    """The arguments that say what the tensors are and what is computed."""
     batch, channels, height, width = x.shape
     return {
         "batch": batch,
