@@ -18,6 +18,7 @@ from dla_kernels.ops import _registration
 from op_cases import (
     EMULATED,
     INTERPRETED,
+    ON_GPU,
     backends,
     device_of,
     flatten,
@@ -74,6 +75,7 @@ EACH_ADAPTER = each(
         if not EMULATED or backend.values != ("cuda",) or SLOW.get(op, variant) == variant
     ]
 )
+EACH_ON_GPU = each([case for case in CASES if case[2].values[0] in ON_GPU])
 EACH_CUDA_KERNEL = each([case for case in CASES if case[2].values == ("cuda",)])
 EACH_SAMPLE = pytest.mark.parametrize(("op", "variant"), NAMES)
 
@@ -321,6 +323,24 @@ def test_graph_can_be_kept_and_used_again(op: str, variant: str, backend: str) -
 
         for one, two in zip(backward(True), backward(False), strict=True):
             assert one is two is None or torch.equal(one, two)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+@EACH_ON_GPU
+def test_captured_in_a_cuda_graph(op: str, variant: str, backend: str) -> None:
+    """Forward and backward: nothing waits for the GPU or comes from the host's memory."""
+    call = call_of(op, variant, backend)
+    with use_backend(backend):
+        expected = run_call(call)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_call(call)
+    outputs, gradients = captured
+    for tensor in (*outputs, *gradients.values()):
+        if tensor is not None and tensor.is_cuda:
+            tensor.fill_(float("nan"))
+    graph.replay()
+    assert_identical(captured, expected)
 
 
 @EACH
