@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,10 +70,14 @@ def needs(compiled: Any) -> dict[str, Any]:
     }
 
 
-def kernels(module: ModuleType) -> set[str]:
-    """Names of the functions of the op for launching: ``..._kernel``, by convention."""
-    functions = {name: getattr(value, "fn", None) for name, value in vars(module).items()}
-    package = module.__package__
+def kernels(package: str) -> set[str]:
+    """Names of the functions of an op for launching: ``..._kernel``, by convention."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
+    functions = {
+        name: getattr(value, "fn", None)
+        for module in modules
+        for name, value in vars(module).items()
+    }
     return {
         name
         for name, function in functions.items()
@@ -126,7 +129,7 @@ def main(op: str) -> None:
         call = sample(op, **case)
         with use_backend("triton"):
             run(call.function, call.inputs, call.cotangents, **call.options)
-    forgotten = sorted(kernels(module) - launched)
+    forgotten = sorted(kernels(module.__package__) - launched)
     print(json.dumps({"compiled": list(found.values()), "forgotten": forgotten}))
 
 
