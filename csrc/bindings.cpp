@@ -1,6 +1,6 @@
 // The Python modules _dla_native (DLA_BACKEND=cpu) and _dla_native_cuda (DLA_BACKEND=cuda), which
-// offer the same functions. Tensors come as addresses: no torch headers, so one build serves every
-// torch. Callers are dla_kernels/ops/<op>/cpp.py.
+// offer the same functions. Tensors are asked for their address in Python: no torch headers, so one
+// build serves every torch. Callers are dla_kernels/ops/<op>/cpp.py.
 #include <pybind11/pybind11.h>
 
 #ifdef _OPENMP
@@ -96,14 +96,25 @@ py::dict build_info() {
 
 // --- argument structs ----------------------------------------------------------------------------
 
-// Python value -> field: an address (int, or None for null), a number, an enum from its int, or a
-// std::vector of these.
+// Of a tensor (of an empty one, null), None, or an address as an int.
+void* address_of(py::handle value) {
+  if (value.is_none()) return nullptr;
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  const auto number = py::reinterpret_steal<py::object>(
+      PyLong_Check(value.ptr()) ? value.inc_ref().ptr()
+                                : PyObject_CallMethodNoArgs(value.ptr(), data_ptr));
+  if (!number) throw py::error_already_set();
+  void* const address = PyLong_AsVoidPtr(number.ptr());
+  if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return address;
+}
+
+// Python value -> field: an address, a number, an enum from its int, or a std::vector of these.
 template <class T>
 struct Field {
   static T from(py::handle value) {
     if constexpr (std::is_pointer_v<T>) {
-      if (value.is_none()) return nullptr;
-      return reinterpret_cast<T>(value.cast<std::uintptr_t>());
+      return address_of(value);
     } else if constexpr (std::is_enum_v<T>) {
       return static_cast<T>(value.cast<std::underlying_type_t<T>>());
     } else {
@@ -166,8 +177,8 @@ void bind(py::module_& m, const char* function_name, void (*function)(const Args
   }));
   // How much of it a call needs may depend on all other fields.
   if constexpr (requires(Args args) { args.scratch; })
-    type.def_property("scratch", nullptr, [](Args& args, std::uintptr_t memory) {
-      args.scratch = reinterpret_cast<void*>(memory);
+    type.def_property("scratch", nullptr, [](Args& args, py::handle memory) {
+      args.scratch = address_of(memory);
     });
   m.def(function_name, function, py::call_guard<py::gil_scoped_release>());
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dla.nn.recording import AttentionRecord, recordings
+from dla_kernels.ops.common import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,14 +47,23 @@ def attention_matrix(records: Sequence[AttentionRecord], stage: int = -1) -> Ten
         [L, L]: row l holds the scores of layer l, which sum to 1; NaN for layers after it.
 
     Raises:
-        ValueError: no such records, or no such stage.
+        ValueError, TypeError: no such records, or no such stage.
     """
+    if isinstance(stage, bool) or not isinstance(stage, int):
+        raise TypeError(f"stage: expected an integer, got {describe(stage)}")
     stages: list[list[Tensor]] = []
     for entry in records:
+        if not isinstance(entry, AttentionRecord):
+            raise TypeError(f"records: expected a list of AttentionRecord, got {describe(entry)}")
         if entry.scores.dim() != 3:
             continue  # "light": attends to itself alone
         if len(entry.scores) == 1:
             stages.append([])
+        if not stages or len(entry.scores) != len(stages[-1]) + 1:
+            raise ValueError(
+                "records: expected those of whole stages, one layer after the other, got one of a "
+                f"layer that attends to {len(entry.scores)} where another was due"
+            )
         stages[-1].append(entry.scores.mean(dim=(1, 2)).cpu())
     if not -len(stages) <= stage < len(stages):
         raise ValueError(
@@ -80,11 +90,11 @@ def plot_attention(
         The axes drawn on.
 
     Raises:
-        ValueError: as `attention_matrix`.
+        ValueError, TypeError: as `attention_matrix`; or ``ax`` is none.
         ImportError: matplotlib is not installed.
     """
     try:
-        from matplotlib import pyplot
+        from matplotlib import axes, pyplot
     except ImportError as error:
         raise ImportError(
             "plot_attention needs matplotlib: pip install 'dla-kernels[viz]'"
@@ -92,6 +102,8 @@ def plot_attention(
     matrix = attention_matrix(records, stage)
     if ax is None:
         _, ax = pyplot.subplots()
+    if not isinstance(ax, axes.Axes):
+        raise TypeError(f"ax: expected matplotlib's Axes or None, got {describe(ax)}")
     image = ax.imshow(matrix.numpy(), vmin=0.0)
     layers = range(len(matrix))
     ax.set(xlabel="layer attended to", ylabel="layer", xticks=layers, yticks=layers)

@@ -92,6 +92,12 @@ def test_attention_matrix() -> None:
         attention_matrix(records, 2).nan_to_num(), attention_matrix(records).nan_to_num()
     )
     assert_refused(lambda: attention_matrix(records, 3), "stage", "3 stages", "got 3")
+    assert_refused(lambda: attention_matrix(records, -4), "stage", "3 stages", "got -4")
+    assert_refused(lambda: attention_matrix(records, None), "stage", "integer", "NoneType")
+    assert_refused(lambda: attention_matrix(records, "2"), "stage", "integer", "str '2'")
+    assert_refused(lambda: attention_matrix(records[1:]), "records", "whole stages", "2")
+    assert_refused(lambda: attention_matrix(records[:1] * 2 + records[2:]), "records", "3")
+    assert_refused(lambda: attention_matrix([model]), "records", "AttentionRecord", "CifarResNet")
 
 
 def test_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -105,6 +111,8 @@ def test_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     assert drawn.shape == (4, 4)
     axes.figure.savefig(tmp_path / "attention.png")
     assert plot_attention(records, ax=axes) is axes
+    assert_refused(lambda: plot_attention(records, stage=None), "stage", "integer", "NoneType")
+    assert_refused(lambda: plot_attention(records, ax=[axes]), "ax", "Axes", "list")
     with record_attention() as records:
         DLALayer(8, head_dim=4)(images(2, 8, 5, 6))
     assert_refused(lambda: plot_attention(records), "stage", "0 stages", "base")

@@ -127,6 +127,18 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(names, key=lambda name: catalogue[name][1])
 
 
+def _hint(name: str, catalogue: Iterable[str]) -> str:
+    """What may have been meant by ``name``, which is none of the catalogue."""
+    variants = [known for known in catalogue if known.startswith(f"{name}_")]
+    near = variants or difflib.get_close_matches(name, catalogue, n=3)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return (
+        "expected resnet<depth>_<variant>, variant one of "
+        f"{', '.join(VARIANTS)}; list_models() names them all"
+    )
+
+
 def create_model(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
     """Build the model ``name`` (see `list_models`) with fresh weights.
 
@@ -144,9 +156,7 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
     """
     catalogue = _catalogue()
     if name not in catalogue:
-        near = difflib.get_close_matches(str(name), catalogue, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "list_models() names them all"
-        raise ValueError(f"name: no model is called {name!r}; {hint}")
+        raise ValueError(f"name: no model is called {name!r}; {_hint(str(name), catalogue)}")
     family, depth, variant = catalogue[name]
     allowed = (BLOCK_OPTION, *variant.options)
     unknown = [option for option in options if option not in allowed]

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import match_autocast
-from dla_kernels.ops.common import compute_dtype
+from dla.nn.checks import check_like, match_autocast, number
+from dla.nn.tensors import cast, parameter
+from dla_kernels.ops.checks import at_least_zero
+from dla_kernels.ops.common import compute_dtype, describe
 
 
 class BatchNormArguments(NamedTuple):
@@ -21,16 +23,26 @@ class BatchNormArguments(NamedTuple):
     var: Tensor | None
 
 
+def batch_norm(channels: int, eps: float, momentum: float | None) -> nn.BatchNorm2d:
+    """A fresh norm; TypeError or ValueError where torch's would fail late or not at all."""
+    at_least_zero("eps", number("eps", eps))
+    if momentum is not None and not 0.0 <= number("momentum", momentum) <= 1.0:
+        raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum!r}")
+    return nn.BatchNorm2d(channels, eps, momentum)
+
+
 def batch_norm_arguments(
     norm: nn.BatchNorm2d | None, x: Tensor, dtype: torch.dtype
 ) -> BatchNormArguments:
     """The norm as it would act on features like ``x``, its tensors in ``dtype``."""
     if norm is None:
         return BatchNormArguments("none", 0.0, None, None, None, None)
-    weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
-    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
-        mean, var = cast(norm.running_mean, dtype), cast(norm.running_var, dtype)
-        return BatchNormArguments("running", norm.eps, weight, bias, mean, var)
+    weight, bias = (parameter(norm, name, dtype) for name in ("weight", "bias"))
+    if not norm.training:
+        mean, var = norm.running_mean, norm.running_var
+        if mean is not None and var is not None:
+            statistics = cast(mean, dtype), cast(var, dtype)
+            return BatchNormArguments("running", norm.eps, weight, bias, *statistics)
     if x.numel() == x.shape[1]:
         # The words of torch.nn.functional.batch_norm.
         raise ValueError(
@@ -48,19 +60,21 @@ def track_statistics(norm: nn.BatchNorm2d | None, mean: Tensor, var: Tensor, x: 
         mean, var: of the batch, [C], the variance biased; empty if an op took none.
         x: features of the shape that they were taken over.
     """
-    if norm is None or not mean.numel():
+    if norm is None or not (norm.training and norm.track_running_stats and mean.numel()):
         return
-    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+    running_mean, running_var = norm.running_mean, norm.running_var
+    tracked = norm.num_batches_tracked
+    if running_mean is None:
         return
     factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    if tracked is not None:
+        tracked.add_(1)
         if norm.momentum is None:
-            factor = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-    norm.running_mean.lerp_(cast(mean, norm.running_mean.dtype), factor)
+            factor = tracked.to(running_mean.dtype).reciprocal()
+    running_mean.lerp_(cast(mean, running_mean.dtype), factor)
     count = x.numel() // x.shape[1]
     unbiased = var * (count / (count - 1))
-    norm.running_var.lerp_(cast(unbiased, norm.running_var.dtype), factor)
+    running_var.lerp_(cast(unbiased, running_var.dtype), factor)
 
 
 def is_plain(norm: nn.Module | None) -> bool:
@@ -70,9 +84,12 @@ def is_plain(norm: nn.Module | None) -> bool:
 
 def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) -> Tensor:
     """relu(norm(branch) + shortcut), all [B, C, H, W]: the end of a residual block."""
-    if not (fused and is_plain(norm)):
-        return torch.relu((branch if norm is None else norm(branch)) + shortcut)
     shortcut = match_autocast(shortcut, branch)
+    if not (fused and is_plain(norm)):
+        check_like("shortcut", shortcut, branch.shape, branch.dtype, branch.device)
+        if not isinstance(norm, nn.Module | None):
+            raise TypeError(f"branch_norm: expected a Module or None, got {describe(norm)}")
+        return torch.relu((branch if norm is None else norm(branch)) + shortcut)
     mode, eps, *tensors = batch_norm_arguments(norm, branch, compute_dtype(branch.dtype))
     out, mean, var = dla_kernels.residual_norm(branch, shortcut, *tensors, norm=mode, eps=eps)
     track_statistics(norm, mean, var, branch)
@@ -88,8 +105,3 @@ def is_unhooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``x`` in ``dtype``, without a call where it is already."""
-    return x if x is None or x.dtype == dtype else x.to(dtype)

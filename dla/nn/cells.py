@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import dla_kernels
 from dla.nn.checks import hidden_width, one_of
+from dla.nn.tensors import parameter
 from dla_kernels.ops.common import compute_dtype
 
 INITIAL_STATES = ("zeros", "normal", "learned")
@@ -62,9 +63,9 @@ class Cell(nn.Module):
         setattr(self, name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
         self._names.append(name)
 
-    def weights(self) -> list[Tensor]:
-        """The parameters in the order that ``dla_kernels.cell`` takes them."""
-        return [getattr(self, name) for name in self._names]
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """The parameters in the order that ``dla_kernels.cell`` takes them, in ``dtype``."""
+        return [parameter(self, name, dtype) for name in self._names]
 
     def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """State [S, B, C] before the first layer of a stage."""
@@ -82,8 +83,7 @@ class Cell(nn.Module):
         """
         if state is None:
             state = self.initial_state(y.shape[0], compute_dtype(y.dtype), y.device)
-        weights = [weight.to(y.dtype) for weight in self.weights()]
-        return dla_kernels.cell(y, state, weights, self.kind, self.activation)
+        return dla_kernels.cell(y, state, self.weights(y.dtype), self.kind, self.activation)
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, hidden={self.hidden}, initial_state={self.start!r}"

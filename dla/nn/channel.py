@@ -4,13 +4,19 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import cast
 from dla.nn.cells import CELLS, Cell
-from dla.nn.checks import check_features, hidden_width, match_autocast, one_of, positive_int
+from dla.nn.checks import (
+    boolean,
+    check_features,
+    check_like,
+    hidden_width,
+    match_autocast,
+    one_of,
+    positive_int,
+)
 from dla.nn.form import channel_kernel_size, check_kind
 from dla.nn.state import DLAState, check_state
 from dla_kernels.ops.cell import reference as cell_reference
-from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import compute_dtype
 from dla_kernels.ops.global_pool import reference as pool_reference
 from dla_kernels.ops.residual_gate import reference as gate_reference
@@ -93,9 +99,10 @@ class DIALayer(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = positive_int("channels", channels)
-        self.kind, self.fused = one_of("cell", cell, CELLS), fused
-        make = CELLS[cell]
-        self.cell = None if shared else make(channels, reduction, activation, initial_state)
+        self.kind, self.fused = one_of("cell", cell, CELLS), boolean("fused", fused)
+        self.cell = None
+        if not boolean("shared", shared):
+            self.cell = CELLS[cell](channels, reduction, activation, initial_state)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, cell={self.kind!r}, fused={self.fused}"
@@ -130,14 +137,14 @@ class DIALayer(nn.Module):
         if state is None:
             context = cell.initial_state(u.shape[0], dtype, u.device)
         else:
-            context = check_state(state, cell.slots, u, dtype).context
+            context = check_state(state, cell, u, dtype).context
         shortcut = match_autocast(shortcut, u)
-        like("shortcut", shortcut, u.shape, u.dtype, u.device)
+        check_like("shortcut", shortcut, u.shape, u.dtype, u.device)
         pool = (dla_kernels if self.fused else pool_reference).global_pool
         step = (dla_kernels if self.fused else cell_reference).cell
         finish = (dla_kernels if self.fused else gate_reference).residual_gate
-        weights = [cast(weight, dtype) for weight in cell.weights()]
+        weights = cell.weights(dtype)
         context = step(pool(u), context, weights, cell.kind, cell.activation)
         h = torch.sigmoid(context[0]) if cell.kind == "dsu" else context[0]
         out = finish(u, h, shortcut)
-        return out, DLAState(context, None, (u.shape[2], u.shape[3]))
+        return out, DLAState(context, None, (u.shape[2], u.shape[3]), cell.kind)

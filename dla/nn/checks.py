@@ -1,16 +1,19 @@
 """Checks of arguments of layers, with messages that name them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from dla_kernels.ops.checks import like, strided
 from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     """``value`` if it is among ``choices``, else ValueError."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
     return value
 
@@ -22,6 +25,33 @@ def positive_int(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """``value`` if it is True or False, else TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a float if it is a real number, else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    return float(value)
+
+
+def module_list(name: str, modules: Any) -> nn.ModuleList:
+    """The modules as nn.ModuleList, or TypeError or ValueError: there must be one at least."""
+    if not isinstance(modules, Iterable):
+        raise TypeError(f"{name}: expected a list of modules, got {describe(modules)}")
+    given = list(modules)
+    if not given:
+        raise ValueError(f"{name}: expected at least one, got none")
+    for index, module in enumerate(given):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}[{index}]: expected a Module, got {describe(module)}")
+    return nn.ModuleList(given)
 
 
 def hidden_width(channels: int, reduction: int) -> int:
@@ -39,6 +69,7 @@ def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
     """Raises unless ``x`` is [B, channels, H, W] and goes with ``weight``, the layer's own."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    strided(name, x)
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {describe(x)}"
@@ -58,7 +89,18 @@ def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
         )
 
 
-def match_autocast(other: Tensor, x: Tensor) -> Tensor:
-    """``other`` in the dtype of ``x`` under autocast, which mixes dtypes; else as it is."""
-    differs = other.dtype != x.dtype and other.is_floating_point() and under_autocast(x)
-    return other.to(x.dtype) if differs else other
+def check_like(
+    name: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises unless ``x`` is a Tensor of exactly this shape, dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {describe(x)}")
+    like(name, x, shape, dtype, device)
+
+
+def match_autocast(other: Any, x: Tensor) -> Any:
+    """``other`` in the dtype of ``x`` under autocast, which mixes dtypes; else, and if it is no
+    tensor, as it is."""
+    if not isinstance(other, Tensor) or other.dtype == x.dtype:
+        return other
+    return other.to(x.dtype) if other.is_floating_point() and under_autocast(x) else other

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dla.nn.checks import number
 from dla_kernels.ops.common import compute_dtype
 
 
@@ -15,14 +16,14 @@ class DropPath(nn.Module):
         rate: in [0, 1).
 
     Raises:
-        ValueError: ``rate`` out of its range.
+        ValueError, TypeError: ``rate`` out of its range, or no number.
     """
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
+        self.rate = number("drop_path", rate)
+        if not 0.0 <= self.rate < 1.0:
             raise ValueError(f"drop_path: expected a rate in [0, 1), got {rate!r}")
-        self.rate = float(rate)
 
     def scale(self, x: Tensor) -> Tensor | None:
         """This step's factors [B, 1, 1, 1] in the compute dtype of ``x``; None where all are 1."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dla.nn.cells import CELLS, Cell
-from dla.nn.checks import one_of
+from dla.nn.checks import boolean, one_of
 from dla_kernels.ops.common import describe
 
 VARIANTS = ("light", "base")
@@ -59,7 +59,8 @@ def resolve_form(
         prev_conv = not (paper or static)
     if prev_from is None:
         prev_from = "output" if paper and not static else "shortcut"
-    return Form(cell, gate, bool(prev_conv), one_of("prev_from", prev_from, SOURCES))
+    boolean("prev_conv", prev_conv)
+    return Form(cell, gate, prev_conv, one_of("prev_from", prev_from, SOURCES))
 
 
 def _refuse(variant: str, **choices: Any) -> None:

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.batch_norm import batch_norm_arguments, cast, is_plain, is_unhooked, track_statistics
+from dla.nn.batch_norm import (
+    batch_norm,
+    batch_norm_arguments,
+    is_plain,
+    is_unhooked,
+    track_statistics,
+)
 from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
-from dla.nn.checks import check_features, match_autocast, one_of, positive_int
+from dla.nn.checks import boolean, check_features, match_autocast, one_of, positive_int
 from dla.nn.drop import DropPath
 from dla.nn.form import (
     CONTEXTS,
@@ -23,8 +29,10 @@ from dla.nn.form import (
     shared_parts,
 )
 from dla.nn.recording import record, recordings
-from dla.nn.state import DLAState, check_memory, check_state
+from dla.nn.state import DLAState, check_memory, check_state, check_tensors
+from dla.nn.tensors import parameter
 from dla_kernels.ops.base_attention import reference as base_reference
+from dla_kernels.ops.checks import strided
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
 
@@ -131,7 +139,8 @@ class DLALayer(nn.Module):
             raise ValueError(
                 f"head_dim: expected a divisor of channels={channels}, got {self.head_dim}"
             )
-        self.variant, self.spec, self.fused, self.shared = variant, spec, fused, shared
+        self.variant, self.spec = variant, spec
+        self.fused, self.shared = boolean("fused", fused), boolean("shared", shared)
         self.form = resolve_form(variant, spec, cell, gate, prev_conv, prev_from, gated)
         self.context = one_of("context", context, CONTEXTS)
         self.activation = one_of("activation", activation, ACTIVATIONS)
@@ -146,7 +155,7 @@ class DLALayer(nn.Module):
         self.k_conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.v_conv = depthwise_conv(channels, spec)
         self.lam = nn.Parameter(torch.randn(channels)) if variant == "light" else None
-        self.norm = nn.BatchNorm2d(channels, eps, momentum) if norm else None
+        self.norm = batch_norm(channels, eps, momentum) if boolean("norm", norm) else None
         self.drop_path = DropPath(drop_path)
 
     def extra_repr(self) -> str:
@@ -192,8 +201,8 @@ class DLALayer(nn.Module):
         """
         check_features("x", x, self.channels, self.v_conv.weight)
         cell, prev_conv = self._parts(cell, prev_conv)
-        state = self._start(x, cell) if state is None else self._check_state(x, state, cell)
-        weights = [cast(w, state.context.dtype) for w in cell.weights()] if cell else []
+        state = self._start(x, cell) if state is None else self._check_state(x, prev, state, cell)
+        weights = cell.weights(state.context.dtype) if cell else []
         if self.variant == "base":
             if prev is not None or join:
                 raise ValueError(
@@ -224,8 +233,9 @@ class DLALayer(nn.Module):
         branch_norm: nn.BatchNorm2d | None,
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else light_reference).light_attention
-        branch = batch_norm_arguments(branch_norm, x, state.context.dtype)
-        q_weight, k_weight, v_weight = self._filters(state.context.dtype)
+        dtype = state.context.dtype
+        branch = batch_norm_arguments(branch_norm, x, dtype)
+        q_weight, k_weight, v_weight = self._filters(dtype)
         has_conv = prev_conv is not None and prev is not None
         attend = functools.partial(
             attend,
@@ -236,8 +246,8 @@ class DLALayer(nn.Module):
             q_weight,
             k_weight,
             v_weight,
-            cast(prev_conv.weight, state.context.dtype) if has_conv else None,
-            cast(self.lam, state.context.dtype),
+            parameter(prev_conv, "weight", dtype) if has_conv else None,
+            parameter(self, "lam", dtype),
             branch_weight=branch.weight,
             branch_bias=branch.bias,
             branch_mean_in=branch.mean,
@@ -259,7 +269,7 @@ class DLALayer(nn.Module):
             *_, scores, gates = summary
             gated = cell_weights and prev is not None
             record(self, scores[:, :: self.head_dim], gates if gated else None)
-        return out, DLAState(context, o if keep_output else None, state.size)
+        return out, DLAState(context, o if keep_output else None, state.size, state.cell)
 
     def _base_step(
         self, x: Tensor, state: DLAState, cell_weights: list[Tensor], keep_output: bool
@@ -294,12 +304,13 @@ class DLALayer(nn.Module):
         if recordings:
             record(self, scores, gates if cell_weights else None)
         if not keep_output:
-            return out, DLAState(context, None, state.size)
+            return out, DLAState(context, None, state.size, state.cell)
         static, features = self.form.cell == STATIC, self.form.gated == "features"
         return out, DLAState(
             context,
             None,
             state.size,
+            state.cell,
             values=(*state.values, v),
             keys=keys,
             gates=gates,
@@ -309,7 +320,7 @@ class DLALayer(nn.Module):
 
     def _filters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         convs = self.q_conv, self.k_conv, self.v_conv
-        q_weight, k_weight, v_weight = (cast(conv.weight, dtype) for conv in convs)
+        q_weight, k_weight, v_weight = (parameter(conv, "weight", dtype) for conv in convs)
         return q_weight, k_weight, v_weight
 
     def _flags(self) -> dict[str, Any]:
@@ -354,9 +365,9 @@ class DLALayer(nn.Module):
 
     def _norm_and_drop_path_are_fused(self) -> bool:
         """Whether the op may stand for the modules: they do nothing that it would miss."""
-        norm = self.norm
+        norm, drop_path = self.norm, self.drop_path
         known = norm is None or is_plain(norm)
-        known = known and type(self.drop_path) is DropPath and is_unhooked(self.drop_path)
+        known = known and type(drop_path) is DropPath and is_unhooked(drop_path)
         return self.fused and known
 
     def _joins(self, branch_norm: nn.Module | None) -> bool:
@@ -370,11 +381,20 @@ class DLALayer(nn.Module):
         none = torch.empty((0, *x.shape[:2]), dtype=dtype, device=x.device)
         context = none if cell is None else cell.initial_state(x.shape[0], dtype, x.device)
         memory = {"keys": none, "gates": none} if self.variant == "base" else {}
-        return DLAState(context, None, (x.shape[2], x.shape[3]), **memory)
+        return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, **memory)
 
-    def _check_state(self, x: Tensor, state: DLAState, cell: Cell | None) -> DLAState:
-        state = check_state(state, cell.slots if cell else 0, x, compute_dtype(x.dtype))
+    def _check_state(
+        self, x: Tensor, prev: Tensor | None, state: DLAState, cell: Cell | None
+    ) -> DLAState:
+        state = check_state(state, cell, x, compute_dtype(x.dtype))
         check_memory(state, self.variant, cell is None, self.form.gated)
+        if not self.fused:
+            check_tensors(state, x, self.form.gated)
+        if prev is None and state.output is None and self.form.prev_from == "output":
+            raise ValueError(
+                "state: expected one with the output of the layer before, got one without: it is "
+                "from another form of layer, or from a layer called with keep_output=False"
+            )
         return state
 
     def _parts(
@@ -396,6 +416,7 @@ class DLALayer(nn.Module):
 
     def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState) -> Tensor | None:
         """p of this step; None stands for zeros."""
+        name = "prev" if prev is not None else "state.output"
         if prev is None:
             if self.form.prev_from == "shortcut":
                 raise ValueError(
@@ -406,11 +427,13 @@ class DLALayer(nn.Module):
                 return None
             prev = state.output
         if not isinstance(prev, Tensor):
-            raise TypeError(f"prev: expected a Tensor or None, got {type(prev).__name__}")
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(prev).__name__}")
+        strided(name, prev)
         prev = match_autocast(prev, x)
         if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
             raise ValueError(
-                f"prev: expected shape, dtype and device of x, {describe(x)}, got {describe(prev)}"
+                f"{name}: expected shape, dtype and device of x, {describe(x)}, "
+                f"got {describe(prev)}"
             )
         return prev
 

@@ -1,6 +1,6 @@
 """Runs of blocks with layer attention."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from dla.nn.batch_norm import is_unhooked, join
 from dla.nn.cells import CELLS
 from dla.nn.channel import DIALayer
+from dla.nn.checks import boolean, module_list
 from dla.nn.form import STATIC, shared_parts
 from dla.nn.layer import DLALayer
+from dla_kernels.ops.base_attention import MAX_LAYERS
 
 
 class DLAStage(nn.Module):
@@ -52,11 +54,9 @@ class DLAStage(nn.Module):
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if not self.blocks:
-            raise ValueError("blocks: expected at least one, got none")
+        self.blocks = module_list("blocks", blocks)
         rates = _one_per_block(drop_path, len(self.blocks))
-        if static:
+        if boolean("static", static):
             if cell not in (None, STATIC):
                 raise ValueError(f"cell: expected None in a static stage, got {cell!r}")
             cell = STATIC
@@ -74,6 +74,11 @@ class DLAStage(nn.Module):
             )
             for rate in rates
         )
+        if variant == "base" and self.layers[0].fused and len(self.blocks) > MAX_LAYERS:
+            raise ValueError(
+                f"blocks: expected at most {MAX_LAYERS} under variant='base' (any number with "
+                f"fused=False), got {len(self.blocks)}"
+            )
         form = self.layers[0].form
         self.cell, self.prev_conv = shared_parts(
             channels, form, spec, reduction, activation, initial_state
@@ -83,8 +88,8 @@ class DLAStage(nn.Module):
         """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do.
 
         Raises:
-            ValueError, TypeError: a block's output or shortcut does not fit; under ``prev`` in
-                the message it is the shortcut.
+            ValueError, TypeError: what a block puts out does not fit; under ``prev`` in the
+                message it is the shortcut.
         """
         state = None
         last = len(self.layers) - 1
@@ -92,14 +97,16 @@ class DLAStage(nn.Module):
             reads_shortcut = layer.form.prev_from == "shortcut"
             options = {}
             if hasattr(block, "raw_parts") and is_unhooked(block):
-                out, norm, shortcut = block.raw_parts(x)
+                parts = block.raw_parts(x)
+                out, norm, shortcut = _checked_parts(block, "raw_parts", parts, _RAW_PARTS)
                 if reads_shortcut:
                     options = {"join": True, "branch_norm": norm}
                 else:
                     out = join(out, norm, shortcut, layer.fused)
             else:
                 result = block(x)
-                out, shortcut = result if isinstance(result, tuple) else (result, x)
+                parts = result if isinstance(result, tuple) else (result, x)
+                out, shortcut = _checked_parts(block, "forward", parts, _PARTS)
             x, state = layer(
                 out,
                 shortcut if reads_shortcut else None,
@@ -140,20 +147,46 @@ class DIAStage(nn.Module):
         initial_state: str = "zeros",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if not self.blocks:
-            raise ValueError("blocks: expected at least one, got none")
+        self.blocks = module_list("blocks", blocks)
+        for index, block in enumerate(self.blocks):
+            if not callable(getattr(block, "parts", None)):
+                raise TypeError(
+                    f"blocks[{index}]: expected a Module with a method parts(x), "
+                    f"got {type(block).__name__}"
+                )
         self.layers = nn.ModuleList(
-            DIALayer(channels, cell, fused=fused, shared=True) for _ in blocks
+            DIALayer(channels, cell, fused=fused, shared=True) for _ in self.blocks
         )
         self.cell = CELLS[cell](channels, reduction, activation, initial_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do."""
+        """[B, C_in, H, W] -> [B, C, H', W'], as the blocks do.
+
+        Raises:
+            ValueError, TypeError: what a block puts out does not fit.
+        """
         state = None
         for block, layer in zip(self.blocks, self.layers, strict=True):
-            x, state = layer(*block.parts(x), state, cell=self.cell)
+            branch, shortcut = _checked_parts(block, "parts", block.parts(x), _PARTS)
+            x, state = layer(branch, shortcut, state, cell=self.cell)
         return x
+
+
+_PARTS = {"output": Tensor, "shortcut": Tensor}
+_RAW_PARTS = {"branch": Tensor, "norm": nn.Module | None, "shortcut": Tensor}
+
+
+def _checked_parts(block: nn.Module, method: str, parts: Any, types: Mapping[str, Any]) -> Any:
+    """``parts``, which a block's method gave, or TypeError if it is no tuple of these types."""
+    several = isinstance(parts, tuple) and len(parts) == len(types)
+    if several and all(map(isinstance, parts, types.values())):
+        return parts
+    found = parts if isinstance(parts, tuple) else (parts,)
+    raise TypeError(
+        f"blocks: expected {type(block).__name__}.{method} to give ({', '.join(types)}), all of "
+        "them tensors except a norm, a Module or None; "
+        f"got ({', '.join(type(part).__name__ for part in found)})"
+    )
 
 
 def _one_per_block(drop_path: float | Sequence[float], count: int) -> list[float]:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dla.nn.cells import Cell
+from dla.nn.checks import check_like, match_autocast
+from dla.nn.form import STATIC, channel_kernel_size
 from dla_kernels.ops.common import describe
 
 
@@ -18,6 +21,7 @@ class DLAState(NamedTuple):
         output: o of the layer that made this state [B, C, H, W], where the next layer reads it
             (``variant="light"``, ``prev_from="output"``), else None.
         size: (H, W) of the features.
+        cell: the kind of cell that ``context`` is the state of, or "none".
         values, keys, gates, pooled, key_weights: memory of the T layers so far, under
             ``variant="base"``; the arguments of these names of ``dla_kernels.base_attention``.
             ``keys`` is None where there is none.
@@ -26,6 +30,7 @@ class DLAState(NamedTuple):
     context: Tensor
     output: Tensor | None
     size: tuple[int, int]
+    cell: str
     values: tuple[Tensor, ...] = ()
     keys: Tensor | None = None
     gates: Tensor | None = None
@@ -33,11 +38,12 @@ class DLAState(NamedTuple):
     key_weights: tuple[Tensor, ...] = ()
 
 
-def check_state(state: object, slots: int, x: Tensor, dtype: torch.dtype) -> DLAState:
-    """``state`` if it fits features ``x`` and a cell of ``slots`` slots, else an error."""
+def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype) -> DLAState:
+    """``state`` if it fits features ``x`` and the cell, else an error."""
     if not isinstance(state, DLAState):
         raise TypeError(f"state: expected a DLAState or None, got {type(state).__name__}")
     batch, channels, height, width = x.shape
+    slots, kind = (cell.slots, cell.kind) if cell else (0, STATIC)
     context = state.context
     if not isinstance(context, Tensor) or context.shape != (slots, batch, channels):
         raise ValueError(
@@ -52,9 +58,11 @@ def check_state(state: object, slots: int, x: Tensor, dtype: torch.dtype) -> DLA
         )
     if state.size != (height, width):
         raise ValueError(
-            f"state: expected one of a stage with maps of {height}x{width} as in x, "
-            f"got one of {state.size[0]}x{state.size[1]}: a new stage starts with state=None"
+            f"state: expected the size {(height, width)} of x, got {state.size!r}: a new stage "
+            "starts with state=None"
         )
+    if state.cell != kind:
+        raise ValueError(f"state: expected that of a cell of kind {kind!r}, got {state.cell!r}")
     return state
 
 
@@ -66,6 +74,13 @@ def check_memory(state: DLAState, variant: str, static: bool, gated: str | None)
             f"state: expected one of a layer of variant={variant!r}, got one with {found}: it is "
             "from another variant, or from a layer called with keep_output=False"
         )
+    for name, tensors in (
+        ("values", state.values),
+        ("pooled", state.pooled),
+        ("key_weights", state.key_weights),
+    ):
+        if not isinstance(tensors, tuple):
+            raise TypeError(f"state.{name}: expected a tuple of tensors, got {describe(tensors)}")
     layers = len(state.values)
     filters = layers if gated == "features" else 0
     if (len(state.pooled), len(state.key_weights)) != (0 if static else layers, filters):
@@ -74,3 +89,23 @@ def check_memory(state: DLAState, variant: str, static: bool, gated: str | None)
             f"{'no' if static else 'a'} cell, got {len(state.pooled)} means and "
             f"{len(state.key_weights)} filters of {layers} layers"
         )
+
+
+def check_tensors(state: DLAState, x: Tensor, gated: str | None) -> None:
+    """Raises unless the memory in ``state``, which `check_memory` has passed, is of such tensors as
+    layers make of ``x``. The fused ops look for themselves."""
+    if state.keys is None:
+        return
+    dtype, layers = state.context.dtype, len(state.values)
+    for index, value in enumerate(state.values):
+        matched = match_autocast(value, x)
+        check_like(f"state.values[{index}]", matched, x.shape, x.dtype, x.device)
+    for index, mean in enumerate(state.pooled):
+        check_like(f"state.pooled[{index}]", mean, x.shape[:2], dtype, x.device)
+    filters = (1, 1, channel_kernel_size(x.shape[1]))
+    for index, weight in enumerate(state.key_weights):
+        check_like(f"state.key_weights[{index}]", weight, filters, dtype, x.device)
+    counts = {"keys": 0 if gated == "features" else layers, "gates": len(state.pooled)}
+    for name, count in counts.items():
+        shape = (count, *x.shape[:2])
+        check_like(f"state.{name}", getattr(state, name), shape, dtype, x.device)

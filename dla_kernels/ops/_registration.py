@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from dla_kernels import backend
 
@@ -31,7 +31,8 @@ _EVERYDAY_KEYS = (
     _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
     | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
-# The types that arguments of a schema usually have.
+# The types that arguments of a schema usually have: no subclass of Tensor, no symbolic number, and
+# nothing of a wrong type, about which the dispatcher complains.
 _PLAIN = {
     "Tensor": frozenset({Tensor, torch.nn.Parameter}),
     "Optional[Tensor]": frozenset({Tensor, torch.nn.Parameter, type(None)}),
@@ -42,6 +43,8 @@ _PLAIN = {
     "bool": frozenset({bool}),
 }
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
+_metadata = attrgetter("shape", "dtype", "device", "layout")
+_REMEMBERED = 4096  # calls that an op has checked
 
 
 def define(
@@ -61,8 +64,10 @@ def define(
     Args:
         op: name of the op and of its package.
         schema, backward_schema: arguments and results of the two; no default values.
-        check: takes the arguments of ``op``; raises if they do not fit.
+        check: takes the arguments of ``op``; raises if they do not fit. May look at the shape,
+            dtype, device and layout of tensors only.
         fake, backward_fake: make results of the right shape, dtype and format, without values.
+            Gradients of arguments that are not there are None here, as in implementations.
         tensors: number of leading arguments that are tensors (or lists of them).
         save: ``save(ctx, arguments, results)`` keeps what backward needs.
         gradients: ``gradients(ctx, *grads)`` gives one gradient (or None, or a list of these) per
@@ -72,8 +77,10 @@ def define(
         The two operators.
     """
 
+    check_new = _once_per_form(check, tensors)
+
     def run(*args: Any) -> Any:
-        check(*args)
+        check_new(*args)
         x = _first_tensor(args)
         return _on_device_of(x, backend.select(op, x, args).forward, args)
 
@@ -86,38 +93,98 @@ def define(
         return fake(*args)
 
     overload = _register(op, schema, run, checked_fake)
-    backward = _register(f"{op}_backward", backward_schema, run_backward, backward_fake)
+    backward = _register(
+        f"{op}_backward", backward_schema, _whole(run_backward), _whole(backward_fake)
+    )
     autograd = _register_autograd(op, overload, run, tensors, save, gradients)
     operator = _with_shortcut(overload, functools.partial(autograd, None))
     return operator, _with_shortcut(backward, run_backward)
+
+
+def _once_per_form(check: Callable[..., None], tensors: int) -> Callable[..., None]:
+    """``check``, but not again for arguments that differ only in the values of their tensors."""
+    passed: set[tuple[Any, ...]] = set()
+
+    def form_of(value: Tensor | Sequence[Tensor]) -> tuple[Any, ...]:
+        return tuple(map(_metadata, value)) if type(value) in (list, tuple) else _metadata(value)
+
+    def check_new(*args: Any) -> None:
+        forms = [None if value is None else form_of(value) for value in args[:tensors]]
+        form = (*forms, *args[tensors:])
+        if form in passed:
+            return
+        check(*args)
+        if len(passed) >= _REMEMBERED:
+            passed.clear()
+        passed.add(form)
+
+    return check_new
+
+
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with empty tensors in place of None, which no list of a schema's results has."""
+
+    def filled(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results
+        empty = _first_tensor(args)
+        return [empty.new_empty(0) if t is None else t for t in results]
+
+    return filled
 
 
 def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operator:
     """The operator; but ``direct`` itself where the dispatcher would only end up there. To convert
     forty arguments to and fro takes it as long as a layer's work on a small feature map."""
 
-    kinds = tuple(_PLAIN[str(argument.type)] for argument in overload._schema.arguments)
+    kinds = [_PLAIN[str(argument.type)] for argument in overload._schema.arguments]
+    lists = [index for index, kind in enumerate(kinds) if kind is _PLAIN["List[Tensor]"]]
+
+    @functools.lru_cache(1024)
+    def are_plain(*types: type) -> bool:
+        return all(given in plain for given, plain in zip(types, kinds, strict=True))
 
     def operator(*args: Any) -> Any:
-        return direct(*args) if _dispatches_plainly(args, kinds) else overload(*args)
+        plainly = (
+            _dispatches_plainly()
+            and are_plain(*map(type, args))
+            and all(_are_plain_tensors(args[index]) for index in lists)
+            and not any(value.is_neg() for value in args if type(value) is Tensor)
+        )
+        if plainly:
+            return direct(*args)
+        try:
+            return overload(*args)
+        except RuntimeError as error:
+            if torch.compiler.is_compiling() or not _C._are_functorch_transforms_active():
+                raise
+            raise NotImplementedError(
+                f"{overload.name()} failed under a transform of torch.func; the unfused path knows "
+                f"them (fused=False): {error}"
+            ) from error
 
     return operator
 
 
-def _dispatches_plainly(args: Sequence[Any], kinds: Sequence[frozenset[type]]) -> bool:
-    """Whether nothing but autograd is to see the call: no compiler, no profiler, no mode of any
-    kind (fake tensors, functorch, tracing, ...), no subclass of Tensor, no symbolic number; and no
-    argument of a wrong type, about which the dispatcher complains."""
-    if torch.compiler.is_compiling() or _C._autograd._profiler_enabled():
+def _are_plain_tensors(values: Sequence[Tensor]) -> bool:
+    """Whether a list is of no subclass, and of no tensor that stands for its negative, as the
+    imaginary part of a conjugate does: the dispatcher forms these. Parameters never do."""
+    types = set(map(type, values))
+    if not types <= _PLAIN["Tensor"]:
         return False
-    if _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS:
-        return False
-    if _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU):
-        return False
-    if not all(type(value) in plain for value, plain in zip(args, kinds, strict=True)):
-        return False
-    lists = (value for value in args if isinstance(value, list | tuple))
-    return all(_PLAIN["Tensor"].issuperset(map(type, values)) for values in lists)
+    return Tensor not in types or not any(map(Tensor.is_neg, values))
+
+
+def _dispatches_plainly() -> bool:
+    """Whether nothing but autograd is to see a call whose arguments are plain: no compiler, no
+    profiler, no mode of any kind (fake tensors, functorch, tracing, ...)."""
+    return not (
+        torch.compiler.is_compiling()
+        or _C._autograd._profiler_enabled()
+        or _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS
+        or _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU)
+    )
 
 
 def _register(
@@ -157,8 +224,12 @@ def _register_autograd(
         save(ctx, args, results)
         return results
 
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # never in a backward pass, but for create_graph=True
+            raise NotImplementedError(
+                f"{op} cannot be differentiated twice (create_graph=True); the unfused path can "
+                "(fused=False)"
+            )
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if ctx.backend == backend.AUTO or backend.requested() != backend.AUTO:

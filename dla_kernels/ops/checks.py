@@ -9,9 +9,17 @@ from dla_kernels.ops.common import FEATURE_DTYPES, describe
 
 
 def a_tensor(name: str, x: Tensor | None) -> None:
-    """A tensor: torch lets None pass for one."""
+    """A dense tensor: torch lets None pass for one."""
     if x is None:
         raise TypeError(f"{name}: expected a Tensor, got None")
+    strided(name, x)
+
+
+def strided(name: str, x: Tensor) -> None:
+    """A tensor with an address and strides: none that is sparse, nested or packed."""
+    if x.layout is not torch.strided or x.is_nested:
+        came = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {came}")
 
 
 def features(name: str, x: Tensor) -> None:
@@ -34,9 +42,9 @@ def like(
     index: int | None = None,
 ) -> None:
     """Exactly this shape, dtype and device; ``index`` is the place of x in a list."""
-    if x is None or x.shape != shape or x.dtype != dtype or x.device != device:
-        name = name if index is None else f"{name}[{index}]"
-        a_tensor(name, x)
+    name = name if index is None else f"{name}[{index}]"
+    a_tensor(name, x)
+    if x.shape != shape or x.dtype != dtype or x.device != device:
         kind = ValueError if x.dtype == dtype else TypeError
         raise kind(f"{name}: expected {dtype} {list(shape)} on {device}, got {describe(x)}")
 
@@ -57,8 +65,8 @@ def more_than_one_per_channel(name: str, x: Tensor) -> None:
 
 
 def at_least_zero(name: str, value: float) -> None:
-    """No negative number."""
-    if value < 0:
+    """No negative number, nor NaN."""
+    if not value >= 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
 
 

@@ -1,10 +1,11 @@
-"""What the ``cpp.py`` adapters share: tensors to addresses, dtype codes.
+"""What the ``cpp.py`` adapters share: numbers that stand for words, who is called.
 
 The module of the CUDA kernels has the same structs and functions as that of the CPU kernels. An
-adapter takes ``load``, which says which of them it works on: `cuda_common.on_cuda`.
+adapter takes ``load``, which says which of them it works on: `cuda_common.on_cuda`. The fields of a
+struct that are addresses take tensors, which must outlive the native call; it does not keep them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -23,19 +24,11 @@ Loader = Callable[[], ModuleType]
 
 def unsupported(x: Tensor) -> str | None:
     """Why the compiled CPU kernels cannot serve ``x``, or None."""
-    if not x.is_cpu:
-        return f"the compiled kernels run on CPU tensors, x is on {x.device}"
-    return native.error()
-
-
-def address(x: Tensor | None) -> int | None:
-    """Address of the first element; null for a missing tensor."""
-    return None if x is None else x.data_ptr()
-
-
-def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:
-    """Fields of a native struct that hold these tensors; they must outlive the native call."""
-    return {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+    missing = native.error()
+    if x.is_cpu:
+        return missing
+    elsewhere = f"the compiled kernels run on CPU tensors, x is on {x.device}"
+    return f"{elsewhere}; {missing}" if missing else elsewhere
 
 
 def execution(x: Tensor) -> dict[str, int]:

@@ -16,9 +16,11 @@ def unsupported(x: Tensor) -> str | None:
     """Why the compiled CUDA kernels cannot serve ``x``, or None."""
     if torch.version.hip:
         return "the compiled CUDA kernels are for NVIDIA GPUs; this torch is for AMD's"
-    if not x.is_cuda and not (native.EMULATE_CUDA and x.is_cpu):
-        return f"the compiled CUDA kernels run on NVIDIA GPUs, x is on {x.device}"
-    return native.cuda_error()
+    missing = native.cuda_error()
+    if x.is_cuda or (native.EMULATE_CUDA and x.is_cpu):
+        return missing
+    elsewhere = f"the compiled CUDA kernels run on NVIDIA GPUs, x is on {x.device}"
+    return f"{elsewhere}; {missing}" if missing else elsewhere
 
 
 def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,5 +36,5 @@ def step_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 def _with_memory(module: Any, function: str, step: Any, like: Tensor) -> Tensor:
     """Allocates what a native function says that a call needs."""
     memory = like.new_empty(getattr(module, f"{function}_scratch")(step))
-    step.scratch = memory.data_ptr()
+    step.scratch = memory
     return memory

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dla_kernels.ops import checks
 from dla_kernels.ops.cell import ACTIVATIONS, CELLS, check_params
+from dla_kernels.ops.common import describe
 
 STATIC = "none"
 GATES = ("identity", "sigmoid")
@@ -80,9 +81,13 @@ def check_norm(
     device: torch.device,
 ) -> None:
     """Raises unless the tensors [C] of the norm that is given as ``name`` fit: weight and bias both
-    or neither, the statistics if they are what it takes."""
-    given = [value is not None for value in affine.values()]
-    if any(given) and not all(given):
+    or neither (no norm has none), the statistics if they are what it takes."""
+    given = [key for key, value in affine.items() if value is not None]
+    if given and norm == "none":
+        raise ValueError(
+            f"{given[0]}: expected None for {name}='none', got {describe(affine[given[0]])}"
+        )
+    if given and len(given) < len(affine):
         missing = next(key for key, value in affine.items() if value is None)
         raise ValueError(f"{missing}: expected {' and '.join(affine)} both or neither, got None")
     for key, value in affine.items():

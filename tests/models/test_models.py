@@ -166,7 +166,9 @@ def test_an_option_that_does_not_apply_is_a_type_error(name: str, option: str) -
     [
         ("resnet20_dlal", {}, "did you mean resnet20_dla_l"),
         ("resnet21_dla_l", {}, "name: no model"),
-        ("zzz", {}, "list_models"),
+        ("resnet20", {}, "did you mean resnet20_plain, resnet20_se, .*resnet20_dla_b"),
+        ("plain", {}, "resnet<depth>_<variant>, .* plain, se, .* list_models"),
+        (20, {}, "name: no model is called 20"),
         ("resnet29_plain", {"block": "basic"}, r"block: .* 6n \+ 2, which 29 is not"),
         ("resnet47_dla_l", {"block": "basic"}, r"block: .* 6n \+ 2, which 47 is not"),
         ("resnet20_plain", {"block": "wide"}, "block: expected one of bottleneck, basic"),
@@ -430,3 +432,19 @@ def test_compiles_without_graph_breaks(name: str, spec: str) -> None:
     assert_close(outputs[0], outputs[1], name="logits", table=MODELS)
     first = {key.removeprefix("_orig_mod."): g for key, g in gradients[0].items()}
     assert_gradients_close(first, gradients[1], case=torch.float32, table=MODELS)
+
+
+@pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
+@torch.no_grad()
+def test_export(name: str) -> None:
+    """torch.export keeps the fused ops, and serves any batch, also after a round trip by file."""
+    model = create_model(name, **OFFICIAL).eval()
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (batch(),), dynamic_shapes=shapes)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert any(target.startswith("dla_kernels.") for target in targets)
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    for program in (exported, torch.export.load(buffer)):
+        assert_close(program.module()(batch(count=7)), model(batch(count=7)))

@@ -233,6 +233,33 @@ def test_bad_states() -> None:
     assert_refused(lambda: base()(images(2, CHANNELS, 5, 4), state=state_of(base())), "state", "2")
 
 
+BAD_MEMORY: dict[str, tuple[dict[str, Any], str, str]] = {
+    "values no tuple": ({"values": None}, "state.values", "tuple"),
+    "pooled no tuple": ({"pooled": 3}, "state.pooled", "tuple"),
+    "filters no tuple": ({"key_weights": images()}, "state.key_weights", "tuple"),
+    "value no tensor": ({"values": (None,)}, "values", "Tensor"),
+    "shape of a value": ({"values": (images(3, CHANNELS, 4, 5),)}, "values[0]", "3, 6, 5, 4"),
+    "mean no tensor": ({"pooled": (2.0,)}, "pooled", "Tensor"),
+    "shape of a mean": ({"pooled": (images(3, 5),)}, "pooled[0]", "3, 6"),
+    "shape of a filter": ({"key_weights": (images(3),)}, "key_weights[0]", "1, 1"),
+    "keys no tensor": ({"keys": 3}, "keys", "Tensor"),
+    "keys": ({"keys": images(1, 3, CHANNELS)}, "keys", "0, 3, 6"),
+    "gates no tensor": ({"gates": 3}, "gates", "Tensor"),
+    "gates of more layers": ({"gates": images(2, 3, CHANNELS)}, "gates", "1, 3, 6"),
+    "dtype of gates": ({"gates": images(1, 3, CHANNELS).float()}, "gates", "float64"),
+}
+
+
+@each_fused
+@pytest.mark.parametrize("bad", BAD_MEMORY)
+def test_bad_memory(bad: str, fused: bool) -> None:
+    """Of states made by hand. Fused, it is the op that names the argument."""
+    changes, *words = BAD_MEMORY[bad]
+    layer = base(fused=fused)
+    state = state_of(layer)._replace(**changes)
+    assert_refused(lambda: layer(images(), state=state), *words)
+
+
 def test_bad_options() -> None:
     assert_refused(lambda: base(gated="values"), "gated", "features", "values")
     assert_refused(lambda: base(gated="features", cell="none"), "gated", "projections", "features")
@@ -250,3 +277,9 @@ def test_too_many_layers() -> None:
         gates=state.gates.repeat(64, 1, 1),
     )
     assert_refused(lambda: base()(images(), state=many), "values", "63", "64")
+    blocks = [nn.Identity()] * 65
+    assert_refused(
+        lambda: DLAStage(blocks, CHANNELS, "base", head_dim=3), "blocks", "64", "fused=False", "65"
+    )
+    assert len(DLAStage(blocks, CHANNELS, "base", head_dim=3, fused=False).layers) == 65
+    assert len(DLAStage(blocks[:64], CHANNELS, "base", head_dim=3).layers) == 64

@@ -126,7 +126,10 @@ def test_bad_input() -> None:
     assert_refused(lambda: layer()(u.float(), u), "u", "float64", "float32")
     assert_refused(lambda: layer()(u, images(3, CHANNELS, 4, 5)), "shortcut", "3, 6, 5, 4")
     assert_refused(lambda: layer()(u, u.float()), "shortcut", "float64", "float32")
+    assert_refused(lambda: layer()(u, 1.0), "shortcut", "Tensor", "float 1.0")
     assert_refused(lambda: layer()(u, u, u), "state", "DLAState", "Tensor")
+    lstm = DIALayer(CHANNELS, "lstm").double()(u, u)[1]
+    assert_refused(lambda: layer()(u, u, lstm), "state", "dsu_split", "lstm")
     wrong = other(u.float(), u.float())[1]
     assert_refused(lambda: layer()(u, u, wrong), "state", "float64", "float32")
     assert_refused(lambda: layer()(u, u, cell=DSUCell(CHANNELS)), "cell", "dsu_split", "'dsu'")
@@ -138,6 +141,11 @@ def test_bad_options() -> None:
     assert_refused(lambda: DIALayer(CHANNELS, "gru"), "cell", "dsu_split", "gru")
     assert_refused(lambda: DIALayer(CHANNELS, "dsu", 7), "reduction", "6", "7")
     assert_refused(lambda: DIALayer(0, "dsu"), "channels", "1", "0")
+    assert_refused(lambda: DIALayer(CHANNELS, ["dsu"]), "cell", "dsu_split", "['dsu']")
+    assert_refused(lambda: DIALayer(CHANNELS, fused=1), "fused", "True or False", "int 1")
+    assert_refused(lambda: DIALayer(CHANNELS, shared=1), "shared", "True or False", "int 1")
     assert_refused(lambda: DIAStage([], CHANNELS, "dsu"), "blocks", "one", "none")
+    assert_refused(lambda: DIAStage([None], CHANNELS), "blocks[0]", "Module", "NoneType")
+    assert_refused(lambda: DIAStage([nn.ReLU()], CHANNELS), "blocks[0]", "parts(x)", "ReLU")
     assert_refused(lambda: SEGate(8), "reduction", "8", "16")
     assert_refused(lambda: ECAGate(0), "channels", "1", "0")

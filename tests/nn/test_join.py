@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dla.nn import DLAStage
+from dla.nn import DIAStage, DLALayer, DLAStage
+from refusals import assert_refused
 from tolerances import MODELS, assert_close, assert_gradients_close
 
 CHANNELS = 8
@@ -137,6 +139,48 @@ def test_under_autocast(form: str) -> None:
     out.float().square().sum().backward()
     assert out.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class Handing(nn.Module):
+    """A block whose method hands over anything."""
+
+    def __init__(self, method: str, parts: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        setattr(self, method, parts)
+
+
+NORM = nn.BatchNorm2d(CHANNELS)
+BAD_PARTS: dict[str, tuple[Callable[[Tensor], Any], ...]] = {
+    "no tuple": (lambda x: x, "blocks", "branch, norm, shortcut", "(Tensor)"),
+    "two parts": (lambda x: (x, x), "blocks", "branch, norm, shortcut", "(Tensor, Tensor)"),
+    "branch": (lambda x: (1.0, NORM, x), "blocks", "tensors", "(float, BatchNorm2d, Tensor)"),
+    "norm": (lambda x: (x, torch.relu, x), "blocks", "Module or None", "builtin"),
+    "shortcut": (lambda x: (x, None, 1.0), "blocks", "tensors", "(Tensor, NoneType, float)"),
+    "shortcut that broadcasts": (lambda x: (x, NORM, x[:1]), "prev", "3, 8, 5, 4", "1, 8, 5, 4"),
+    "dtype": (lambda x: (x, None, x.half()), "prev", "float32", "float16"),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("form", ["light official", "base"])
+@pytest.mark.parametrize("bad", BAD_PARTS)
+def test_bad_parts(bad: str, form: str, fused: bool) -> None:
+    parts, name, *words = BAD_PARTS[bad]
+    model = DLAStage(
+        [Handing("raw_parts", parts)], CHANNELS, head_dim=4, fused=fused, **FORMS[form]
+    )
+    name = "shortcut" if (name, form) == ("prev", "base") else name
+    assert_refused(lambda: model(images().float()), name, *words)
+
+
+def test_bad_results_of_blocks() -> None:
+    x = images().float()
+    light = DLAStage([Handing("forward", lambda x: (x, x, x))], CHANNELS, head_dim=4)
+    assert_refused(lambda: light(x), "blocks", "(output, shortcut)", "(Tensor, Tensor, Tensor)")
+    dia = DIAStage([Handing("parts", lambda x: (x, 1.0))], CHANNELS)
+    assert_refused(lambda: dia(x), "blocks", "Handing.parts", "(Tensor, float)")
+    layer = DLALayer(CHANNELS, spec="official", head_dim=4)
+    assert_refused(lambda: layer(x, x, join=True, branch_norm=3), "branch_norm", "Module", "int 3")
 
 
 def test_one_value_per_channel_is_refused() -> None:

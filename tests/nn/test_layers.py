@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -455,6 +456,32 @@ def test_layer_compiles_with_its_state() -> None:
     assert_same_state(layer, other)
 
 
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_second_derivatives(variant: str) -> None:
+    """Of the unfused path alone."""
+    layer = DLALayer(2, variant, head_dim=2, reduction=2).double()
+    x = features(2)[:, :2, :2, :3].contiguous().requires_grad_()
+    with pytest.raises(NotImplementedError, match="fused=False"):
+        torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    layer.fused = False
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
+
+
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_torch_func(variant: str) -> None:
+    """Of the unfused path alone."""
+    layer = DLALayer(CHANNELS, variant, head_dim=4).double().eval()
+    x = features().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x)[0].square().sum()
+
+    with pytest.raises(NotImplementedError, match="fused=False"):
+        torch.func.grad(loss)(x.detach())
+    layer.fused = False
+    assert_close(torch.func.grad(loss)(x.detach()), torch.autograd.grad(loss(x), x)[0])
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -493,7 +520,7 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
     ),
     "state of another stage": (
         lambda layer: layer(map_(), map_(), state_of(layer, map_(2, 12, 10, 12))),
-        "state", "5x6", "10x12",
+        "state", "(5, 6)", "(10, 12)",
     ),
     "state of more channels": (
         lambda layer: layer(
@@ -507,6 +534,20 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
             map_(), map_(), DLALayer(CHANNELS, head_dim=4)(map_())[1]
         ),
         "state", "2 slots", "1, 2, 12",
+    ),
+    "state of another kind of cell": (
+        lambda layer: layer(
+            map_(), map_(), state_of(DLALayer(CHANNELS, cell="lstm", head_dim=4), map_())
+        ),
+        "state", "dsu_split", "lstm",
+    ),
+    "size of a state by hand": (
+        lambda layer: layer(map_(), map_(), state_of(layer, map_())._replace(size=())),
+        "state", "(5, 6)", "()",
+    ),
+    "context of a state by hand": (
+        lambda layer: layer(map_(), map_(), state_of(layer, map_())._replace(context=1)),
+        "state", "2, 2, 12", "int 1",
     ),
     "dtype of state": (
         lambda layer: layer(
@@ -536,6 +577,19 @@ def test_bad_input(bad: str) -> None:
     assert_refused(lambda: call(official()), *words)
 
 
+@each_fused
+def test_bad_output_in_a_state(fused: bool) -> None:
+    """Of a state made by hand, or by a layer whose output nobody was to read."""
+    layer = DLALayer(CHANNELS, head_dim=4, fused=fused)
+    state = layer(map_())[1]
+    for output, *words in ((1.0, "float"), (map_(2, 12, 6, 5), "2, 12, 5, 6", "2, 12, 6, 5")):
+        bad = state._replace(output=output)
+        assert_refused(lambda bad=bad: layer(map_(), state=bad), "state.output", *words)
+    lost = layer(map_(), keep_output=False)[1]
+    assert_refused(lambda: layer(map_(), state=lost), "state", "output", "keep_output=False")
+    assert layer(map_(), map_(), lost)[0].shape == (2, CHANNELS, *SIZE)
+
+
 def test_shared_layer_needs_its_owners_parts() -> None:
     layer = DLALayer(CHANNELS, spec="official", head_dim=4, shared=True)
     assert_refused(lambda: layer(map_(), map_()), "cell", "dsu_split", "shared=True")
@@ -563,7 +617,20 @@ BAD_OPTIONS = {
     "reduction": ({"reduction": 13}, "reduction", "12", "13"),
     "no reduction": ({"reduction": 0}, "reduction", "0"),
     "fraction": ({"reduction": 2.0}, "reduction", "integer", "2.0"),
+    "no words": ({"spec": 1}, "spec", "paper", "1"),
     "drop_path": ({"drop_path": 1.0}, "drop_path", "[0, 1)", "1.0"),
+    "drop_path below 0": ({"drop_path": -0.1}, "drop_path", "[0, 1)", "-0.1"),
+    "drop_path NaN": ({"drop_path": math.nan}, "drop_path", "[0, 1)", "nan"),
+    "drop_path no number": ({"drop_path": "a"}, "drop_path", "number", "str 'a'"),
+    "norm": ({"norm": 3}, "norm", "True or False", "int 3"),
+    "fused": ({"fused": "no"}, "fused", "True or False", "str 'no'"),
+    "prev_conv": ({"prev_conv": 1}, "prev_conv", "True or False", "int 1"),
+    "eps": ({"eps": -1e-5}, "eps", "at least 0", "-1e-05"),
+    "eps NaN": ({"eps": math.nan}, "eps", "at least 0", "nan"),
+    "eps no number": ({"eps": "a"}, "eps", "number", "str 'a'"),
+    "momentum": ({"momentum": 1.5}, "momentum", "[0, 1]", "1.5"),
+    "momentum NaN": ({"momentum": math.nan}, "momentum", "[0, 1]", "nan"),
+    "momentum no number": ({"momentum": "a"}, "momentum", "number", "str 'a'"),
 }
 
 
@@ -577,7 +644,11 @@ def test_bad_options(bad: str) -> None:
 def test_bad_options_of_a_stage() -> None:
     block = nn.Identity()
     assert_refused(lambda: DLAStage([], CHANNELS), "blocks", "one", "none")
+    assert_refused(lambda: DLAStage([block, None], CHANNELS), "blocks[1]", "Module", "NoneType")
+    assert_refused(lambda: DLAStage(block, CHANNELS), "blocks", "list", "Identity")
+    assert_refused(lambda: DLAStage([block], CHANNELS, static=None), "static", "True", "NoneType")
     assert_refused(lambda: DLAStage([block], CHANNELS, drop_path=[0.1, 0.2]), "drop_path", "1", "2")
     assert_refused(lambda: DLAStage([block], CHANNELS, static=True, cell="dsu"), "cell", "dsu")
     assert_refused(lambda: DLALayer(0), "channels", "1", "0")
+    assert_refused(lambda: DLALayer(12, shared=2), "shared", "True or False", "int 2")
     assert_refused(lambda: DLALayer(12.0), "channels", "integer", "12.0")

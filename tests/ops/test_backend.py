@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLASSES = [f"{k}_{size}" for k in (*LAYOUTS.values(), "rows") for size in (*CLASS_SIZES, "more")]
 EACH_OP = pytest.mark.parametrize("op", op_names())
 WITHOUT_EXTENSION = "import sys; sys.modules['_dla_native'] = None\n"
+WITHOUT_CUDA = "import sys; sys.modules['_dla_native_cuda'] = None\n"
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 POOL = """
 import torch, dla_kernels
@@ -138,6 +139,13 @@ def test_request_that_cannot_be_served(requested: str) -> None:
     for op, message in said.items():
         assert op in message and requested in message
         assert "use_backend" in message, f"no remedy: {message}"
+
+
+def test_request_of_cuda_where_there_is_none() -> None:
+    """Both that the kernels are not built, with the way to get them, and that x is on the CPU."""
+    for message in refusals("cuda", WITHOUT_CUDA).values():
+        for words in ("_dla_native_cuda is not installed", "DLA_BUILD_CUDA=1", "x is on cpu"):
+            assert words in message, message
 
 
 def test_request_of_a_backend_that_does_not_import() -> None:

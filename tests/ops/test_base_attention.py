@@ -179,7 +179,7 @@ def test_number_of_layers(backend: str, gated: str, layers: int) -> None:
     check(backend, Case(layers=layers, gated=gated))
 
 
-@each_backend("base_attention", interpreted=False)
+@each_backend("base_attention", but="reference", interpreted=False)  # which has no blocks
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(1, 2, 11, 300), (1, 2, 40, 56), (1, 72, 37, 9)])
 def test_more_pixels_than_a_block_takes(
@@ -534,6 +534,7 @@ BAD = {
     "k unlike q": ({"k_weight": zeros(1, 1, 5)}, "k_weight", "1, 1, 3", "1, 1, 5"),
     "v's shape": ({"v_weight": zeros(6, 6, 3, 3)}, "v_weight", "6, 1, 3, 3", "6, 6, 3, 3"),
     "weight without bias": ({"norm_bias": None}, "norm_bias", "norm_weight"),
+    "weight without norm": ({"norm": "none"}, "norm_weight", "None", "norm='none'", "float32 [6]"),
     "no running mean": ({"mean_in": None}, "mean_in", "running"),
     "drop path's batch": ({"drop_scale": zeros(3)}, "drop_scale", "2", "3"),
     "heads": ({"head_dim": 4}, "head_dim", "6", "4"),
@@ -543,6 +544,7 @@ BAD = {
     "gated": ({"gated": "values"}, "gated", "projections", "values"),
     "norm": ({"norm": "layer"}, "norm", "running", "layer"),
     "eps": ({"eps": -1.0}, "eps", "-1"),
+    "eps NaN": ({"eps": float("nan")}, "eps", "at least 0", "nan"),
 }  # fmt: skip
 
 

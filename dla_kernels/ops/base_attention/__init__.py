@@ -81,7 +81,7 @@ def base_attention(
         q_weight, k_weight: [1, 1, k], k odd.
         key_weights: k_weight of each earlier layer for ``gated="features"``, else empty.
         v_weight: [C, 1, 3, 3].
-        norm_weight, norm_bias: [C], both or neither.
+        norm_weight, norm_bias: [C], both or neither; None for ``norm="none"``.
         mean_in, var_in: [C], constants, for ``norm="running"``.
         drop_scale: [B], a constant factor for each sample's branch; None for 1.
         cell: a kind of ``dla_kernels.cell``, or "none": static (MRLA-B), all gates 1.
@@ -226,17 +226,16 @@ def _fake(
     )
 
 
-def _fake_backward(*args: Any) -> list[Tensor]:
+def _fake_backward(*args: Any) -> list[Tensor | None]:
     grad_out, needs_values = args[0], args[-1]
     x, values, _, *parameters = args[_GRADS : _GRADS + 3 + _PARAMETERS]
     state = parameters[0]
     wanted = needs_values and grad_out is not None
-    mix = (len(values) + 1, *x.shape[:2]) if wanted else 0
     return [
         empty_features(x),
-        empty_features(x) if wanted else x.new_empty(0),
-        state.new_empty(mix),
-        *(state.new_empty(0 if t is None else t.shape) for t in flatten(parameters)),
+        empty_features(x) if wanted else None,
+        state.new_empty(len(values) + 1, *x.shape[:2]) if wanted else None,
+        *(None if t is None else state.new_empty(t.shape) for t in flatten(parameters)),
     ]
 
 
@@ -279,7 +278,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> list[Any]:
         needs_values,
     )
     dvalues = [None] * len(values)
-    if g.numel():
+    if needs_values and grad_out is not None:
         dvalues = [
             value_gradient(w, g, by_layer) for w, by_layer in zip(mix, ctx.by_layers, strict=False)
         ]

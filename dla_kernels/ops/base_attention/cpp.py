@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import Loader, addresses
+from dla_kernels.ops.cpp_common import Loader
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
 
@@ -87,9 +87,10 @@ def forward(
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=gated == "features",
         relu=relu,
-        **addresses(maps | small),
-        **_addresses_of_lists(lists),
-        **_results(results),
+        **maps,
+        **small,
+        **lists,
+        **results,
     )
     run_step(module, "base_attention_forward", step, state, prepare)
     out, v, *rest, own_mean, scores, mean, var, pooled_x = results.values()
@@ -138,7 +139,7 @@ def backward(
     needs_values: bool,
     load: Loader = native.load,
     prepare: Prepare | None = None,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::base_attention_backward``; the last two are for
     GPUs."""
     layout = dense_format(x)
@@ -178,42 +179,39 @@ def backward(
         "later_weights": [w.contiguous() for w in later_weights],
     }
     # The kernel reads g again, whoever else wants it.
-    g = x.new_empty(0) if grad_out is None else empty_features(x)
-    mix = state.new_empty(0 if grad_out is None else (len(values) + 1, *x.shape[:2]))
+    g = mix = None
+    if grad_out is not None:
+        g, mix = empty_features(x), state.new_empty(len(values) + 1, *x.shape[:2])
     dx = empty_features(x)
     dweights = {name: None if w is None else torch.empty_like(w) for name, w in weights.items()}
     dlists = {name: [torch.empty_like(t) for t in ts] for name, ts in weight_lists.items()}
-    if grad_out is None or norm == "none":  # the kernels then take no look at the norm
+    if grad_out is None:  # the kernels then take no look at the norm
         for name in ("norm_weight", "norm_bias"):
             if dweights[name] is not None:
                 dweights[name].zero_()
     module = load()
     terms = len(later_grads) + sum(t is not None for t in (grad_out, grad_v))
-    dv = empty_features(x) if prepare and terms > 1 else x.new_empty(0)
+    dv = empty_features(x) if prepare and terms > 1 else None
     step = module.BaseAttentionBackward(
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=gated == "features",
         relu=relu,
-        **addresses(maps | weights | small),
-        **_addresses_of_lists(weight_lists | lists),
-        **_results({"dx": dx, "g": g, "weights": mix, "dv": dv}),
-        **addresses({f"d{name}": w for name, w in dweights.items()}),
-        **_addresses_of_lists({f"d{name}": ts for name, ts in dlists.items()}),
+        **maps,
+        **weights,
+        **small,
+        **weight_lists,
+        **lists,
+        **{f"d{name}": found for name, found in (dweights | dlists).items()},
+        dx=dx,
+        g=g,
+        weights=mix,
+        dv=dv,
     )
     run_step(module, "base_attention_backward", step, state, prepare)
     if not needs_values:
-        g, mix = x.new_empty(0), state.new_empty(0)
+        g = mix = None
     dstate, dkeys, dgates, dq, dk, dv, *dnorm = dweights.values()
     dpooled, dcell_params, dkey_weights = dlists.values()
     grads = [dstate, dkeys, dgates, *dpooled, *dcell_params, dq, dk, *dkey_weights, dv, *dnorm]
-    return [dx, g, mix, *(state.new_empty(0) if t is None else t for t in grads)]
-
-
-def _addresses_of_lists(lists: dict[str, list[Tensor]]) -> dict[str, list[int]]:
-    return {name: [t.data_ptr() for t in tensors] for name, tensors in lists.items()}
-
-
-def _results(tensors: dict[str, Tensor]) -> dict[str, int | None]:
-    """Addresses of what the kernel writes; empty tensors are not wanted."""
-    return {name: t.data_ptr() if t.numel() else None for name, t in tensors.items()}
+    return [dx, g, mix, *grads]

@@ -210,7 +210,7 @@ def backward(
     scores: Tensor,
     pooled_x: Tensor,
     *flags: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::base_attention_backward``."""
     *flags, needs_values = flags
     options = dict(zip(FLAGS, (*flags, True), strict=True))
@@ -229,10 +229,10 @@ def backward(
     )
     # Copies, since results of an operator must not share memory.
     dx, *dparameters = (
-        state.new_empty(0) if dt is None else dt.clone(memory_format=dense_format(t))
+        None if dt is None else dt.clone(memory_format=dense_format(t))
         for t, dt in zip(inputs, found, strict=True)
     )
-    g, weights = x.new_empty(0), state.new_empty(0)
+    g = weights = None
     if needs_values and grad_out is not None:
         with torch.no_grad(), without_autocast(x):
             gates = step(*inputs)[4]

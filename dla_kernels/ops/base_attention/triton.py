@@ -190,7 +190,7 @@ def backward(
     relu: bool,
     residual: bool,
     needs_values: bool,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::base_attention_backward``."""
     layout = dense_format(x)
     x, grad_out, grad_v = (dense(t, layout) for t in (x, grad_out, grad_v))
@@ -208,7 +208,7 @@ def backward(
     terms = [(dense(g, layout), w) for g, w in zip(later_grads, later_weights, strict=True)]
     if grad_v is not None:
         terms.append((grad_v, torch.ones_like(pooled_x)))
-    g, dweights = x.new_empty(0), None
+    g = dweights = None
     dnorm = [torch.zeros_like(w) for w in (norm_weight, norm_bias) if w is not None]
     if grad_out is not None:
         mix = _mix(x, values, v_weight, weights)
@@ -226,10 +226,9 @@ def backward(
         dy = dy + grad_pooled
     dx, dfilter = _value_backward(dv, x, grad_out if residual else None, dy, v_weight)
     if not needs_values or grad_out is None:
-        g, weights = x.new_empty(0), state.new_empty(0)
+        g = weights = None
     dsmall = [t.clone(memory_format=torch.contiguous_format) for t in dsmall]
-    dnorm = dnorm or [state.new_empty(0) for _ in range(2)]
-    return [dx, g, weights, *dsmall, dfilter, *dnorm]
+    return [dx, g, weights, *dsmall, dfilter, *(dnorm or (None, None))]
 
 
 def _mix(x: Tensor, values: Sequence[Tensor], v_weight: Tensor, weights: Tensor) -> Mix:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.cell.reference import CELLS
-from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
+from dla_kernels.ops.cpp_common import DTYPES, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 # CellKind and Activation of csrc/ops/cell/op.h.
@@ -28,9 +28,7 @@ def forward(
     params = [w.contiguous() for w in params]
     out = torch.empty_like(state)
     module = load()
-    module.cell_forward(
-        module.CellForward(**_inputs(y, state, params, kind, activation), out=address(out))
-    )
+    module.cell_forward(module.CellForward(**_inputs(y, state, params, kind, activation), out=out))
     return out
 
 
@@ -52,11 +50,11 @@ def backward(
     module.cell_backward(
         module.CellBackward(
             **_inputs(y, state, params, kind, activation),
-            grad_out=address(grad),
-            grad_y=address(grads[0]),
-            grad_state=address(grads[1]),
-            grad_params=[address(g) for g in grads[2:]],
-            scratch=address(scratch),
+            grad_out=grad,
+            grad_y=grads[0],
+            grad_state=grads[1],
+            grad_params=grads[2:],
+            scratch=scratch,
         )
     )
     return grads
@@ -68,9 +66,9 @@ def _inputs(
     """The fields that the two native structs share."""
     batch, channels = y.shape
     return {
-        "y": address(y),
-        "state": address(state),
-        "params": [address(w) for w in params],
+        "y": y,
+        "state": state,
+        "params": params,
         "batch": batch,
         "channels": channels,
         "hidden": params[0].shape[0],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
+from dla_kernels.ops.cpp_common import DTYPES, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
@@ -22,7 +22,7 @@ def forward(
     module.gate_forward(
         module.GateForward(
             **_inputs(features, gates),
-            out=[address(out) for out in outs],
+            out=outs,
         )
     )
     return outs
@@ -44,9 +44,9 @@ def backward(
     module.gate_backward(
         module.GateBackward(
             **_inputs(features, gates),
-            grad=[address(g) for g in grads],
-            dx=[address(g) for g in dx],
-            dgates=[address(g) for g in dgates],
+            grad=grads,
+            dx=dx,
+            dgates=dgates,
         )
     )
     return dx + dgates
@@ -55,8 +55,8 @@ def backward(
 def _inputs(features: Sequence[Tensor], gates: Sequence[Tensor]) -> dict[str, object]:
     """The fields that the two native structs share."""
     return {
-        "x": [address(x) for x in features],
-        "gates": [address(d) for d in gates],
+        "x": features,
+        "gates": gates,
         "batch": [x.shape[0] for x in features],
         "channels": [x.shape[1] for x in features],
         "area": [x.shape[2] * x.shape[3] for x in features],

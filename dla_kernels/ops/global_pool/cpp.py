@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import compute_dtype, dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, Loader, address, execution
+from dla_kernels.ops.cpp_common import DTYPES, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
@@ -14,9 +14,7 @@ def forward(x: Tensor, load: Loader = native.load) -> Tensor:
     x = dense(x, dense_format(x))
     out = x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
     module = load()
-    module.global_pool_forward(
-        module.GlobalPoolForward(x=address(x), out=address(out), **_sizes(x))
-    )
+    module.global_pool_forward(module.GlobalPoolForward(x=x, out=out, **_sizes(x)))
     return out
 
 
@@ -24,9 +22,7 @@ def backward(grad: Tensor, x: Tensor, load: Loader = native.load) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
     grad, dx = grad.contiguous(), empty_features(x)
     module = load()
-    module.global_pool_backward(
-        module.GlobalPoolBackward(grad=address(grad), dx=address(dx), **_sizes(dx))
-    )
+    module.global_pool_backward(module.GlobalPoolBackward(grad=grad, dx=dx, **_sizes(dx)))
     return dx
 
 

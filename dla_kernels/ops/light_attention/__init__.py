@@ -72,7 +72,7 @@ def light_attention(
         q_weight, k_weight: [1, 1, k], k odd.
         v_weight, prev_weight: [C, 1, 3, 3]; no prev_weight, no convolution of p.
         lam: [C].
-        norm_weight, norm_bias: [C], both or neither.
+        norm_weight, norm_bias: [C], both or neither; None for ``norm="none"``.
         branch_weight, branch_bias: of the branch's norm, likewise.
         mean_in, var_in: [C], constants, for ``norm="running"``.
         branch_mean_in, branch_var_in: likewise, for ``branch_norm="running"``.
@@ -217,13 +217,13 @@ def _fake_backward(
     state: Tensor,
     cell_params: Sequence[Tensor],
     *rest: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     weights, needs_p = rest[:_WEIGHTS], rest[-1]
     return [
         empty_features(x),
-        empty_features(x) if p is not None and needs_p else state.new_empty(0),
+        empty_features(x) if p is not None and needs_p else None,
         state.new_empty(state.shape),
-        *(state.new_empty(0 if w is None else w.shape) for w in weights),
+        *(None if w is None else state.new_empty(w.shape) for w in weights),
         *(w.new_empty(w.shape) for w in cell_params),
     ]
 

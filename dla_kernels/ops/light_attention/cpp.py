@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import NORMS, Loader, address, addresses
+from dla_kernels.ops.cpp_common import NORMS, Loader
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
 
@@ -83,18 +83,18 @@ def forward(
         join=join,
         branch_norm=NORMS[branch_norm],
         branch_eps=branch_eps,
-        **addresses(small),
-        x=x.data_ptr(),
-        p=address(p),
-        cell_params=[w.data_ptr() for w in params],
-        out=out.data_ptr(),
-        o=o.data_ptr() if return_o else None,
-        new_state=new_state.data_ptr(),
-        mean=mean.data_ptr(),
-        var=var.data_ptr(),
-        branch_mean=branch_mean.data_ptr(),
-        branch_var=branch_var.data_ptr(),
-        summary=summary.data_ptr(),
+        **small,
+        x=x,
+        p=p,
+        cell_params=params,
+        out=out,
+        o=o,
+        new_state=new_state,
+        mean=mean,
+        var=var,
+        branch_mean=branch_mean,
+        branch_var=branch_var,
+        summary=summary,
     )
     run_step(module, "light_attention_forward", step, state, prepare)
     return out, o, new_state, mean, var, branch_mean, branch_var, summary
@@ -138,7 +138,7 @@ def backward(
     needs_p: bool,
     load: Loader = native.load,
     prepare: Prepare | None = None,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::light_attention_backward``; as above."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
@@ -178,19 +178,18 @@ def backward(
         join=join,
         branch_norm=NORMS[branch_norm],
         branch_eps=branch_eps,
-        **addresses(weights),
-        **addresses(small),
-        **addresses(dweights),
-        x=x.data_ptr(),
-        p=address(p),
-        cell_params=[w.data_ptr() for w in params],
-        grad_out=address(grad_out),
-        grad_o=address(grad_o),
-        dx=dx.data_ptr(),
-        dp=address(dp),
-        dstate=dstate.data_ptr(),
-        dcell_params=[w.data_ptr() for w in dparams],
+        **weights,
+        **small,
+        **dweights,
+        x=x,
+        p=p,
+        cell_params=params,
+        grad_out=grad_out,
+        grad_o=grad_o,
+        dx=dx,
+        dp=dp,
+        dstate=dstate,
+        dcell_params=dparams,
     )
     run_step(module, "light_attention_backward", step, state, prepare)
-    grads = [dx, dp, dstate, *dweights.values(), *dparams]
-    return [state.new_empty(0) if g is None else g for g in grads]
+    return [dx, dp, dstate, *dweights.values(), *dparams]

@@ -156,7 +156,7 @@ def backward(
     new_state: Tensor,
     summary: Tensor,
     *flags: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
     *flags, needs_p = flags
     options = dict(zip(FLAGS, (*flags, grad_o is not None), strict=True))
@@ -172,7 +172,4 @@ def backward(
     found = differentiate(function, inputs, [grad_out, grad_o, grad_state])
     if not needs_p:
         found[1] = None
-    return [
-        state.new_empty(0) if g is None else dense_as(t, g)
-        for t, g in zip(inputs, found, strict=True)
-    ]
+    return [None if g is None else dense_as(t, g) for t, g in zip(inputs, found, strict=True)]

@@ -238,7 +238,7 @@ def backward(
     branch_norm: str,
     branch_eps: float,
     needs_p: bool,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::light_attention_backward``."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
@@ -284,8 +284,7 @@ def backward(
         _gradient_of(branch_weight, dbranch[0]),
         _gradient_of(branch_bias, dbranch[1]),
     ]
-    grads = [dx, dp, dstate, *dweights, *dparams]
-    return [state.new_empty(0) if g is None else g for g in grads]
+    return [dx, dp, dstate, *dweights, *dparams]
 
 
 def _gradient_of(weight: Tensor | None, found: Tensor | None) -> Tensor | None:

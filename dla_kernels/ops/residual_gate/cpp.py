@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.common import dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import DTYPES, Loader, addresses, execution
+from dla_kernels.ops.cpp_common import DTYPES, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
@@ -14,9 +14,10 @@ def forward(u: Tensor, h: Tensor, shortcut: Tensor, load: Loader = native.load) 
     layout = dense_format(u)
     u, shortcut, h = dense(u, layout), dense(shortcut, layout), h.contiguous()
     out = empty_features(u)
-    tensors = addresses({"u": u, "h": h, "shortcut": shortcut, "out": out})
     module = load()
-    module.residual_gate_forward(module.ResidualGateForward(**tensors, **_sizes(u, layout)))
+    module.residual_gate_forward(
+        module.ResidualGateForward(u=u, h=h, shortcut=shortcut, out=out, **_sizes(u, layout))
+    )
     return out
 
 
@@ -28,11 +29,11 @@ def backward(
     grad, u, out = (dense(t, layout) for t in (grad, u, out))
     h = h.contiguous()
     du, dh, dshortcut = empty_features(u), torch.empty_like(h), empty_features(u)
-    tensors = {"grad": grad, "u": u, "h": h, "out": out}
-    tensors |= {"du": du, "dh": dh, "dshortcut": dshortcut}
     module = load()
     module.residual_gate_backward(
-        module.ResidualGateBackward(**addresses(tensors), **_sizes(u, layout))
+        module.ResidualGateBackward(
+            grad=grad, u=u, h=h, out=out, du=du, dh=dh, dshortcut=dshortcut, **_sizes(u, layout)
+        )
     )
     return [du, dh, dshortcut]
 

@@ -73,10 +73,9 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, *_: Any
-) -> list[Tensor]:
-    size = 0 if weight is None else x.shape[1]
-    vectors = (x.new_empty(size, dtype=compute_dtype(x.dtype)) for _ in range(2))
-    return [empty_features(x), empty_features(x), *vectors]
+) -> list[Tensor | None]:
+    dweights = (None if w is None else w.new_empty(w.shape) for w in (weight, bias))
+    return [empty_features(x), empty_features(x), *dweights]
 
 
 def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:

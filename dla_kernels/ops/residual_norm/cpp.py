@@ -11,7 +11,7 @@ from dla_kernels.ops.common import (
     dense_format,
     empty_features,
 )
-from dla_kernels.ops.cpp_common import DTYPES, NORMS, Loader, addresses, execution
+from dla_kernels.ops.cpp_common import DTYPES, NORMS, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 
@@ -39,9 +39,7 @@ def forward(
     tensors |= {"scratch": scratch}
     module = load()
     module.residual_norm_forward(
-        module.ResidualNormForward(
-            **addresses(tensors | small), **_options(x, layout, norm, eps, pieces)
-        )
+        module.ResidualNormForward(**tensors, **small, **_options(x, layout, norm, eps, pieces))
     )
     return out, mean, var
 
@@ -59,7 +57,7 @@ def backward(
     load: Loader = native.load,
     scratch: Tensor | None = None,
     pieces: int = 1,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Arguments and results of ``dla_kernels::residual_norm_backward``: of x, shortcut, weight and
     bias; the last two arguments are for GPUs."""
     layout = dense_format(x)
@@ -71,11 +69,9 @@ def backward(
     tensors |= {"dweight": dweight, "dbias": dbias, "scratch": scratch}
     module = load()
     module.residual_norm_backward(
-        module.ResidualNormBackward(
-            **addresses(tensors | small), **_options(x, layout, norm, eps, pieces)
-        )
+        module.ResidualNormBackward(**tensors, **small, **_options(x, layout, norm, eps, pieces))
     )
-    return [dx, dshortcut, *(mean.new_empty(0) if dw is None else dw for dw in (dweight, dbias))]
+    return [dx, dshortcut, dweight, dbias]
 
 
 def _options(
