@@ -4,9 +4,10 @@
 #
 #     bench/gpu_check.sh [FOLDER]       # default: gpu-check; PYTHON names another python3
 #
-# FOLDER then holds the logs of all steps, and of the benchmark JSON and PNG. The exit status is 0 if
-# every step passed. Needs torch, triton, cmake, ninja and pybind11 in the environment, and what the
-# extras 'test' and 'bench' name; pytest-xdist makes the tests faster.
+# FOLDER then holds the logs of all steps, of the benchmark JSON and PNG, and the dispatch.json that
+# follows (bench/README.md says how to adopt it). The exit status is 0 if every step passed. Needs
+# torch, triton, cmake, ninja and pybind11 in the environment, and what the extras 'test' and 'bench'
+# name; pytest-xdist makes the tests faster.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -58,6 +59,8 @@ bench ops_bfloat16 --suite ops --no-compile --dtype bfloat16
 bench layer_bfloat16 --suite layer --dtype bfloat16 # with torch.compile, which takes its time
 bench float32 --suite layer,ops --no-compile --dtype float32
 bench first --suite first --dtype bfloat16 # compiles everything anew
+step dispatch 30 "$python" bench/dispatch.py --output "$out/dispatch.json" \
+  "$out"/{ops_bfloat16,layer_bfloat16,float32}.json
 if command -v compute-sanitizer >/dev/null; then
   # The report's self-check is one small call of every op. Without torch's cache of memory, every
   # tensor is an allocation of its own, whose bounds are seen.

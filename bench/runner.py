@@ -78,7 +78,8 @@ class Bench:
         """One op at one shape in both modes, and its table."""
         table = []
         for mode in MODES:
-            key = {"suite": suite, "case": case.name, "mode": mode, "shape": list(shape)}
+            key = {"suite": suite, "case": case.name, "op": case.op, "mode": mode}
+            key["shape"] = list(shape)
             rows = self.contest(key, list(case.contestants(self.settings, shape, mode)))
             rate_op(rows, case.ideal_bytes(self.settings, shape, mode), self.bandwidth)
             self.store.add(rows)

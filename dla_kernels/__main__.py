@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import pkgutil
 import platform
 import sys
@@ -22,6 +23,7 @@ from dla_kernels import native, ops
 from dla_kernels.backend import BACKENDS, implementations, use_backend
 
 FAILED = "[red]fails[/]"
+NOT_TUNED = os.environ.get("DLA_AUTOTUNE") == "0"
 TOLERANCE = 1e-4  # float32, relative; the tests are stricter
 
 
@@ -45,7 +47,7 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
-        "triton": installed("triton"),
+        "triton": installed("triton") + (", DLA_AUTOTUNE=0" if NOT_TUNED else ""),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     found["CUDA kernels"] = native.cuda_error() or (
@@ -118,6 +120,7 @@ def check(op: str, backend: str) -> tuple[str, str | None]:
 def main() -> int:
     """Prints the report; the exit status is 1 if an available implementation fails its check."""
     console = Console()
+    os.environ["DLA_AUTOTUNE"] = "0"  # for small calls that nobody waits for again
     grid = Table.grid(padding=(0, 2))
     for name, value in facts().items():
         grid.add_row(f"[bold]{name}[/]", escape(value))

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dla_kernels.ops.common import shape_class
+
 AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 
@@ -82,7 +84,7 @@ def select(op: str, x: Tensor, args: Sequence[Any]) -> Implementation:
         return _demand(op, name, x, args)
     refusals = []
     available = implementations(op)
-    for name in _automatic_order(op, x.is_cuda):
+    for name in _automatic_order(op, _class_of(x, args) if x.is_cuda else None):
         if name not in available:
             continue
         reason = _refusal(available[name], x, args)
@@ -140,14 +142,25 @@ class _NotImportable:
         return self._reason
 
 
+def _class_of(x: Tensor, args: Sequence[Any]) -> str:
+    """Shape class of a call: of its first map (`global_pool` backward begins with a [B, C]), or of
+    ``x`` if there is none."""
+    maps = (value for value in (x, *args) if isinstance(value, Tensor) and value.dim() == 4)
+    return shape_class(next(maps, x))
+
+
 @functools.cache
-def _automatic_order(op: str, on_gpu: bool) -> Sequence[str]:
-    """Backends by speed. On CPU tensors Triton's interpreter would be slower than anything."""
-    if not on_gpu:
+def _automatic_order(op: str, on_gpu: str | None) -> Sequence[str]:
+    """Backends by speed. On CPU tensors Triton's interpreter would be slower than anything.
+
+    on_gpu: shape class of the call; None on a CPU.
+    """
+    if on_gpu is None:
         return ("cpp", "reference")
     text = importlib.resources.files("dla_kernels").joinpath("dispatch.json").read_text()
     order = json.loads(text)["order"]
-    return (*order.get(op, order["default"]), "reference")
+    of_op = order.get(op, order)
+    return (*of_op.get(on_gpu, of_op["default"]), "reference")
 
 
 @functools.cache

@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["DLA_EMULATE_CUDA"] = "1"
 
+# On a GPU the settings of kernels are not to be measured for hundreds of small shapes.
+os.environ.setdefault("DLA_AUTOTUNE", "0")
+
 # The same examples every time. `pytest --hypothesis-profile=explore` looks elsewhere; what it finds
 # may just be a badly conditioned case.
 hypothesis.settings.register_profile("same", deadline=None, print_blob=True, derandomize=True)
@@ -61,3 +64,9 @@ def generator() -> torch.Generator:
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the markers, so that a misspelt one is an error under --strict-markers."""
     config.addinivalue_line("markers", "simd: repeated at every SIMD level that the machine has")
+    config.addinivalue_line("markers", "long: takes about a minute, so it is begun first")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """No worker of pytest-xdist is to begin a long test when the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCH))
 
 import bench_dla  # noqa: E402
 import cases  # noqa: E402
+import dispatch  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import runner  # noqa: E402
@@ -199,6 +200,7 @@ def test_ours_failing_or_computing_something_else_fails_the_run(value: float | N
     assert len(bench.failures) == 1
 
 
+@pytest.mark.long
 def test_quick_run(tmp_path: Path) -> None:
     """The command as CI and users run it, all suites, in well under a minute."""
     data, picture = tmp_path / "rows.json", tmp_path / "rows.png"
@@ -231,3 +233,70 @@ def test_quick_run(tmp_path: Path) -> None:
     kept = {row["peer"]: row["kept_bytes"] for row in trained}
     assert kept["plain"] < kept["DLA-L fused"] < kept["DLA-L unfused"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def synthetic_results(times: dict[tuple[str, tuple[int, ...], str], float]) -> dict:
+    """Results as the benchmark would write them, of invented ``{(op, shape, peer): ms}``."""
+    about = {"suite": "ops", "mode": "training", "dtype": "float32", "device": "cuda"}
+    rows = [
+        {
+            **about,
+            "case": op,
+            "op": op,
+            "shape": list(shape),
+            "peer": peer,
+            "role": "ours",
+            "ms": ms,
+        }
+        for (op, shape, peer), ms in times.items()
+    ]
+    skipped = {**rows[0], "shape": [1, 1, 9, 9], "skipped": "why"}
+    del skipped["ms"]
+    eager = {**rows[0], "peer": "eager", "role": "peer", "ms": 0.0}
+    return {"meta": {"device": "GPU of this test"}, "rows": [*rows, skipped, eager]}
+
+
+LARGE, SMALL = (8, 256, 56, 56), (8, 256, 7, 7)
+
+
+def test_dispatch_table_from_results(tmp_path: Path) -> None:
+    """Per op and class, over all shapes of a class; without both backends' times the default."""
+    times = {
+        ("gate", LARGE, "cuda"): 1.0, ("gate", LARGE, "triton"): 2.0,
+        ("gate", SMALL, "cuda NHWC"): 4.0, ("gate", SMALL, "triton NHWC"): 3.0,
+        ("cell", LARGE, "cuda"): 2.0, ("cell", LARGE, "triton"): 1.0,
+        ("cell", (2, 64, 8, 8), "triton"): 9.0,
+        ("global_pool", LARGE, "triton"): 1.0,
+    }  # fmt: skip
+    for name in ("one.json", "two.json"):  # the same op in two files counts as often
+        (tmp_path / name).write_text(json.dumps(synthetic_results(times)))
+    written = tmp_path / "dispatch.json"
+    results = [str(tmp_path / name) for name in ("one.json", "two.json")]
+    dispatch.main([*results, "--output", str(written)])
+    table = json.loads(written.read_text())
+    assert table["results"] == ["one.json", "two.json"] and "GPU of this test" in table["why"]
+    cuda, triton = ["cuda", "triton"], ["triton", "cuda"]
+    assert table["order"] == {
+        "default": cuda,
+        "gate": {"default": cuda, "nhwc_64": triton},
+        "cell": {"default": triton},
+        "global_pool": {"default": cuda},
+    }
+
+
+def test_dispatch_table_wants_a_gpu(tmp_path: Path) -> None:
+    """The results of a CPU say nothing about backends for GPUs."""
+    with pytest.raises(SystemExit, match="cpu_xeon"):
+        dispatch.main(
+            [str(BENCH / "results/cpu_xeon_cascade_lake_2_cores.json"), "--output", "none.json"]
+        )
+
+
+def test_rows_suit_the_dispatch_table() -> None:
+    """What the benchmark writes of an op has all that the table is made from."""
+    bench = quick_bench("--suite", "ops")
+    bench.op("ops", cases.OPS[0], (2, 4, 8, 8))
+    row = next(row for row in bench.store.rows if row["role"] == "ours")
+    assert row["op"] == "global_pool" and dispatch.shape_class(row) == "nchw_64"
+    as_if = [{**row, "device": "cuda", "peer": "triton"}]
+    assert dispatch.times_by_class(as_if)["global_pool"]["nchw_64"]

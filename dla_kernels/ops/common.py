@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = {torch.contiguous_format: "nchw", torch.channels_last: "nhwc"}
 
 
 def compute_dtype(feature_dtype: torch.dtype) -> torch.dtype:
@@ -28,6 +29,23 @@ def dense_format(x: Tensor) -> torch.memory_format:
     """The dense format of ``x``, or the one that a dense copy of it gets: contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+# The most pixels (channels of a [B, C]) of a shape class; beyond is one more class.
+CLASS_SIZES = (64, 256, 1024)
+
+
+def shape_class(x: Tensor) -> str:
+    """What choices by measurement depend on: the format and pixels per plane of a map, or the width
+    of a [B, C], roughly; such as "nhwc_256". Never the batch."""
+    if x.dim() != 4:
+        return class_of("rows", x.shape[-1])
+    return class_of(LAYOUTS[dense_format(x)], x.shape[2] * x.shape[3])
+
+
+def class_of(kind: str, size: int) -> str:
+    """`shape_class` of maps of a layout, or of "rows", with so many pixels or channels."""
+    return f"{kind}_{next((most for most in CLASS_SIZES if size <= most), 'more')}"
 
 
 def dense(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:

@@ -20,7 +20,8 @@ from dla_kernels.ops.common import contiguous
 from dla_kernels.ops.triton_common import Tiles, launch, new_sums, padded, per_plane, pick
 
 # Of a folding program: a 32-byte sector of neighbouring channels, and partial results of them.
-FOLD = {"CHANNELS": 8, "PARTS": 128, "num_warps": 4}
+# Registers: with a limit, ptxas does not spill (float64) to get below it.
+FOLD = {"CHANNELS": 8, "PARTS": 128, "num_warps": 4, "maxnreg": 128}
 
 
 @triton.jit

@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.ops.common import compute_dtype, dense_format
+from dla_kernels.ops import triton_tuning
+from dla_kernels.ops.common import LAYOUTS, class_of, compute_dtype, dense_format
 
 # TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Elements and warps: 16 elements per thread; 8 where a kernel has more maps or sums to keep.
-TILE, SMALL_TILE, WARPS = 4096, 2048, 8
+# Elements of a tile: 16 per thread of `SETTINGS`' first; 8 where a kernel has more maps or sums to
+# keep.
+TILE, SMALL_TILE = 4096, 2048
 # Pixels per program of a kernel that sums over planes. Fixed, so that a plane's sum does not depend
 # on the batch that it comes in; few enough that a small batch still makes many programs.
 SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
@@ -79,6 +81,19 @@ class Tiles(NamedTuple):
     programs: int  # along axis 0 of the grid
     chunks: int  # programs along a plane: the partial sums that a summing kernel leaves per plane
     cut: Cut
+    kind: str  # shape class, and all that the compiler is told: what a choice of setting depends on
+    halved: Tiles | None  # the same with tiles of half the size and as many chunks
+
+
+class Setting(NamedTuple):
+    """How a kernel is launched on tiles; which is fastest is measured."""
+
+    halved: bool
+    warps: int
+
+
+# The first serves where nothing is measured. No other asks for more registers per thread.
+SETTINGS = Setting(False, 8), Setting(True, 4), Setting(True, 8)
 
 
 def tiles(
@@ -92,8 +107,9 @@ def tiles(
     batch, channels, height, width = x.shape
     layout = dense_format(x)
     chunk = chunk or (SUMMED_PIXELS[layout] if summing else 1)
-    last = layout is torch.channels_last
-    return _tiles(batch, channels, height * width, last, size, max_planes, chunk)
+    if x.dtype is torch.float64:  # each takes two registers
+        size //= 2
+    return _tiles(batch, channels, height * width, layout, size, max_planes, chunk)
 
 
 @functools.lru_cache(1024)
@@ -101,31 +117,52 @@ def _tiles(
     batch: int,
     channels: int,
     area: int,
-    channels_last: bool,
+    layout: torch.memory_format,
     size: int,
     max_planes: int,
     chunk: int,
 ) -> Tiles:
-    groups, planes = (batch, channels) if channels_last else (1, batch * channels)
+    channels_last = layout is torch.channels_last
+    # Halves are made across what is contiguous, if that can be.
     if channels_last:
-        tile_planes = min(triton.next_power_of_2(channels), 64, size // 16, max_planes)
-        tile_pixels = min(triton.next_power_of_2(area), size // tile_planes)
+        groups, count, contiguous = batch, channels, channels
+        planes = min(triton.next_power_of_2(channels), 64, size // 16, max_planes)
+        pixels = min(triton.next_power_of_2(area), size // planes)
+        half = (planes, pixels // 2) if pixels > 1 else (planes // 2, pixels)
     else:
-        tile_pixels = min(triton.next_power_of_2(area), 512, size)
-        tile_planes = min(size // tile_pixels, max_planes)
-    chunk = max(tile_pixels, chunk)
-    chunks = triton.cdiv(area, chunk)
+        groups, count, contiguous = 1, batch * channels, area
+        pixels = min(triton.next_power_of_2(area), 512, size)
+        planes = min(size // pixels, max_planes)
+        half = (planes // 2, pixels) if planes > 1 else (planes, pixels // 2)
     # Triton itself sees multiples of 16 only; 14x14 is one of 4.
-    align = math.gcd(channels if channels_last else area, 16)
-    known = tile_planes, tile_pixels, chunk, align, channels_last
-    cut = Cut(planes, area, *(tl.constexpr(value) for value in known))
-    return Tiles(groups * triton.cdiv(planes, tile_planes) * chunks, chunks, cut)
+    align = math.gcd(contiguous, 16)
+    row = max(chunk, pixels) if chunk > 1 else 1
+
+    def covered(planes: int, pixels: int, halved: Tiles | None) -> Tiles:
+        known = planes, pixels, max(row, pixels), align, channels_last
+        chunks = triton.cdiv(area, max(row, pixels))
+        cut = Cut(count, area, *(tl.constexpr(value) for value in known))
+        kind = " ".join(map(str, (class_of(LAYOUTS[layout], area), *known)))
+        return Tiles(groups * triton.cdiv(count, planes) * chunks, chunks, cut, kind, halved)
+
+    return covered(planes, pixels, covered(*half, None))
 
 
-def launch_tiles(plan: Tiles, kernel: Any, *args: Any, maps: int = 1, **options: Any) -> None:
-    """``kernel(*args, cut, **options)`` for all tiles; on axis 1 of the grid, for several maps."""
-    options = {"num_warps": WARPS, **options}
-    launch(kernel, (plan.programs, maps), *args, plan.cut, **options)
+def launch_tiles(
+    plan: Tiles, kernel: Any, *args: Any, maps: int = 1, tuned: bool = True, **options: Any
+) -> None:
+    """``kernel(*args, cut, **options)`` for all tiles; on axis 1 of the grid, for several maps.
+
+    tuned: a kernel that changes what it reads must not be launched again and again.
+    """
+
+    def run(setting: Setting) -> None:
+        cover = plan.halved if setting.halved else plan
+        grid = cover.programs, maps
+        launch(kernel, grid, *args, cover.cut, num_warps=setting.warps, **options)
+
+    settings = SETTINGS if tuned else SETTINGS[:1]
+    run(triton_tuning.fastest(kernel, (plan.kind, args, *options.values()), settings, run))
 
 
 @triton.jit
@@ -205,8 +242,10 @@ def per_plane(values, index, exists):
     return tl.load(values + index, exists, 0.0)[:, None]
 
 
-def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
+def plane_sums(maps: Sequence[Tensor], count: int = 1, tuned: bool = True) -> list[Tensor]:
     """Plane sums, over ``count``, of dense maps [B, C, H, W] of one shape, dtype and format.
+
+    tuned: see `launch_tiles`; not worth it for small maps.
 
     Returns:
         [B, C] for each map, in the compute dtype.
@@ -215,7 +254,8 @@ def plane_sums(maps: Sequence[Tensor], count: int = 1) -> list[Tensor]:
     plan = tiles(x, summing=True)
     sums = [new_sums(x, plan) for _ in maps]
     over = count if plan.chunks == 1 else 1
-    launch_tiles(plan, _sum_kernel, padded(maps), padded(sums), over, maps=len(maps))
+    tensors = padded(maps), padded(sums), over
+    launch_tiles(plan, _sum_kernel, *tensors, maps=len(maps), tuned=tuned)
     return finish(sums, count)
 
 
@@ -228,7 +268,7 @@ def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:
     """Adds up what a kernel left for each chunk: tensors [B, C, chunks] of one shape to [B, C]."""
     if sums[0].shape[2] == 1:
         return [s[..., 0] for s in sums]
-    return plane_sums([s[..., None] for s in sums], count)
+    return plane_sums([s[..., None] for s in sums], count, tuned=False)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_digits(fused: bool, record_property: pytest.RecordProperty) -> None:
     accuracy = example().run(

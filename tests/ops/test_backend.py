@@ -16,11 +16,13 @@ import torch
 
 import dla_kernels
 from dla_kernels import use_backend
-from dla_kernels.backend import BACKENDS, _automatic_order, implementations
+from dla_kernels.backend import BACKENDS, _automatic_order, _class_of, implementations
+from dla_kernels.ops.common import CLASS_SIZES, LAYOUTS
 from op_cases import op_names, python
 from op_samples import NAMES, SMALL, Call, sample
 
 ROOT = Path(__file__).resolve().parents[2]
+CLASSES = [f"{k}_{size}" for k in (*LAYOUTS.values(), "rows") for size in (*CLASS_SIZES, "more")]
 EACH_OP = pytest.mark.parametrize("op", op_names())
 WITHOUT_EXTENSION = "import sys; sys.modules['_dla_native'] = None\n"
 WITHOUT_CUDA = "import sys; sys.modules['_dla_native_cuda'] = None\n"
@@ -155,13 +157,37 @@ def test_request_of_a_backend_that_does_not_import() -> None:
 
 @EACH_OP
 def test_automatic_order(op: str) -> None:
-    """By device; for GPUs as the package data say, which name our ops and backends."""
-    assert _automatic_order(op, False) == ("cpp", "reference")
-    assert set(_automatic_order(op, True)) == {"cuda", "triton", "reference"}
-    assert _automatic_order(op, True)[-1] == "reference"
+    """By device; for GPUs as the package data say, which name our ops, classes and backends."""
+    assert _automatic_order(op, None) == ("cpp", "reference")
+    for shape_class in CLASSES:
+        order = _automatic_order(op, shape_class)
+        assert set(order) == {"cuda", "triton", "reference"} and order[-1] == "reference"
     data = json.loads(Path(dla_kernels.__file__).with_name("dispatch.json").read_text())
-    assert data["order"].keys() <= {"default", *op_names()}
-    assert data["why"] and (data["results"] is None or (ROOT / data["results"]).is_file())
+    default, *orders = data["order"].pop("default"), *data["order"].values()
+    assert sorted(default) == ["cuda", "triton"]
+    assert data["order"].keys() <= set(op_names())
+    assert all(of_op.keys() <= {"default", *CLASSES} for of_op in orders)
+    assert data["why"] and all((ROOT / name).is_file() for name in data["results"])
+
+
+def test_order_by_shape_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's own entry for a class of shapes, else that for the op, else the common one."""
+    table = {"default": ["cuda", "triton"], "gate": {"default": ["cuda", "triton"]}}
+    table["gate"]["nhwc_64"] = ["triton", "cuda"]
+    monkeypatch.setattr(json, "loads", lambda text: {"order": table})
+    chosen = _automatic_order.__wrapped__
+    assert chosen("gate", "nhwc_64")[0] == "triton"
+    assert chosen("gate", "nchw_64")[0] == chosen("cell", "nhwc_64")[0] == "cuda"
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+def test_shape_class(batch: int) -> None:
+    """Format and pixels of the first map, whatever the batch; the width of a call without maps."""
+    pooled, nchw = torch.ones(batch, 300), torch.ones(batch, 2, 7, 7)
+    nhwc = torch.ones(batch, 2, 40, 40).to(memory_format=torch.channels_last)
+    assert _class_of(nchw, [nchw, nhwc]) == "nchw_64"
+    assert _class_of(pooled, [pooled, nhwc]) == "nhwc_more"
+    assert _class_of(pooled, [pooled, torch.ones(2, batch, 300), [pooled]]) == "rows_1024"
 
 
 @pytest.mark.parametrize("name", ["", "CPP", "numpy"])

@@ -15,20 +15,24 @@ from torch.utils._pytree import tree_map_only
 import dla_kernels
 from dla_kernels import use_backend
 from dla_kernels.ops import _registration
+from dla_kernels.ops.common import dense_format
 from op_cases import (
+    DENSE,
     EMULATED,
     INTERPRETED,
+    ON_GPU,
     backends,
     device_of,
     flatten,
     mapped,
+    named_by,
     op_names,
     reference,
     run,
 )
 from op_samples import NAMES, SMALL, Call, sample
 from refusals import assert_refused
-from tolerances import assert_gradients_close
+from tolerances import assert_close, assert_gradients_close
 
 # A layer step is dozens of launches, and takes seconds on Triton's interpreter: one variant there.
 # The emulation of CUDA is in between.
@@ -75,10 +79,41 @@ EACH_ADAPTER = each(
         if not EMULATED or backend.values != ("cuda",) or SLOW.get(op, variant) == variant
     ]
 )
+ON_GPUS = [(op, variant, b) for op, variant in NAMES for b in backends(op) if b.values[0] in ON_GPU]
+EACH_ON_GPU = each(ON_GPUS)
 EACH_CUDA_KERNEL = each([case for case in CASES if case[2].values == ("cuda",)])
+# Whose samples do not depend on each other, on GPUs.
+INDEPENDENT = {"light_attention": "own_norm", "base_attention": "own_norm"}
+INDEPENDENT |= {"residual_norm": "running", "gate": "", "residual_gate": "", "global_pool": ""}
+EACH_LARGE = each([case for case in ON_GPUS if INDEPENDENT.get(case[0]) == case[1]])
 EACH_SAMPLE = pytest.mark.parametrize(("op", "variant"), NAMES)
 
 Result = tuple[list[Tensor], dict[str, Tensor | None]]
+
+
+# Samples of a batch of more than 2^31 elements, and the shape of one; what each sample has.
+LARGE = 10752, (1, 64, 56, 56)
+OF_SAMPLES = (
+    "x", "p", "u", "h", "shortcut", "features", "gates", "values", "state", "keys", "pooled",
+)  # fmt: skip
+
+
+def enough_memory() -> bool:
+    """For a dozen maps of half precision."""
+    there = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory
+    return there > 75e9
+
+
+def in_a_batch(one: Tensor) -> Tensor:
+    """A map, [1, C] or [., 1, C], as often as there are samples."""
+    shape = list(one.shape)
+    shape[one.dim() == 3] = LARGE[0]
+    layout = dense_format(one) if one.dim() == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=one.dtype, memory_format=layout).copy_(one)
+
+
+def last_sample(batch: Tensor) -> Tensor:
+    return batch.narrow(int(batch.dim() == 3), LARGE[0] - 1, 1)
 
 
 def call_of(op: str, variant: str, backend: str, dtype: torch.dtype = torch.float32) -> Call:
@@ -322,6 +357,46 @@ def test_graph_can_be_kept_and_used_again(op: str, variant: str, backend: str) -
 
         for one, two in zip(backward(True), backward(False), strict=True):
             assert one is two is None or torch.equal(one, two)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+@EACH_ON_GPU
+def test_captured_in_a_cuda_graph(op: str, variant: str, backend: str) -> None:
+    """Forward and backward: nothing waits for the GPU or comes from the host's memory."""
+    call = call_of(op, variant, backend)
+    with use_backend(backend):
+        expected = run_call(call)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_call(call)
+    outputs, gradients = captured
+    for tensor in (*outputs, *gradients.values()):
+        if tensor is not None and tensor.is_cuda:
+            tensor.fill_(float("nan"))
+    graph.replay()
+    assert_identical(captured, expected)
+
+
+@pytest.mark.skipif(not enough_memory(), reason="needs a GPU with 80 GB")
+@pytest.mark.parametrize("layout", DENSE)
+@EACH_LARGE
+def test_more_elements_than_32_bits_count(op: str, variant: str, backend: str, layout: str) -> None:
+    """Forward and backward: the last sample of a huge batch has the results of a batch of one."""
+    call = sample(op, variant, LARGE[1], torch.bfloat16, layout)
+    with use_backend(backend):
+        expected, expected_gradients = run_call(call)
+        call.inputs = mapped(
+            lambda name, t: in_a_batch(t) if named_by(OF_SAMPLES, name) else t, call.inputs
+        )
+        call.cotangents = {i: in_a_batch(grad) for i, grad in call.cotangents.items()}
+        outputs, gradients = run_call(call)
+    for i in call.cotangents:
+        assert_close(last_sample(outputs[i]), expected[i], name=f"output {i}")
+    found = {name: grad for name, grad in gradients.items() if named_by(OF_SAMPLES, name)}
+    last = {name: grad if grad is None else last_sample(grad) for name, grad in found.items()}
+    assert_gradients_close(
+        last, {name: expected_gradients[name] for name in last}, case=torch.bfloat16
+    )
 
 
 @EACH

@@ -17,6 +17,7 @@ REGISTERS = 65536  # of a multiprocessor, of every generation
 SHARED = 48 * 1024  # bytes: several programs fit on a multiprocessor
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", [pytest.param(op, marks=skips("triton")) for op in OPS])
 def test_kernels_fit(op: str) -> None:
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,12 @@ def base_attention(
         return out, v, new_state, keys, gates, own_mean, *constants
 
 
+def scores_of(q: Tensor, keys: Tensor, head_dim: int) -> Tensor:
+    """Attention of the query [B, C] to all layers' keys [T, B, C], per head: [T, B, C / D]."""
+    products = (q * keys).unflatten(-1, (-1, head_dim)).sum(dim=-1)
+    return torch.softmax(products / math.sqrt(head_dim), dim=0)
+
+
 def attend(
     y: Tensor,
     state: Tensor,
@@ -110,8 +116,12 @@ def attend(
     context: str,
     gated: str,
     head_dim: int,
+    scores_of: Callable[[Tensor, Tensor, int], Tensor] = scores_of,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The small part of a step: state', and keys, gates and scores of all layers, from y [B, C]."""
+    """The small part of a step: state', and keys, gates and scores of all layers, from y [B, C].
+
+    scores_of: a kernel may take the formula's place.
+    """
     new_state = forward_path(y, state, cell_params, cell, activation)
     if cell != "none":
         gate_path = new_state, cell_params, cell, activation, gate, context
@@ -124,13 +134,7 @@ def attend(
     keys = torch.cat([keys, filter_channels(y, k_weight).unsqueeze(0)])
     own_gate = torch.ones_like(y).unsqueeze(0)
     gates = torch.cat([gates, own_gate]) if cell != "none" else torch.empty_like(gates)
-    return new_state, keys, gates, _scores(filter_channels(y, q_weight), keys, head_dim)
-
-
-def _scores(q: Tensor, keys: Tensor, head_dim: int) -> Tensor:
-    """Attention of the query [B, C] to all layers' keys [T, B, C], per head: [T, B, C / D]."""
-    products = (q * keys).unflatten(-1, (-1, head_dim)).sum(dim=-1)
-    return torch.softmax(products / math.sqrt(head_dim), dim=0)
+    return new_state, keys, gates, scores_of(filter_channels(y, q_weight), keys, head_dim)
 
 
 def value_weights(scores: Tensor, gates: Tensor, head_dim: int) -> Tensor:

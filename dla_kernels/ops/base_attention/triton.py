@@ -1,6 +1,7 @@
 """``base_attention`` in Triton.
 
-Kernels pass over the maps; what is [T, B, C] or smaller is left to the formulas of the reference.
+Kernels pass over the maps and form the scores; what else is [T, B, C] or smaller is left to the
+formulas of the reference.
 The values of the earlier layers are a tuple of pointers. This layer's own value is formed from x
 wherever it is needed: unrounded, and for no more bytes than reading it.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dla_kernels.ops._registration import flatten, sizes_of, unflatten
 from dla_kernels.ops.base_attention.reference import attend, value_weights
+from dla_kernels.ops.base_attention.scores_triton import scores_of
 from dla_kernels.ops.common import dense, dense_format, empty_features, without_autocast
 from dla_kernels.ops.differentiate import Recorded
 from dla_kernels.ops.norm_triton import (
@@ -116,7 +118,7 @@ def forward(
     given = state, keys, gates, pooled, cell_params, q_weight, k_weight, key_weights
     flags = cell, activation, gate, context, gated, head_dim
     with without_autocast(x):
-        state, keys, gates, scores = attend(y, *given, *flags)
+        state, keys, gates, scores = attend(y, *given, *flags, scores_of)
         weights = value_weights(scores, gates, head_dim)
 
     mix = _mix(x, values, v_weight, weights)
@@ -196,7 +198,8 @@ def backward(
     flags = cell, activation, gate, context, gated, head_dim
 
     def attention(y: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        new_state, keys, gates, scores = attend(y, *unflatten(flat, sizes_of(small)), *flags)
+        given = unflatten(flat, sizes_of(small))
+        new_state, keys, gates, scores = attend(y, *given, *flags, scores_of)
         return value_weights(scores, gates, head_dim), new_state, keys, gates
 
     step = Recorded(attention, [pooled_x, *flatten(small)])

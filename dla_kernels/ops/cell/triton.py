@@ -24,6 +24,8 @@ GATES = {"dsu": 3, "dsu_split": 3, "dia": 4, "lstm": 4, "rnn": 1}
 TILE = tl.constexpr(16)  # side of a tile: the least that a product takes, for many programs
 WIDE = tl.constexpr(32)  # side of a tile of weights; terms per step of a long sum
 PARTS, PART = 8, 256  # into so many parts it is cut at most, of so many terms at least
+# With so many channels at most, whoever needs a hidden layer forms it: one launch less.
+SMALL = 128
 REGISTERS = 255  # that a thread may use: ptxas by itself stops earlier, and spills some
 
 
@@ -92,8 +94,13 @@ class _Cell:
         # Of the context, on its way into the hidden layer.
         self.activation = activation if kind == "dsu" else "identity"
         self.precision = _precision()
-        self.flags = {"KIND": kind, "GATES": GATES[kind], "PRECISION": self.precision}
-        self.flags["maxnreg"] = REGISTERS
+        self.flags = {
+            "KIND": kind,
+            "GATES": GATES[kind],
+            "ACTIVATION": self.activation,
+            "PRECISION": self.precision,
+            "maxnreg": REGISTERS,
+        }
 
     def split(self, params: Sequence[Tensor]) -> tuple[Side, Side]:
         """The parameters, or what has their shapes, on the sides of y and of the context."""
@@ -108,9 +115,9 @@ class _Cell:
         return Side(y, *params[:4]), Side(context, *params[4:])
 
     def inputs(self) -> tuple[Any, ...]:
-        """What the kernels that make gates read; launches the sums of the hidden layers."""
+        """What the kernels that make gates read; launches the sums of large hidden layers."""
         parts = None
-        if self.layers:
+        if self.layers and self.sizes.channels > SMALL:
             weights = [side.w1 for side in self.sides]
             parts = self.sums([side.x for side in self.sides], weights, self.activation)
         return (*self.sides, parts, self.state[-1])
@@ -166,7 +173,6 @@ class _Cell:
             (*self.grid, 2),
             *(*self.sides, self.params[0].shape[1], dgates, parts, layers, dlayers),
             *(grad_y, grad_state, self.sizes),
-            ACTIVATION=self.activation,
             **self.flags,
         )
         return dlayers
@@ -240,11 +246,13 @@ def _sums_kernel(
 @triton.jit
 def _forward_kernel(
     of_y, of_context, parts, memory, out, out_memory, size,
-    KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the new state. Grid: tiles of samples; tiles of channels."""
     row, channel = _place()
-    gates = _gates(of_y, of_context, parts, None, row, channel, size, GATES, PRECISION)
+    gates = _gates(
+        of_y, of_context, parts, None, row, channel, size, ACTIVATION, GATES, PRECISION
+    )  # fmt: skip
     old = _load(memory, row, size.batch, channel, size.channels, size.channels)
     output, new = _tail(gates, old, KIND)
     _store(output, out, row, size.batch, channel, size.channels, size.channels)
@@ -255,14 +263,16 @@ def _forward_kernel(
 @triton.jit
 def _gate_gradients_kernel(
     of_y, of_context, parts, memory, grad, grad_memory, layers, dgates, dmemory, size,
-    KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, KIND: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the new state to a tile of those of the gates and of the old memory.
 
     Also leaves the hidden layers. Grid: tiles of samples; tiles of channels.
     """
     row, channel = _place()
-    gates = _gates(of_y, of_context, parts, layers, row, channel, size, GATES, PRECISION)
+    gates = _gates(
+        of_y, of_context, parts, layers, row, channel, size, ACTIVATION, GATES, PRECISION
+    )  # fmt: skip
     old = _load(memory, row, size.batch, channel, size.channels, size.channels)
     grad_output = _load(grad, row, size.batch, channel, size.channels, size.channels)
     grad_new = tl.zeros_like(old)
@@ -359,7 +369,7 @@ def _place():
 @triton.jit
 def _gates(
     of_y, of_context, parts, layers, row, channel, size,
-    GATES: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gates of a tile. The hidden layers of its samples go to ``layers``."""
     gates = ()
@@ -369,22 +379,31 @@ def _gates(
         if of_context.b2 is not None:
             bias += tl.load(of_context.b2 + at, channel < size.channels, 0.0)
         gates = gates + (tl.zeros((TILE, 1), bias.dtype) + bias[None, :],)
-    gates = _add_side(gates, of_y, 0, parts, layers, row, channel, size, PRECISION)
+    sides = of_y, of_context
+    gates = _add_side(
+        gates, sides, 0, parts, layers, row, channel, size, ACTIVATION, PRECISION
+    )  # fmt: skip
     if of_context.w2 is not None:
-        gates = _add_side(gates, of_context, 1, parts, layers, row, channel, size, PRECISION)
+        gates = _add_side(
+            gates, sides, 1, parts, layers, row, channel, size, ACTIVATION, PRECISION
+        )  # fmt: skip
     return gates
 
 
 @triton.jit
-def _add_side(gates, side, layer, parts, layers, row, channel, size, PRECISION: tl.constexpr):
+def _add_side(
+    gates, sides, layer: tl.constexpr, parts, layers, row, channel, size,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """gates + what a side adds to them."""
-    depth = size.channels if parts is None else size.hidden
+    side = sides[layer]
+    depth = size.channels if side.w1 is None else size.hidden
     for first in range(0, depth, TILE):
         k = first + tl.arange(0, TILE)
-        if parts is None:
+        if side.w1 is None:
             a = _load(side.x, row, size.batch, k, depth, depth)
         else:
-            a = _sum(parts, layer, row, k, size)
+            a = _hidden(sides, layer, parts, row, k, size, ACTIVATION, PRECISION)
             if side.b1 is not None:
                 a += tl.load(side.b1 + k, k < depth, 0.0)[None, :]
             a = tl.where(a < 0, 0.0, a)
@@ -398,6 +417,38 @@ def _add_side(gates, side, layer, parts, layers, row, channel, size, PRECISION: 
             sums = sums + (_dot(a, b, gates[gate], PRECISION),)
         gates = sums
     return gates
+
+
+@triton.jit
+def _hidden(
+    sides, layer: tl.constexpr, parts, row, unit, size,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of a hidden layer before its bias: from its parts, or without them formed here."""
+    if parts is not None:
+        return _sum(parts, layer, row, unit, size)
+    else:
+        total = tl.zeros((TILE, TILE), sides[0].x.dtype.element_ty)
+        if sides[1].w2 is None:  # "dsu": one layer, whose weights of y and context are in one row
+            stride = 2 * size.channels
+            total = _through(sides[0], total, row, unit, stride, size, "identity", PRECISION)
+            return _through(sides[1], total, row, unit, stride, size, ACTIVATION, PRECISION)
+        else:
+            stride = size.channels
+            return _through(sides[layer], total, row, unit, stride, size, "identity", PRECISION)
+
+
+@triton.jit
+def _through(
+    side, total, row, unit, stride, size, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr
+):
+    """total + w1 act(x) of a side."""
+    for first in range(0, size.channels, WIDE):
+        k = first + tl.arange(0, WIDE)
+        a = _load(side.x, row, size.batch, k, size.channels, size.channels)
+        b = tl.trans(_load(side.w1, unit, size.hidden, k, size.channels, stride))
+        total = _dot(_activate(a, ACTIVATION), b, total, PRECISION)
+    return total
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dla_kernels.ops import triton_tuning
 from dla_kernels.ops.cell import triton as cell
 from dla_kernels.ops.common import (
     compute_dtype,
@@ -43,6 +44,7 @@ from dla_kernels.ops.norm_triton import Ending, ending
 from dla_kernels.ops.residual_norm.triton import moments, through_norm
 from dla_kernels.ops.step_formulas import context_of
 from dla_kernels.ops.triton_common import (
+    Setting,
     Tiles,
     finish,
     launch,
@@ -54,12 +56,13 @@ from dla_kernels.ops.triton_common import (
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
 STENCIL = 512  # elements of a tile of eight warps: a thread holds many values for each
-GRADIENTS, GRADIENTS_WARPS = 256, 4  # of `gradients_kernel`, which needs the most registers
+GRADIENTS = 256  # of `gradients_kernel`, which needs the most registers
 # Per thread; with a limit, ptxas does not spill to get below it.
 REGISTERS, GRADIENTS_REGISTERS = 128, 255
 # Pixels that a program forms g of before it reads what is around them.
 GRADIENT_PIXELS = {torch.contiguous_format: 2048, torch.channels_last: 512}
-PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`
+PROGRAMS_PER_PROCESSOR = 2  # of `gradients_kernel`, with either of its settings
+GRADIENTS_SETTINGS = Setting(False, 4), Setting(True, 4)
 # Of a program that adds up planes: samples, and neighbouring channels (32 bytes).
 FOLD = {"ROWS": 32, "CHANNELS": 8, "num_warps": 4}
 
@@ -415,15 +418,22 @@ def _map_gradients(
     parts = [9, 0 if inputs.prev_weight is None else 9, 0 if branch_mean is None else 2]
     shares = dy.new_empty(sum(parts), batch, channels, plan.chunks)
     scratch = dy.new_empty(programs, plan.cut.PLANES.value, length)
-    launch(
-        gradients_kernel,
-        (programs,),
-        *(inputs, arriving, mixture, rule, dy, dpooled_p, dx, dp, shares, shares.stride(0)),
-        *(branch_mean, scratch, plan.programs, length, Size(channels, height, width), plan.cut),
-        maxnreg=GRADIENTS_REGISTERS,
-        num_warps=GRADIENTS_WARPS,
-        **flags,
-    )
+    tensors = inputs, arriving, mixture, rule, dy, dpooled_p, dx, dp, shares
+
+    def run(setting: Setting) -> None:
+        cover = plan.halved if setting.halved else plan
+        launch(
+            gradients_kernel,
+            (programs,),
+            *(*tensors, shares.stride(0), branch_mean, scratch, cover.programs, length),
+            *(Size(channels, height, width), cover.cut),
+            num_warps=setting.warps,
+            maxnreg=GRADIENTS_REGISTERS,
+            **flags,
+        )
+
+    about = plan.kind, tensors, branch_mean, *flags.values()
+    run(triton_tuning.fastest(gradients_kernel, about, GRADIENTS_SETTINGS, run))
     return dx, dp, *shares.sum((1, 3)).split(parts)
 
 

@@ -505,7 +505,7 @@ def gradients_kernel(
         lam = per_plane(mixture.lam, channel, exists)
         taps: tl.constexpr = 9 if inputs.prev_weight is None else 18
         totals = zeros(taps if branch_mean is None else taps + 2, cut, dtype)
-        for start in range(0, count, cut.PIXELS):
+        for start in tl.range(0, count, cut.PIXELS, disable_licm=True):
             offset, inside = tile(cut, start, pixels, exists)
             pixel = in_plane(cut, start, pixels)
             at = offsets(cut, pixel - first_pixel, cut.PLANES, length)

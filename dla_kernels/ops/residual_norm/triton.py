@@ -101,7 +101,8 @@ def through_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of x, given that of its norm with the statistics of the batch, and the sums [C] that
-    are the gradients of the norm's weight and bias. All maps are dense and of one format.
+    are the gradients of the norm's weight and bias. All maps are dense and of one format; ``out``
+    may be ``passed``.
     """
     dx = empty_features(x) if out is None else out
     channels, plan = x.shape[1], tiles(x, size=SMALL_TILE)
@@ -110,6 +111,7 @@ def through_norm(
         plan,
         _backward_kernel,
         *(passed, x, *small, dx, channels, x.numel() // channels, eps),
+        tuned=dx is not passed,
     )
     return dx
 
