@@ -30,7 +30,8 @@ struct Tiling {
   int strips = 0, windows = 0;  // blocks down and across a plane
   int across = 0, down = 0;   // threads that share the columns and rows of a block
   Size sets = 0, blocks = 0;  // blocks side by side across the channels; all together
-  int buffer = 0;             // elements of a map in shared memory
+  int buffer = 0;             // elements of a map in shared memory, the last of them
+  int zeros = 0;              // a row of zeros
 
   // Sums of blocks are arrays [batch, pieces(), channels].
   DLA_HOST_DEVICE Size pieces() const { return static_cast<Size>(strips) * windows; }
@@ -79,7 +80,9 @@ Tiling tile_map(Size batch, Size channels, Size height, Size width, int halo, in
   plan.sets = ceil_div(of_sets, plan.groups * side);
   plan.blocks = plan.sets * plan.pieces() * (channels_last ? batch : 1);
   // In NCHW the first pack may begin before the first pixel.
-  plan.buffer = (plan.groups * staged + 2 * kPack<T> - 2) / kPack<T> * kPack<T>;
+  const auto whole_packs = [](int n) { return (n + kPack<T> - 1) / kPack<T> * kPack<T>; };
+  plan.zeros = whole_packs(plan.groups * staged + (channels_last ? 0 : kPack<T> - 1));
+  plan.buffer = plan.zeros + whole_packs((kColumns + 2) * side);
   plan.packs = aligned_to_packs(maps) &&
                (channels_last ? channels % kPack<T> == 0 : plan.windows == 1);
   return plan;
@@ -160,6 +163,13 @@ struct Tile {
   // One thread of every plane: of the first of its blocks.
   __device__ bool leads() const { return exists && column == 0 && begin == 0; }
 
+  // The row of zeros of a buffer, which stands for rows outside of the map.
+  template <class V>
+  __device__ void clear(Shared<V> buffer) const {
+    for (int i = static_cast<int>(threadIdx.x); i < (kColumns + 2) * side; i += kTileThreads)
+      buffer[plan.zeros + i] = V{};
+  }
+
   // The block's part of a map, with `halo` rows more, on its way to a buffer.
   __device__ void fetch(const T* map, Shared<T> buffer, int halo) const {
     const int from = max_of(first_row - halo, 0), to = min_of(last_row + halo, plan.height);
@@ -178,11 +188,11 @@ struct Tile {
     }
   }
 
-  // The thread's columns of a row, in a buffer that was fetched; `sides`: with those beside them.
+  // The thread's columns of a row, in a buffer that was fetched; with `sides` those beside them, too.
   template <class V>
   __device__ void read(Shared<V> buffer, int row, A (&values)[kColumns + 2],
                        bool sides = true) const {
-    const int at = place(row, column);
+    const int at = has_row(row) ? place(row, column) : plan.zeros + side;
     if (whole()) {
 #pragma unroll
       for (int e = 1; e <= kColumns; ++e) values[e] = number<V>(buffer, at + (e - 1) * side);
@@ -191,8 +201,12 @@ struct Tile {
       for (int e = 1; e <= kColumns; ++e)
         values[e] = e <= count ? number<V>(buffer, at + (e - 1) * side) : A(0);
     }
-    values[0] = sides && has_left ? number<V>(buffer, at - side) : A(0);
-    values[kColumns + 1] = sides && has_right ? number<V>(buffer, at + kColumns * side) : A(0);
+    if (!sides) return;
+    // Where there is no such column, any pixel is read: cheaper than to branch.
+    const A left = number<V>(buffer, has_left ? at - side : at);
+    const A right = number<V>(buffer, has_right ? at + kColumns * side : at);
+    values[0] = has_left ? left : A(0);
+    values[kColumns + 1] = has_right ? right : A(0);
   }
 
   // Calls body(row, column) for the pixels beside the block's columns, and beside these above and
@@ -362,12 +376,13 @@ __device__ inline void add_taps(const Row<A>& row, A left, A middle, A right, A 
 }
 
 // What a 3x3 filter makes of rows that come one by one. A row reaches the results of the row above
-// it, which are complete with it, its own and those of the row below.
+// it, which are complete with it, its own and those of the row below: also where nobody wants them,
+// as that costs less than to leave it out.
 template <class A>
 struct FilteredRows {
   A above[kColumns] = {}, own[kColumns] = {};
 
-  // Before `row` of rows [begin, end) is added; `start`: what the row below begins with.
+  // Before a row is added; `start`: what the row below begins with.
   __device__ void move_on(A start, A (&done)[kColumns]) {
 #pragma unroll
     for (int e = 0; e < kColumns; ++e) {
@@ -376,12 +391,10 @@ struct FilteredRows {
       own[e] = start;
     }
   }
-  // Leaves out results that are not within.
-  __device__ void add(const Row<A>& values, const A (&filter)[9], int row, int begin, int end,
-                      A (&done)[kColumns]) {
-    if (row > begin) add_taps(values, filter[6], filter[7], filter[8], done);
-    if (row >= begin && row < end) add_taps(values, filter[3], filter[4], filter[5], above);
-    if (row + 1 < end) add_taps(values, filter[0], filter[1], filter[2], own);
+  __device__ void add(const Row<A>& values, const A (&filter)[9], A (&done)[kColumns]) {
+    add_taps(values, filter[6], filter[7], filter[8], done);
+    add_taps(values, filter[3], filter[4], filter[5], above);
+    add_taps(values, filter[0], filter[1], filter[2], own);
   }
 };
 

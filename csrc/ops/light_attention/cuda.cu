@@ -149,7 +149,8 @@ struct ForwardStep : Step<T> {
     if (args.norm != Norm::batch) return pool_alone(in);
     with_format(args.channels_last, [&](auto last) {
       launch(call, plane_moments_kernel<T, last.value, false>, this->grid(moments, moments_bytes),
-             moments, in, this->mixture(), Arriving<T>{}, partial, table + kShiftU * planes);
+             moments, in, this->mixture(), Arriving<T>{}, nullptr, nullptr, partial,
+             table + kShiftU * planes);
     });
     this->fold(kG, moments.pieces(), partial,
                ToTable<A>{planes, pixels, table, found.y, gated() ? found.pooled_p : nullptr});
@@ -263,7 +264,8 @@ struct BackwardStep : Step<T> {
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
     with_format(args.channels_last, [&](auto last) {
       launch(call, plane_moments_kernel<T, last.value, true>, this->grid(moments, moments_bytes),
-             moments, in, this->mixture(), arriving, partial, table + kShiftU * planes);
+             moments, in, this->mixture(), arriving, summary.y,
+             gated() ? summary.pooled_p : nullptr, partial, table + kShiftU * planes);
     });
     if (partial != table)
       this->fold(kSums, moments.pieces(), partial,

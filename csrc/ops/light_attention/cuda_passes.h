@@ -69,7 +69,7 @@ struct Maps {
   using A = Compute<T>;
   using Buffer = Shared<T>;
   const Tile<T, channels_last>& tile;
-  const bool join, has_p, sides_of_p;
+  const bool join, has_p, has_prev;
   Buffer x, p;
   A mean = 0, scale = 1, bias = 0;
 
@@ -79,11 +79,13 @@ struct Maps {
       : tile(tile),
         join(in.join),
         has_p(in.p != nullptr),
-        sides_of_p(has_prev || in.join),
+        has_prev(has_prev),
         x(buffers),
         p(buffers + tile.plan.buffer) {
     tile.fetch(in.x, x, tile.plan.halo);
+    tile.clear(x);
     if (has_p) tile.fetch(in.p, p, tile.plan.halo);
+    if (has_p) tile.clear(p);
     if (!in.normed) return;
     const Size c = tile.channel;
     mean = in.mean[c];
@@ -97,17 +99,26 @@ struct Maps {
     const A sum = (of_x - mean) * scale + (bias + of_p);
     return sum < A(0) ? A(0) : sum;  // NaN stays
   }
+  // A row, with zeros outside of the map; without p, of_p remains as it is.
   __device__ void read(int row, Row<A>& of_x, Row<A>& of_p) const {
+    tile.read(x, row, of_x);
+    if (has_p) tile.read(p, row, of_p, has_prev || join);
+    if (!join) return;
     const bool inside = tile.has_row(row);
 #pragma unroll
-    for (int e = 0; e < kColumns + 2; ++e) of_x[e] = of_p[e] = A(0);
-    if (!inside) return;
-    tile.read(x, row, of_x);
-    if (has_p) tile.read(p, row, of_p, sides_of_p);
-    if (!join) return;
-#pragma unroll
     for (int e = 0; e < kColumns + 2; ++e)
-      of_x[e] = tile.has(e) ? joined(of_x[e], of_p[e]) : A(0);
+      of_x[e] = inside && tile.has(e) ? joined(of_x[e], of_p[e]) : A(0);
+  }
+  // Adds a row to those of o.
+  __device__ void add(const Filters<A>& filters, int row, FilteredRows<A>& rows,
+                      A (&done)[kColumns]) const {
+    Row<A> of_x, of_p;
+    read(row, of_x, of_p);
+    rows.add(of_x, filters.x, done);
+    if (has_prev) rows.add(of_p, filters.p, done);
+    if (has_prev || !has_p) return;
+#pragma unroll
+    for (int e = 0; e < kColumns; ++e) rows.above[e] += filters.p[4] * of_p[e + 1];
   }
 };
 
@@ -163,20 +174,21 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// u, p and e of a plane are shifted by what they would be if x and p were everywhere as they are at
-// its middle.
+// u, p and e of a plane are shifted by what they would be if x and p were everywhere as their means
+// (null: not known) or as they are at its middle.
 template <class A>
 struct Shifts {
-  A u, p, e;
+  A u = 0, p = 0, e = 0;
 
   template <class T, bool channels_last>
-  __device__ Shifts(const Features<T>& in, const Maps<T, channels_last>& maps,
-                    const A (&v_filter)[9], const A (&e_filter)[9]) {
+  __device__ Shifts(const Features<T>& in, const Maps<T, channels_last>& maps, const A* mean_x,
+                    const A* mean_p, const A (&v_filter)[9], const A (&e_filter)[9]) {
     const auto& tile = maps.tile;
     const Size middle = tile.offset(tile.plan.height / 2, tile.plan.width / 2);
-    p = maps.has_p ? to_compute(in.p[middle]) : A(0);
-    const A raw = to_compute(in.x[middle]), x = maps.join ? maps.joined(raw, p) : raw;
-    u = e = 0;
+    if (maps.has_p) p = to_compute(in.p[middle]);
+    const A raw = to_compute(in.x[middle]);
+    const A x = mean_x != nullptr ? mean_x[tile.plane] : maps.join ? maps.joined(raw, p) : raw;
+    if (mean_p != nullptr) p = mean_p[tile.plane];
 #pragma unroll
     for (int i = 0; i < 9; ++i) {
       u += v_filter[i] * x;
@@ -186,11 +198,12 @@ struct Shifts {
 };
 
 // The first sums of PlaneSum: those of the features, backward also those with gradients. The shifts
-// are written to shifts [3, batch, channels].
+// are written to shifts [3, batch, channels]; means of x and p as far as they are known, else null.
 template <class T, bool channels_last, bool backward>
 __global__ void __launch_bounds__(kTileThreads, backward ? 3 : 4)
     plane_moments_kernel(const __grid_constant__ Tiling plan, Features<T> in,
-                         Mixture<Compute<T>> mixture, Arriving<T> arriving, Compute<T>* partial,
+                         Mixture<Compute<T>> mixture, Arriving<T> arriving,
+                         const Compute<T>* mean_x, const Compute<T>* mean_p, Compute<T>* partial,
                          Compute<T>* shifts) {
   using A = Compute<T>;
   constexpr int kCount = backward ? kSums : kG;
@@ -204,19 +217,19 @@ __global__ void __launch_bounds__(kTileThreads, backward ? 3 : 4)
   A v_filter[9], e_filter[9], sums[kCount] = {};
   load_filter(mixture.v_weight, tile.channel, v_filter);
   load_filter(mixture.prev_weight, tile.channel, e_filter);
-  const Shifts<A> shift(in, maps, v_filter, e_filter);
+  const Shifts<A> shift(in, maps, mean_x, mean_p, v_filter, e_filter);
   wait_for_packs();
   __syncthreads();
   FilteredRows<A> rows_of_u, rows_of_e;
   A p_above[kColumns] = {};
   for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
-    Row<A> x_row, p_row;
+    Row<A> x_row, p_row = {};
     maps.read(row, x_row, p_row);
     A u[kColumns], e[kColumns];
     rows_of_u.move_on(-shift.u, u);
-    rows_of_u.add(x_row, v_filter, row, tile.begin, tile.end, u);
+    rows_of_u.add(x_row, v_filter, u);
     rows_of_e.move_on(-shift.e, e);
-    if (has_prev) rows_of_e.add(p_row, e_filter, row, tile.begin, tile.end, e);
+    if (has_prev) rows_of_e.add(p_row, e_filter, e);
     if (row > tile.begin) {
       Row<A> grad_rows[2];
       if constexpr (backward) {
@@ -298,8 +311,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   using A = Compute<T>;
   DLA_DYNAMIC_SHARED(T, buffers);
   const Tile<T, channels_last> tile(plan);
-  const bool has_prev = mixture.prev_weight != nullptr;
-  const Maps<T, channels_last> maps(in, tile, has_prev, buffers);
+  const Maps<T, channels_last> maps(in, tile, mixture.prev_weight != nullptr, buffers);
   const Shared<T> out_buffer = maps.next(), o_buffer = out_buffer + plan.buffer;
   const PlaneNorm<A> end(norm, tile.channel, tile.sample);
   Filters<A> filters(mixture, tile);
@@ -313,20 +325,13 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   __syncthreads();
   FilteredRows<A> rows;
   for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
-    Row<A> x, p;
-    maps.read(row, x, p);
     A done[kColumns];
     rows.move_on(start, done);
-    rows.add(x, filters.x, row, tile.begin, tile.end, done);
-    if (has_prev) {
-      rows.add(p, filters.p, row, tile.begin, tile.end, done);
-    } else if (maps.has_p && row >= tile.begin) {
-#pragma unroll
-      for (int e = 0; e < kColumns; ++e) rows.above[e] += filters.p[4] * p[e + 1];
-    }
+    maps.add(filters, row, rows, done);
     if (row <= tile.begin) continue;
     if (o != nullptr) {
       tile.put(row - 1, done, o_buffer, o);
+      Row<A> x = {}, p;
       if (residual) maps.read(row - 1, x, p);
 #pragma unroll
       for (int e = 0; e < kColumns; ++e)
@@ -377,7 +382,7 @@ struct GradientsOfTile {
   const GradientBuffers<T> grads;
   const Shared<A> g;
   const Filters<A> filters;
-  const bool has_prev, through_norm;
+  const bool through_norm;
   const A out_scale;
   A mean = 0, slope = 0, level = 0, of_x, of_p = 0;
   A sums[kGradientSums] = {};
@@ -390,10 +395,10 @@ struct GradientsOfTile {
         grads(pass.arriving, pass.plan, maps.next()),
         g(memory + maps_before_g(pass) * pass.plan.buffer * int(sizeof(T)) / int(sizeof(A))),
         filters(pass.mixture, tile),
-        has_prev(pass.mixture.prev_weight != nullptr),
         through_norm(pass.factors.slope != nullptr),
         out_scale(pass.factors.out_scale[tile.plane]) {
     grads.fetch(pass.arriving, tile, 1);
+    tile.clear(g);
     const A pixels = static_cast<A>(static_cast<Size>(pass.plan.height) * pass.plan.width);
     of_x = pass.dy[tile.plane] / pixels;
     if (pass.dpooled_p != nullptr) of_p = pass.dpooled_p[tile.plane] / pixels;
@@ -421,12 +426,7 @@ struct GradientsOfTile {
     for (int row = begin - 1; row <= end && tile.begin < tile.end; ++row) {
       A done[kColumns];
       rows.move_on(-mean, done);
-      if (through_norm) {
-        Row<A> x, p;
-        maps.read(row, x, p);
-        rows.add(x, filters.x, row, begin, end, done);
-        add_p(rows, p, row, begin, end, done);
-      }
+      if (through_norm) maps.add(filters, row, rows, done);
       if (row <= begin) continue;
       Row<A> of_out = {}, of_o = {};
       if (grads.has_out) tile.read(grads.out, row - 1, of_out, false);
@@ -436,14 +436,6 @@ struct GradientsOfTile {
       for (int e = 0; e < kColumns; ++e)
         if (e < tile.count) g[at + e * tile.side] = found(done[e], of_out[e + 1], of_o[e + 1]);
     }
-  }
-
-  __device__ void add_p(FilteredRows<A>& rows, const Row<A>& p, int row, int begin, int end,
-                        A (&done)[kColumns]) const {
-    if (has_prev) return rows.add(p, filters.p, row, begin, end, done);
-    if (!maps.has_p) return;
-#pragma unroll
-    for (int e = 0; e < kColumns; ++e) rows.above[e] += filters.p[4] * p[e + 1];
   }
 
   // g of the columns beside the block's.
@@ -485,7 +477,7 @@ struct GradientsOfTile {
         to_x[e] += filters.x[8 - i] * g;
         if (counts) sums[kVWeight + 8 - i] += own_x * g;
       }
-      if (has_prev) {
+      if (maps.has_prev) {
 #pragma unroll
         for (int i = 0; i < 9; ++i) {
           const A g = around[i / 3][e + i % 3];
@@ -515,9 +507,8 @@ struct GradientsOfTile {
       for (int e = 0; e < kColumns + 2; ++e) {
         around[0][e] = around[1][e];
         around[1][e] = around[2][e];
-        around[2][e] = A(0);
       }
-      if (tile.has_row(row)) tile.read(g, row, around[2]);
+      tile.read(g, row, around[2]);
       if (row > tile.begin) spread(row - 1, around);
     }
   }
