@@ -1,6 +1,6 @@
 // How the threads of a grid share out a dense feature map for kernels that look at the neighbours
 // of a pixel. A block copies the pixels that it needs to shared memory, 16 bytes at a time and all
-// at once; then a thread takes kColumns columns of one channel, and walks down some of their rows.
+// at once; then a thread takes some columns of one channel, and walks down some of their rows.
 //   NCHW           a block has whole planes, several of small ones, or a strip of rows of one; they
 //                  lie as in memory, so that rows of any length are copied in packs;
 //   channels_last  a block has 64 bytes of channels side by side, of a window of pixels.
@@ -12,9 +12,11 @@ namespace dla::cuda {
 
 constexpr int kTileThreads = 128;       // of a block
 constexpr int kTileBytes = 40 * 1024;   // shared memory for maps: several blocks to a processor
-// Of a thread. 56, 28, 14 and 7 are multiples of it; and as it is odd, threads that take turns along
-// a line or a plane find their pixels in different banks of shared memory.
-constexpr int kColumns = 7;
+// Of a thread. 56, 28, 14 and 7 are multiples of 7; and as it is odd, threads that take turns along a
+// line or a plane find their pixels in different banks of shared memory. For doubles registers would
+// not suffice.
+template <class A>
+constexpr int kColumns = sizeof(A) == 8 ? 3 : 7;
 
 // Channels that lie side by side in a block: threads side by side have these.
 template <class T, bool channels_last>
@@ -55,21 +57,21 @@ inline int even_share(int n, int most, int step) {
 template <class T, bool channels_last>
 Tiling tile_map(Size batch, Size channels, Size height, Size width, int halo, int bytes,
                 std::initializer_list<const void*> maps) {
-  constexpr int side = kSide<T, channels_last>;
+  constexpr int side = kSide<T, channels_last>, columns = kColumns<Compute<T>>;
   Tiling plan{batch, channels, static_cast<int>(height), static_cast<int>(width), halo, false};
   const int lines = std::min(plan.height, 1 + 2 * halo);  // at the least
   const Size most_columns = std::min<Size>(kTileBytes / (lines * side * bytes),
-                                           channels_last ? 2 * kColumns + 2 * halo
-                                                         : kTileThreads * kColumns);
+                                           channels_last ? 2 * columns + 2 * halo
+                                                         : kTileThreads * columns);
   plan.columns = plan.width;
   if (plan.width > most_columns)
-    plan.columns = even_share(plan.width, pixels_within(plan.width, halo, most_columns, kColumns),
-                              kColumns);
+    plan.columns = even_share(plan.width, pixels_within(plan.width, halo, most_columns, columns),
+                              columns);
   const int line = std::min(plan.width, plan.columns + 2 * halo) * side * bytes;
   plan.rows = even_share(plan.height, pixels_within(plan.height, halo, kTileBytes / line, 1), 1);
   plan.strips = static_cast<int>(ceil_div(height, plan.rows));
   plan.windows = static_cast<int>(ceil_div(width, plan.columns));
-  plan.across = static_cast<int>(ceil_div(plan.columns, kColumns));
+  plan.across = static_cast<int>(ceil_div(plan.columns, columns));
   const int staged = std::min(plan.height, plan.rows + 2 * halo) * (line / bytes);
   const Size of_sets = channels_last ? channels : batch * channels;
   if (plan.pieces() == 1)
@@ -82,23 +84,52 @@ Tiling tile_map(Size batch, Size channels, Size height, Size width, int halo, in
   // In NCHW the first pack may begin before the first pixel.
   const auto whole_packs = [](int n) { return (n + kPack<T> - 1) / kPack<T> * kPack<T>; };
   plan.zeros = whole_packs(plan.groups * staged + (channels_last ? 0 : kPack<T> - 1));
-  plan.buffer = plan.zeros + whole_packs((kColumns + 2) * side);
+  plan.buffer = plan.zeros + whole_packs((columns + 2) * side);
   plan.packs = aligned_to_packs(maps) &&
                (channels_last ? channels % kPack<T> == 0 : plan.windows == 1);
   return plan;
+}
+
+// Calls body(true type or false type) for a memory format.
+template <class Body>
+void with_format(bool channels_last, const Body& body) {
+  if (channels_last)
+    body(std::true_type{});
+  else
+    body(std::false_type{});
+}
+
+template <class T>
+Tiling tile_map(bool channels_last, Size batch, Size channels, Size height, Size width, int halo,
+                int bytes, std::initializer_list<const void*> maps) {
+  Tiling plan{};
+  with_format(channels_last, [&](auto last) {
+    plan = tile_map<T, last.value>(batch, channels, height, width, halo, bytes, maps);
+  });
+  return plan;
+}
+
+inline Grid tile_grid(const Tiling& plan, int bytes) {
+  return {plan.blocks, kTileThreads, static_cast<std::size_t>(plan.buffer) * bytes};
+}
+
+// Bytes of a pixel of all maps that there are.
+template <class T>
+int bytes_of(std::initializer_list<const void*> maps) {
+  return static_cast<int>(sizeof(T) * (maps.size() - std::count(maps.begin(), maps.end(), nullptr)));
 }
 
 // ---- device -------------------------------------------------------------------------------------
 
 // A row of pixels of a thread, with those beside it.
 template <class A>
-using Row = A[kColumns + 2];
+using Row = A[kColumns<A> + 2];
 
 // What a block and a thread do. Pixels outside of the map are zeros.
 template <class T, bool channels_last>
 struct Tile {
   using A = Compute<T>;
-  static constexpr int side = kSide<T, channels_last>;
+  static constexpr int side = kSide<T, channels_last>, columns = kColumns<A>;
 
   const Tiling& plan;
   Size sample, channel, plane;  // of the thread
@@ -152,11 +183,11 @@ struct Tile {
   }
   __device__ bool has_row(int row) const { return row >= 0 && row < plan.height; }
   __device__ bool has_column(int column) const { return column >= 0 && column < plan.width; }
-  __device__ bool whole() const { return count == kColumns; }
+  __device__ bool whole() const { return count == columns; }
   // Whether there is a pixel in column e of a Row.
   __device__ bool has(int e) const {
     if (e == 0) return has_left;
-    if (e == kColumns + 1) return has_right;
+    if (e == columns + 1) return has_right;
     return whole() || e <= count;
   }
 
@@ -166,7 +197,8 @@ struct Tile {
   // The row of zeros of a buffer, which stands for rows outside of the map.
   template <class V>
   __device__ void clear(Shared<V> buffer) const {
-    for (int i = static_cast<int>(threadIdx.x); i < (kColumns + 2) * side; i += kTileThreads)
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < (columns + 2) * side; i += kTileThreads)
       buffer[plan.zeros + i] = V{};
   }
 
@@ -183,6 +215,7 @@ struct Tile {
       const Size size = plan.batch * plan.channels * plan.height * plan.width;
       each_pack(from, to, [&](Size i, int at, int begin, int end) {
         if (i + kPack<T> <= size) return copy_pack(map + i, buffer + at);
+#pragma unroll 1
         for (int e = begin; e < end; ++e) buffer[at + e] = map[i + e];
       });
     }
@@ -190,23 +223,22 @@ struct Tile {
 
   // The thread's columns of a row, in a buffer that was fetched; with `sides` those beside them, too.
   template <class V>
-  __device__ void read(Shared<V> buffer, int row, A (&values)[kColumns + 2],
-                       bool sides = true) const {
+  __device__ void read(Shared<V> buffer, int row, Row<A>& values, bool sides = true) const {
     const int at = has_row(row) ? place(row, column) : plan.zeros + side;
     if (whole()) {
 #pragma unroll
-      for (int e = 1; e <= kColumns; ++e) values[e] = number<V>(buffer, at + (e - 1) * side);
+      for (int e = 1; e <= columns; ++e) values[e] = number<V>(buffer, at + (e - 1) * side);
     } else {
 #pragma unroll
-      for (int e = 1; e <= kColumns; ++e)
+      for (int e = 1; e <= columns; ++e)
         values[e] = e <= count ? number<V>(buffer, at + (e - 1) * side) : A(0);
     }
     if (!sides) return;
     // Where there is no such column, any pixel is read: cheaper than to branch.
     const A left = number<V>(buffer, has_left ? at - side : at);
-    const A right = number<V>(buffer, has_right ? at + kColumns * side : at);
+    const A right = number<V>(buffer, has_right ? at + columns * side : at);
     values[0] = has_left ? left : A(0);
-    values[kColumns + 1] = has_right ? right : A(0);
+    values[columns + 1] = has_right ? right : A(0);
   }
 
   // Calls body(row, column) for the pixels beside the block's columns, and beside these above and
@@ -224,11 +256,11 @@ struct Tile {
 
   // Puts out the thread's pixels of a row: into the map (channels_last, where threads side by side
   // fill a line), or into a buffer that `flush` then writes to it.
-  __device__ void put(int row, const A (&values)[kColumns], Shared<T> buffer, T* map) const {
+  __device__ void put(int row, const A (&values)[columns], Shared<T> buffer, T* map) const {
     const int at = place(row, column);
     T* const to = map + (channels_last ? offset(row, column) : 0);
 #pragma unroll
-    for (int e = 0; e < kColumns; ++e) {
+    for (int e = 0; e < columns; ++e) {
       if (e >= count) continue;
       T value;
       from_compute(values[e], value);
@@ -249,6 +281,7 @@ struct Tile {
                         });
     each_pack(first_row, last_row, [&](Size i, int at, int begin, int end) {
       if (begin == 0 && end == kPack<T>) return store_pack(map + i, shared_pack<T>(buffer + at));
+#pragma unroll 1
       for (int e = begin; e < end; ++e) map[i + e] = buffer[at + e];
     });
   }
@@ -265,6 +298,7 @@ struct Tile {
     __syncthreads();
     int lanes = 1;  // that share a sum
     while (lanes < kWarp && 4 * lanes < threads) lanes *= 2;
+#pragma unroll 1
     for (int first = 0; first < count * room; first += kTileThreads / lanes) {
       const int k = first + thread / lanes, own = k % room, i = k / room;
       A total = 0;
@@ -293,10 +327,10 @@ struct Tile {
     own_ = group * side + lane;
     exists = group < plan.groups && own_ < planes_;
     if (!exists) own_ = 0;  // it does nothing, and finds its factors somewhere
-    column = first_column_ + across * kColumns;
-    count = exists ? max_of(min_of(last_column_ - column, kColumns), 0) : 0;
+    column = first_column_ + across * columns;
+    count = exists ? max_of(min_of(last_column_ - column, columns), 0) : 0;
     has_left = column > 0;
-    has_right = column + kColumns < plan.width;
+    has_right = column + columns < plan.width;
     const int rows = (last_row - first_row + plan.down - 1) / plan.down;
     begin = first_row + down * rows;
     end = count > 0 ? min_of(begin + rows, last_row) : begin;
@@ -321,11 +355,12 @@ struct Tile {
   // Calls body(plane, row, column) for the pixels of all channels of the block.
   template <class Body>
   __device__ void each_pixel(int from, int to, int left, int right, const Body& body) const {
-    const int columns = right - left, pixels = columns * (to - from);
+    const int across = right - left, pixels = across * (to - from);
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < pixels * planes_; i += kTileThreads) {
       const int plane = channels_last ? i % planes_ : i / pixels;
       const int pixel = channels_last ? i / planes_ : i % pixels;
-      body(plane, from + pixel / columns, left + pixel % columns);
+      body(plane, from + pixel / across, left + pixel % across);
     }
   }
 
@@ -337,6 +372,7 @@ struct Tile {
     const Size start = offset_of(0, top_, 0) - phase_;  // of the buffer
     const int first = static_cast<int>(low - start), last = static_cast<int>(high - start);
     const int step = kTileThreads * kPack<T>, own = static_cast<int>(threadIdx.x) * kPack<T>;
+#pragma unroll 1  // copies are on their way together all the same
     for (int at = first / kPack<T> * kPack<T> + own; at < last; at += step)
       body(start + at, at, max_of(first - at, 0), min_of(last - at, kPack<T>));
   }
@@ -346,8 +382,11 @@ struct Tile {
     constexpr int kAcross = side / kPack<T>, kAtOnce = kWarp / kAcross;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
     const int channel = lane % kAcross * kPack<T>;
+#pragma unroll 1
     for (int group = 0; group + channel < planes_; group += side)
+#pragma unroll 1
       for (int row = from + thread / kWarp; row < to; row += kTileThreads / kWarp)
+#pragma unroll 1
         for (int column = left_ + lane / kAcross; column < right_; column += kAtOnce)
           copy_pack(map + offset_of(group + channel, row, column),
                     buffer + place_of(group + channel, row, column));
@@ -366,9 +405,9 @@ struct Tile {
 
 // to[e] += three taps of a filter on the pixels around column e.
 template <class A>
-__device__ inline void add_taps(const Row<A>& row, A left, A middle, A right, A (&to)[kColumns]) {
+__device__ inline void add_taps(const Row<A>& row, A left, A middle, A right, A (&to)[kColumns<A>]) {
 #pragma unroll
-  for (int e = 0; e < kColumns; ++e) {
+  for (int e = 0; e < kColumns<A>; ++e) {
     to[e] += left * row[e];
     to[e] += middle * row[e + 1];
     to[e] += right * row[e + 2];
@@ -380,31 +419,48 @@ __device__ inline void add_taps(const Row<A>& row, A left, A middle, A right, A 
 // as that costs less than to leave it out.
 template <class A>
 struct FilteredRows {
-  A above[kColumns] = {}, own[kColumns] = {};
+  A above[kColumns<A>] = {}, own[kColumns<A>] = {};
 
   // Before a row is added; `start`: what the row below begins with.
-  __device__ void move_on(A start, A (&done)[kColumns]) {
+  __device__ void move_on(A start, A (&done)[kColumns<A>]) {
 #pragma unroll
-    for (int e = 0; e < kColumns; ++e) {
+    for (int e = 0; e < kColumns<A>; ++e) {
       done[e] = above[e];
       above[e] = own[e];
       own[e] = start;
     }
   }
-  __device__ void add(const Row<A>& values, const A (&filter)[9], A (&done)[kColumns]) {
+  __device__ void add(const Row<A>& values, const A (&filter)[9], A (&done)[kColumns<A>]) {
     add_taps(values, filter[6], filter[7], filter[8], done);
     add_taps(values, filter[3], filter[4], filter[5], above);
     add_taps(values, filter[0], filter[1], filter[2], own);
   }
 };
 
-// Calls body(true type or false type) for a memory format.
-template <class Body>
-void with_format(bool channels_last, const Body& body) {
-  if (channels_last)
-    body(std::true_type{});
-  else
-    body(std::false_type{});
-}
+// Rows that come one by one, as they are.
+template <class A>
+struct ThreeRows {
+  Row<A> rows[3] = {};
+
+  __device__ Row<A>& move_on() {
+#pragma unroll
+    for (int e = 0; e < kColumns<A> + 2; ++e) {
+      rows[0][e] = rows[1][e];
+      rows[1][e] = rows[2][e];
+    }
+    return rows[2];
+  }
+  // What reaches column e from gradients of what a filter made of a map: to += that, and the share of
+  // the map's pixel in the gradient of the filter.
+  __device__ void spread(int e, const A (&filter)[9], A pixel, bool counts, A& to,
+                         A* of_filter) const {
+#pragma unroll
+    for (int i = 0; i < 9; ++i) {
+      const A gradient = rows[i / 3][e + i % 3];
+      to += filter[8 - i] * gradient;
+      if (counts) of_filter[8 - i] += pixel * gradient;
+    }
+  }
+};
 
 }  // namespace dla::cuda

@@ -54,23 +54,8 @@ struct Step {
   CellKind cell() const { return static_cast<CellKind>(args.cell); }
   // For a pass with `bytes` of shared memory for every pixel.
   Tiling tiling(int halo, int bytes, std::initializer_list<const void*> maps) const {
-    Tiling plan{};
-    with_format(args.channels_last, [&](auto last) {
-      plan = tile_map<T, last.value>(args.batch, args.channels, args.height, args.width, halo,
-                                     bytes, maps);
-    });
-    return plan;
-  }
-  // Maps that there are.
-  static int count(std::initializer_list<const void*> maps) {
-    return static_cast<int>(std::count_if(maps.begin(), maps.end(),
-                                          [](const void* map) { return map != nullptr; }));
-  }
-  static int bytes_of(std::initializer_list<const void*> maps) {
-    return count(maps) * static_cast<int>(sizeof(T));
-  }
-  static Grid grid(const Tiling& plan, int bytes) {
-    return {plan.blocks, kTileThreads, static_cast<std::size_t>(plan.buffer) * bytes};
+    return tile_map<T>(args.channels_last, args.batch, args.channels, args.height, args.width, halo,
+                       bytes, maps);
   }
   DType compute_type() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
 
@@ -120,7 +105,7 @@ struct ForwardStep : Step<T> {
   explicit ForwardStep(const LightAttentionForward& args)
       : Step<T>("light_attention", args, args.summary),
         args(args),
-        moments_bytes(this->bytes_of({args.x, args.p})),
+        moments_bytes(bytes_of<T>({args.x, args.p})),
         moments(this->tiling(1, moments_bytes, {args.x, args.p})),
         found(small(args.summary), planes) {
     partial = this->scratch.take(kG * planes * moments.pieces());
@@ -148,7 +133,7 @@ struct ForwardStep : Step<T> {
     const double pixels = static_cast<double>(area);
     if (args.norm != Norm::batch) return pool_alone(in);
     with_format(args.channels_last, [&](auto last) {
-      launch(call, plane_moments_kernel<T, last.value, false>, this->grid(moments, moments_bytes),
+      launch(call, plane_moments_kernel<T, last.value, false>, tile_grid(moments, moments_bytes),
              moments, in, this->mixture(), Arriving<T>{}, nullptr, nullptr, partial,
              table + kShiftU * planes);
     });
@@ -193,10 +178,10 @@ struct ForwardStep : Step<T> {
     const auto norm = this->norm(running ? args.mean_in : args.mean,
                                  running ? args.var_in : args.var);
     with_format(args.channels_last, [&](auto last) {
-      const int bytes = last.value ? this->bytes_of({args.x, args.p})
-                                   : this->bytes_of({args.x, args.p, args.out, args.o});
+      const int bytes = last.value ? bytes_of<T>({args.x, args.p})
+                                   : bytes_of<T>({args.x, args.p, args.out, args.o});
       const Tiling plan = this->tiling(1, bytes, {args.x, args.p, args.out, args.o});
-      launch(call, stencil_kernel<T, last.value>, this->grid(plan, bytes), plan, in,
+      launch(call, stencil_kernel<T, last.value>, tile_grid(plan, bytes), plan, in,
              this->mixture(), norm, args.residual, map(args.out), map(args.o));
     });
   }
@@ -225,7 +210,7 @@ struct BackwardStep : Step<T> {
   explicit BackwardStep(const LightAttentionBackward& args)
       : Step<T>("light_attention_backward", args, args.summary),
         args(args),
-        moments_bytes(this->bytes_of({args.x, args.p, args.grad_out, args.grad_o})),
+        moments_bytes(bytes_of<T>({args.x, args.p, args.grad_out, args.grad_o})),
         map_bytes(moments_bytes + static_cast<int>(sizeof(A))),
         moments(this->tiling(1, moments_bytes, {args.x, args.p, args.grad_out, args.grad_o})),
         gradients(this->tiling(2, map_bytes, {args.x, args.p, args.grad_out, args.grad_o,
@@ -263,7 +248,7 @@ struct BackwardStep : Step<T> {
 
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
     with_format(args.channels_last, [&](auto last) {
-      launch(call, plane_moments_kernel<T, last.value, true>, this->grid(moments, moments_bytes),
+      launch(call, plane_moments_kernel<T, last.value, true>, tile_grid(moments, moments_bytes),
              moments, in, this->mixture(), arriving, summary.y,
              gated() ? summary.pooled_p : nullptr, partial, table + kShiftU * planes);
     });
@@ -330,7 +315,7 @@ struct BackwardStep : Step<T> {
                             args.branch_norm == Norm::batch ? normed_dx : map(args.dx),
                             map(args.dp), partial};
     with_format(args.channels_last, [&](auto last) {
-      launch(call, gradients_kernel<T, last.value>, this->grid(gradients, map_bytes), pass);
+      launch(call, gradients_kernel<T, last.value>, tile_grid(gradients, map_bytes), pass);
     });
     const Size fields = args.prev_weight == nullptr ? 9 : 18;
     launch(call, weights_kernel<A>, channel_grid(args.channels, fields),

@@ -106,19 +106,19 @@ struct Maps {
     if (!join) return;
     const bool inside = tile.has_row(row);
 #pragma unroll
-    for (int e = 0; e < kColumns + 2; ++e)
+    for (int e = 0; e < kColumns<A> + 2; ++e)
       of_x[e] = inside && tile.has(e) ? joined(of_x[e], of_p[e]) : A(0);
   }
   // Adds a row to those of o.
   __device__ void add(const Filters<A>& filters, int row, FilteredRows<A>& rows,
-                      A (&done)[kColumns]) const {
+                      A (&done)[kColumns<A>]) const {
     Row<A> of_x, of_p;
     read(row, of_x, of_p);
     rows.add(of_x, filters.x, done);
     if (has_prev) rows.add(of_p, filters.p, done);
     if (has_prev || !has_p) return;
 #pragma unroll
-    for (int e = 0; e < kColumns; ++e) rows.above[e] += filters.p[4] * of_p[e + 1];
+    for (int e = 0; e < kColumns<A>; ++e) rows.above[e] += filters.p[4] * of_p[e + 1];
   }
 };
 
@@ -200,7 +200,7 @@ struct Shifts {
 // The first sums of PlaneSum: those of the features, backward also those with gradients. The shifts
 // are written to shifts [3, batch, channels]; means of x and p as far as they are known, else null.
 template <class T, bool channels_last, bool backward>
-__global__ void __launch_bounds__(kTileThreads, backward ? 3 : 4)
+__global__ void __launch_bounds__(kTileThreads, 3)
     plane_moments_kernel(const __grid_constant__ Tiling plan, Features<T> in,
                          Mixture<Compute<T>> mixture, Arriving<T> arriving,
                          const Compute<T>* mean_x, const Compute<T>* mean_p, Compute<T>* partial,
@@ -221,11 +221,11 @@ __global__ void __launch_bounds__(kTileThreads, backward ? 3 : 4)
   wait_for_packs();
   __syncthreads();
   FilteredRows<A> rows_of_u, rows_of_e;
-  A p_above[kColumns] = {};
+  A p_above[kColumns<A>] = {};
   for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
     Row<A> x_row, p_row = {};
     maps.read(row, x_row, p_row);
-    A u[kColumns], e[kColumns];
+    A u[kColumns<A>], e[kColumns<A>];
     rows_of_u.move_on(-shift.u, u);
     rows_of_u.add(x_row, v_filter, u);
     rows_of_e.move_on(-shift.e, e);
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kTileThreads, backward ? 3 : 4)
         if (grads.has_o) tile.read(grads.o, row - 1, grad_rows[1], false);
       }
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
+      for (int i = 0; i < kColumns<A>; ++i) {
         if (i >= tile.count) continue;
         const A p = p_above[i];
         const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kTileThreads, backward ? 3 : 4)
       }
     }
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < kColumns<A>; ++i) {
       if (row >= tile.begin && row < tile.end) sums[kX] += x_row[i + 1];
       p_above[i] = p_row[i + 1] - shift.p;
     }
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   __syncthreads();
   FilteredRows<A> rows;
   for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
-    A done[kColumns];
+    A done[kColumns<A>];
     rows.move_on(start, done);
     maps.add(filters, row, rows, done);
     if (row <= tile.begin) continue;
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       Row<A> x = {}, p;
       if (residual) maps.read(row - 1, x, p);
 #pragma unroll
-      for (int e = 0; e < kColumns; ++e)
+      for (int e = 0; e < kColumns<A>; ++e)
         done[e] = (residual ? x[e + 1] : A(0)) + (done[e] * end.scale + end.added);
     }
     tile.put(row - 1, done, out_buffer, out);
@@ -424,7 +424,7 @@ struct GradientsOfTile {
     const int end = tile.end + (tile.end == tile.last_row && tile.has_row(tile.end));
     FilteredRows<A> rows;
     for (int row = begin - 1; row <= end && tile.begin < tile.end; ++row) {
-      A done[kColumns];
+      A done[kColumns<A>];
       rows.move_on(-mean, done);
       if (through_norm) maps.add(filters, row, rows, done);
       if (row <= begin) continue;
@@ -433,7 +433,7 @@ struct GradientsOfTile {
       if (grads.has_o) tile.read(grads.o, row - 1, of_o, false);
       const int at = tile.place(row - 1, tile.column);
 #pragma unroll
-      for (int e = 0; e < kColumns; ++e)
+      for (int e = 0; e < kColumns<A>; ++e)
         if (e < tile.count) g[at + e * tile.side] = found(done[e], of_out[e + 1], of_o[e + 1]);
     }
   }
@@ -458,35 +458,24 @@ struct GradientsOfTile {
   }
 
   // dx and dp of a row, and its share in the sums; around: g of the three rows about it.
-  __device__ void spread(int row, const Row<A> (&around)[3]) {
+  __device__ void spread(int row, const ThreeRows<A>& around) {
     Row<A> x, p = {}, of_out = {};
     tile.read(maps.x, row, x, false);
     if (maps.has_p) tile.read(maps.p, row, p, false);
     if (grads.has_out && pass.residual) tile.read(grads.out, row, of_out, false);
-    A to_x[kColumns], to_p[kColumns];
+    A to_x[kColumns<A>], to_p[kColumns<A>];
 #pragma unroll
-    for (int e = 0; e < kColumns; ++e) {
+    for (int e = 0; e < kColumns<A>; ++e) {
       const A raw = x[e + 1], own_p = p[e + 1];
       const A own_x = maps.join ? maps.joined(raw, own_p) : raw;
       to_x[e] = of_x + of_out[e + 1];
       to_p[e] = of_p;
       const bool counts = e < tile.count;
-#pragma unroll
-      for (int i = 0; i < 9; ++i) {
-        const A g = around[i / 3][e + i % 3];
-        to_x[e] += filters.x[8 - i] * g;
-        if (counts) sums[kVWeight + 8 - i] += own_x * g;
-      }
-      if (maps.has_prev) {
-#pragma unroll
-        for (int i = 0; i < 9; ++i) {
-          const A g = around[i / 3][e + i % 3];
-          to_p[e] += filters.p[8 - i] * g;
-          if (counts) sums[kPrevWeight + 8 - i] += own_p * g;
-        }
-      } else {
-        to_p[e] += filters.p[4] * around[1][e + 1];
-      }
+      around.spread(e, filters.x, own_x, counts, to_x[e], sums + kVWeight);
+      if (maps.has_prev)
+        around.spread(e, filters.p, own_p, counts, to_p[e], sums + kPrevWeight);
+      else
+        to_p[e] += filters.p[4] * around.rows[1][e + 1];
       if (maps.join && own_x <= A(0)) to_x[e] = 0;
       if (maps.join) to_p[e] += to_x[e];
       if (pass.in.normed && counts) {
@@ -501,14 +490,9 @@ struct GradientsOfTile {
   }
 
   __device__ void spread_g() {
-    Row<A> around[3] = {};
+    ThreeRows<A> around;
     for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
-#pragma unroll
-      for (int e = 0; e < kColumns + 2; ++e) {
-        around[0][e] = around[1][e];
-        around[1][e] = around[2][e];
-      }
-      tile.read(g, row, around[2]);
+      tile.read(g, row, around.move_on());
       if (row > tile.begin) spread(row - 1, around);
     }
   }
@@ -526,7 +510,7 @@ struct GradientsOfTile {
 };
 
 template <class T, bool channels_last>
-__global__ void __launch_bounds__(kTileThreads, 4)
+__global__ void __launch_bounds__(kTileThreads, 3)
     gradients_kernel(const __grid_constant__ Gradients<T> pass) {
   using A = Compute<T>;
   DLA_SHARED(A, exchange, kGradientSums * kTileThreads);
