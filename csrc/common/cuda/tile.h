@@ -212,11 +212,14 @@ struct Tile {
     } else if constexpr (channels_last) {
       fetch_pixels(map, buffer, from, to);
     } else {
-      const Size size = plan.batch * plan.channels * plan.height * plan.width;
-      each_pack(from, to, [&](Size i, int at, int begin, int end) {
-        if (i + kPack<T> <= size) return copy_pack(map + i, buffer + at);
+      const Span span = span_of(from, to);
+      const T* const begin = map + span.start;
+      const Size size = plan.batch * plan.channels * plan.height * plan.width - span.start;
+      const int room = size < plan.zeros ? static_cast<int>(size) : plan.zeros;
+      each_pack(span, [&](int at) {
+        if (at + kPack<T> <= room) return copy_pack(begin + at, buffer + at);
 #pragma unroll 1
-        for (int e = begin; e < end; ++e) buffer[at + e] = map[i + e];
+        for (int i = at; i < span.last; ++i) buffer[i] = begin[i];
       });
     }
   }
@@ -279,10 +282,14 @@ struct Tile {
                         [&](int plane, int row, int column) {
                           map[offset_of(plane, row, column)] = buffer[place_of(plane, row, column)];
                         });
-    each_pack(first_row, last_row, [&](Size i, int at, int begin, int end) {
-      if (begin == 0 && end == kPack<T>) return store_pack(map + i, shared_pack<T>(buffer + at));
+    const Span span = span_of(first_row, last_row);
+    T* const begin = map + span.start;
+    each_pack(span, [&](int at) {
+      const int end = at + kPack<T>;
+      if (at >= span.first && end <= span.last)
+        return store_pack(begin + at, shared_pack<T>(buffer + at));
 #pragma unroll 1
-      for (int e = begin; e < end; ++e) map[i + e] = buffer[at + e];
+      for (int i = max_of(at, span.first); i < min_of(end, span.last); ++i) begin[i] = buffer[i];
     });
   }
 
@@ -364,32 +371,45 @@ struct Tile {
     }
   }
 
-  // NCHW: calls body(offset, place, begin, end) for the packs that hold these rows, of which
-  // elements [begin, end) are meant.
+  // NCHW: rows of a buffer are its elements [first, last), and those from `start` on in memory.
+  struct Span {
+    Size start;
+    int first, last;
+  };
+  __device__ Span span_of(int from, int to) const {
+    const Size start = offset_of(0, top_, 0) - phase_;
+    return {start, static_cast<int>(offset_of(0, from, 0) - start),
+            static_cast<int>(offset_of(planes_ - 1, to, 0) - start)};
+  }
+
+  // Calls body(place) for the packs that hold any of them.
   template <class Body>
-  __device__ void each_pack(int from, int to, const Body& body) const {
-    const Size low = offset_of(0, from, 0), high = offset_of(planes_ - 1, to, 0);
-    const Size start = offset_of(0, top_, 0) - phase_;  // of the buffer
-    const int first = static_cast<int>(low - start), last = static_cast<int>(high - start);
-    const int step = kTileThreads * kPack<T>, own = static_cast<int>(threadIdx.x) * kPack<T>;
+  __device__ void each_pack(const Span& span, const Body& body) const {
+    const int own = static_cast<int>(threadIdx.x) * kPack<T>;
 #pragma unroll 1  // copies are on their way together all the same
-    for (int at = first / kPack<T> * kPack<T> + own; at < last; at += step)
-      body(start + at, at, max_of(first - at, 0), min_of(last - at, kPack<T>));
+    for (int at = span.first / kPack<T> * kPack<T> + own; at < span.last;
+         at += kTileThreads * kPack<T>)
+      body(at);
   }
 
   // channels_last: a warp takes a line.
   __device__ void fetch_pixels(const T* map, Shared<T> buffer, int from, int to) const {
     constexpr int kAcross = side / kPack<T>, kAtOnce = kWarp / kAcross;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
-    const int channel = lane % kAcross * kPack<T>;
+    const int first = left_ + lane / kAcross;
 #pragma unroll 1
-    for (int group = 0; group + channel < planes_; group += side)
+    for (int plane = lane % kAcross * kPack<T>; plane < planes_; plane += side)
 #pragma unroll 1
-      for (int row = from + thread / kWarp; row < to; row += kTileThreads / kWarp)
+      for (int row = from + thread / kWarp; row < to; row += kTileThreads / kWarp) {
+        const T* pixel = map + offset_of(plane, row, first);
+        int at = place_of(plane, row, first);
 #pragma unroll 1
-        for (int column = left_ + lane / kAcross; column < right_; column += kAtOnce)
-          copy_pack(map + offset_of(group + channel, row, column),
-                    buffer + place_of(group + channel, row, column));
+        for (int column = first; column < right_; column += kAtOnce) {
+          copy_pack(pixel, buffer + at);
+          pixel += kAtOnce * plan.channels;
+          at += kAtOnce * side;
+        }
+      }
   }
 
   int first_column_, last_column_;            // of the block
