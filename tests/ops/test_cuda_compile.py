@@ -41,7 +41,7 @@ PASSES = {
     },
 }
 # Those of kernels on csrc/common/cuda/tile.h, which copy them to shared memory. The written ones
-# leave it in packs in NCHW; in channels_last threads side by side fill lines of 64 bytes.
+# leave it in packs in NCHW; in channels_last threads side by side fill sectors of 32 bytes.
 TILES = {
     "light_attention": {
         "plane_moments_kernel": (2, 0),

@@ -3,7 +3,7 @@
 // at once; then a thread takes some columns of one channel, and walks down some of their rows.
 //   NCHW           a block has whole planes, several of small ones, or a strip of rows of one; they
 //                  lie as in memory, so that rows of any length are copied in packs;
-//   channels_last  a block has 64 bytes of channels side by side, of a window of pixels.
+//   channels_last  a block has 32 bytes of channels side by side, of a window of pixels.
 #pragma once
 
 #include "common/cuda/map.h"
@@ -18,9 +18,10 @@ constexpr int kTileBytes = 40 * 1024;   // shared memory for maps: several block
 template <class A>
 constexpr int kColumns = sizeof(A) == 8 ? 3 : 7;
 
-// Channels that lie side by side in a block: threads side by side have these.
+// Channels that lie side by side in a block, and that threads side by side have: a sector of the
+// cache. With more of them windows would be smaller, and more of what is read around them.
 template <class T, bool channels_last>
-constexpr int kSide = channels_last ? 64 / static_cast<int>(sizeof(T)) : 1;
+constexpr int kSide = channels_last ? 32 / static_cast<int>(sizeof(T)) : 1;
 
 // What blocks and threads get of a map. A kernel needs `halo` rows and columns around its own.
 struct Tiling {
@@ -258,7 +259,7 @@ struct Tile {
   }
 
   // Puts out the thread's pixels of a row: into the map (channels_last, where threads side by side
-  // fill a line), or into a buffer that `flush` then writes to it.
+  // fill a sector), or into a buffer that `flush` then writes to it.
   __device__ void put(int row, const A (&values)[columns], Shared<T> buffer, T* map) const {
     const int at = place(row, column);
     T* const to = map + (channels_last ? offset(row, column) : 0);
