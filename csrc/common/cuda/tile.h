@@ -12,9 +12,9 @@ namespace dla::cuda {
 
 constexpr int kTileThreads = 128;       // of a block
 constexpr int kTileBytes = 40 * 1024;   // shared memory for maps: several blocks to a processor
-// Of a thread. 56, 28, 14 and 7 are multiples of 7; and as it is odd, threads that take turns along a
-// line or a plane find their pixels in different banks of shared memory. For doubles registers would
-// not suffice.
+// Of a thread. 56, 28, 14 and 7 are multiples of 7; and as it is odd, threads that take turns along
+// a line or a plane find their pixels in different banks of shared memory. For doubles registers
+// would not suffice.
 template <class A>
 constexpr int kColumns = sizeof(A) == 8 ? 3 : 7;
 
@@ -117,7 +117,8 @@ inline Grid tile_grid(const Tiling& plan, int bytes) {
 // Bytes of a pixel of all maps that there are.
 template <class T>
 int bytes_of(std::initializer_list<const void*> maps) {
-  return static_cast<int>(sizeof(T) * (maps.size() - std::count(maps.begin(), maps.end(), nullptr)));
+  const auto missing = std::count(maps.begin(), maps.end(), nullptr);
+  return static_cast<int>(sizeof(T) * (maps.size() - missing));
 }
 
 // ---- device -------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ struct Tile {
     }
   }
 
-  // The thread's columns of a row, in a buffer that was fetched; with `sides` those beside them, too.
+  // The thread's columns of a row, in a buffer that was fetched; with `sides` those beside, too.
   template <class V>
   __device__ void read(Shared<V> buffer, int row, Row<A>& values, bool sides = true) const {
     const int at = has_row(row) ? place(row, column) : plan.zeros + side;
@@ -328,7 +329,7 @@ struct Tile {
     return to_compute(static_cast<V>(buffer[at]));
   }
 
-  // Threads side by side have channels (channels_last), then columns, then runs of rows, then planes.
+  // Threads side by side have channels (channels_last), then columns, runs of rows, and planes.
   __device__ void take_share(int thread) {
     const int lane = thread % side, place = thread / side, across = place % plan.across;
     const int down = place / plan.across % plan.down, group = place / plan.across / plan.down;
@@ -414,7 +415,7 @@ struct Tile {
   }
 
   int first_column_, last_column_;            // of the block
-  int top_, bottom_, left_, right_;           // with what is around them: where a buffer begins, ends
+  int top_, bottom_, left_, right_;           // where a buffer begins and ends
   int line_, pixels_;                         // of a buffer: pixels of a row, of a plane
   int planes_;                                // channels that the block has
   int own_;                                   // the thread's
@@ -426,7 +427,8 @@ struct Tile {
 
 // to[e] += three taps of a filter on the pixels around column e.
 template <class A>
-__device__ inline void add_taps(const Row<A>& row, A left, A middle, A right, A (&to)[kColumns<A>]) {
+__device__ inline void add_taps(const Row<A>& row, A left, A middle, A right,
+                                A (&to)[kColumns<A>]) {
 #pragma unroll
   for (int e = 0; e < kColumns<A>; ++e) {
     to[e] += left * row[e];

@@ -567,8 +567,8 @@ struct ValueGradient {
   const Compute<T>*dmean_v, *dmean_x;         // [B, C]; dmean_v may be null
 };
 
-// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per piece the sums of
-// dv times the nine pixels of x that v is made of, [9, B, pieces, C].
+// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per piece the sums
+// of dv times the nine pixels of x that v is made of, [9, B, pieces, C].
 template <class T, bool channels_last>
 __global__ void __launch_bounds__(kTileThreads, 4)
     value_gradients_kernel(const __grid_constant__ Tiling plan, ValueGradient<T> in, T* dx,

@@ -319,8 +319,8 @@ struct BackwardStep : Step<T> {
     });
     const Size fields = args.prev_weight == nullptr ? 9 : 18;
     launch(call, weights_kernel<A>, channel_grid(args.channels, fields),
-           args.batch * gradients.pieces(), args.channels, partial, small(args.lam), small(args.dv_weight),
-           small(args.dprev_weight));
+           args.batch * gradients.pieces(), args.channels, partial, small(args.lam),
+           small(args.dv_weight), small(args.dprev_weight));
   }
 
   void branch_gradients(const Features<T>& in) const {

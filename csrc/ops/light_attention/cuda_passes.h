@@ -1,6 +1,6 @@
-// The passes of light_attention over whole feature maps on GPUs; passes.h says what they are for. A
-// block takes some rows of a few channels (tile.h), and leaves sums of that. o and g = dL/do are made
-// where they are needed, never stored unless asked for.
+// The passes of light_attention over whole feature maps on GPUs; passes.h says what they are for.
+// A block takes some rows of a few channels (tile.h), and leaves sums of that. o and g = dL/do are
+// made where they are needed, never stored unless asked for.
 #pragma once
 
 #include "common/cuda/tile.h"
