@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dla_kernels
+from base_cases import Case as BaseCase
 from dla_kernels import backend as dispatch
 from dla_kernels import use_backend
 from dla_kernels.backend import implementations
 from dla_kernels.ops.cell.reference import CELLS
 from light_cases import SLOTS, cell_params
+from light_cases import Case as LightCase
 from op_cases import backends, compare, each_backend, each_case, random_small, reference
 from refusals import assert_refused
 
@@ -145,6 +147,30 @@ def test_too_wide_for_any_shared_memory(
     with caplog.at_level(logging.DEBUG, "dla_kernels"):
         for _ in range(2):
             assert torch.equal(dla_kernels.cell(*call), reference("cell")(*call))
+    assert len([line for line in caplog.messages if "shared memory" in line]) == 1
+
+
+@CUDA
+@pytest.mark.parametrize(
+    ("op", "case"), [("light_attention", LightCase), ("base_attention", BaseCase)]
+)
+def test_step_with_a_cell_too_wide(
+    backend: str,
+    op: str,
+    case: type[LightCase | BaseCase],
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A step refuses before anything is launched, as its cell does alone."""
+    wide = case(shape=(1, 20_000, 1, 1), head_dim=1, hidden=1, norm="none")
+    made = wide.inputs(generator) | wide.flags()
+    step = getattr(dla_kernels, op)
+    with use_backend(backend):
+        assert_refused(lambda: step(**made), op, "20000", "shared memory")
+    monkeypatch.setattr(dispatch, "_automatic_order", lambda *_: (backend, "reference"))
+    with caplog.at_level(logging.DEBUG, "dla_kernels"):
+        assert torch.equal(step(**made)[0], reference(op)(**made)[0])
     assert len([line for line in caplog.messages if "shared memory" in line]) == 1
 
 

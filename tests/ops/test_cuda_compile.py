@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ PASSES = {
         "rectify_kernel": (3, 1),
         "norm_gradient_kernel": (2, 1),
     },
+    "light_attention": {"means_kernel": (2, 0)},
     "base_attention": {
         "value_kernel": (1, 1),
         "mix_moments_kernel": (2, 1),
@@ -37,6 +39,16 @@ PASSES = {
         "mix_gradients_kernel": (3, 1),
         "sum_kernel": (1, 1),
     },
+}
+# Those of kernels on csrc/common/cuda/tile.h, which copy them to shared memory. The written ones
+# leave it in packs in NCHW; in channels_last threads side by side fill sectors of 32 bytes.
+TILES = {
+    "light_attention": {
+        "plane_moments_kernel": (2, 0),
+        "stencil_kernel": (2, 2),
+        "gradients_kernel": (4, 2),
+    },
+    "base_attention": {"value_gradients_kernel": (3, 1)},
 }
 
 
@@ -81,19 +93,23 @@ def test_nothing_spills(compiled: tuple[str, Path, str]) -> None:
         assert spilled == "0" or of_doubles, f"{name} for sm_{capability}: {spilled} bytes"
 
 
+def functions(binary: Path) -> Iterator[tuple[str, str, str]]:
+    """Mangled name, name and instructions of each kernel for compute capability 9.0."""
+    arguments = [cuobjdump(), "-sass", "-arch", "sm_90", binary]
+    sass = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    for text in re.split(r"Function : ", sass)[1:]:
+        name = text.split()[0]
+        yield name, re.search(r"[a-z_]+_kernel", name).group(), text
+
+
 @needs_cuobjdump
 @pytest.mark.parametrize(
     "compiled", [pytest.param(op, marks=needs_nvcc) for op in PASSES], indirect=True
 )
 def test_maps_move_in_16_bytes(compiled: tuple[str, Path, str]) -> None:
     op, binary, _ = compiled
-    arguments = [cuobjdump(), "-sass", "-arch", "sm_90", binary]
-    sass = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"Function : ", sass)[1:]
     checked = 0
-    for text in functions:
-        name = text.split()[0]
-        kernel = re.search(r"[a-z_]+_kernel", name).group()
+    for name, kernel, text in functions(binary):
         if kernel not in PASSES[op]:
             continue
         checked += 1
@@ -103,3 +119,24 @@ def test_maps_move_in_16_bytes(compiled: tuple[str, Path, str]) -> None:
             f"{name}: {loads}, {stores}"
         )
     assert checked == 4 * len(PASSES[op])  # of four dtypes
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(op, marks=needs_nvcc) for op in TILES], indirect=True
+)
+def test_tiles_are_copied_in_16_bytes(compiled: tuple[str, Path, str]) -> None:
+    op, binary, _ = compiled
+    checked = set()
+    for name, kernel, text in functions(binary):
+        if kernel not in TILES[op]:
+            continue
+        checked.add(name)
+        read, written = TILES[op][kernel]
+        copies = len(re.findall(r"LDGSTS\.\S*\.128\b", text))
+        stores = len(re.findall(r"STG\.E\.128", text))
+        channels_last = re.search(kernel + r"I.*?Lb([01])E", name).group(1) == "1"
+        assert copies >= read and (channels_last or stores >= written), (
+            f"{name}: {copies}, {stores}"
+        )
+    assert len(checked) >= 8 * len(TILES[op])  # of four dtypes, in two formats

@@ -134,6 +134,39 @@ __device__ inline void store_pack(T* p, const Pack<T>& pack) {
 #endif
 }
 
+// From global to shared memory, on its way until wait_for_packs; the block's barrier comes then.
+template <class T>
+__device__ inline void copy_pack(const T* from, Shared<T> to) {
+#ifdef DLA_CUDA_EMULATED
+  emulation::check_aligned(from);
+  for (int e = 0; e < kPack<T>; ++e) to[e] = from[e];
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               :: "r"(address), "l"(from) : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = __ldg(reinterpret_cast<const uint4*>(from));
+#endif
+}
+
+__device__ inline void wait_for_packs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+template <class T>
+__device__ inline Pack<T> shared_pack(Shared<T> from) {
+  Pack<T> pack;
+#ifdef DLA_CUDA_EMULATED
+  for (int e = 0; e < kPack<T>; ++e) pack.of[e] = from[e];
+#else
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  memcpy(&pack, &bits, sizeof pack);
+#endif
+  return pack;
+}
+
 // ---- sums ---------------------------------------------------------------------------------------
 
 // Sum over groups of `lanes` neighbouring lanes (a power of two, at most a warp), whose members are

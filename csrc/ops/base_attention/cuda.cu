@@ -11,7 +11,6 @@ namespace base {
 namespace {
 
 constexpr Size kPixels = 256;  // of a channels_last map, that a block sums up
-constexpr int kRows = 16;      // of a block of the stencil, which reads one more above and below
 
 // out[i] = factor * the sum of the pieces of plane i % planes; `fields` sums of each.
 template <class A>
@@ -220,7 +219,8 @@ struct BackwardStep : Step<T> {
   using Step<T>::planes, Step<T>::layers, Step<T>::slots;
 
   const BaseAttentionBackward& args;
-  const Walk walk;
+  const int tile_bytes;  // of a pixel in shared memory
+  const Tiling tiles;
   const bool arrives;  // a gradient at out
   Recall<A> recalled, grads;
   A *state, *grad_state, *weights, *dweights, *dlogits, *dqueries, *dy, *of_cell;
@@ -231,8 +231,11 @@ struct BackwardStep : Step<T> {
   explicit BackwardStep(const BaseAttentionBackward& args)
       : Step<T>(args, "base_attention_backward", args.pooled_x),
         args(args),
-        walk(walk_map(args.batch, args.channels, args.height, args.width, args.channels_last,
-                      kRows)),
+        tile_bytes(static_cast<int>(3 * sizeof(T))),
+        tiles(tile_map<T>(args.channels_last, args.batch, args.channels, args.height, args.width, 1,
+                          tile_bytes,
+                          {args.x, args.dx, args.residual ? args.grad_out : nullptr,
+                           least_aligned(value_maps())})),
         arrives(args.grad_out != nullptr) {
     take_memory();
   }
@@ -261,7 +264,7 @@ struct BackwardStep : Step<T> {
     for (A*& of : sums) of = scratch.take(arrives ? this->sums_size() : 0);
     const Cut cut = product_cut();
     products = scratch.take(arrives ? with_own * cut.chunks : 0);
-    taps = scratch.take(kTaps * planes * walk.strips);
+    taps = scratch.take(kTaps * planes * tiles.pieces());
     for (A** of : {&factors.scale, &factors.of_x, &factors.added})
       *of = scratch.take(args.channels);
   }
@@ -342,6 +345,11 @@ struct BackwardStep : Step<T> {
     cell_backward(cell);
   }
 
+  // Maps of which the gradient of v may be read.
+  std::vector<const void*> value_maps() const {
+    return joined(args.later_grads, {args.g, args.grad_v, args.dv});
+  }
+
   // What arrives at v: from this layer's o, from later layers, from elsewhere.
   Terms<T> value_terms() const {
     Terms<T> terms;
@@ -365,9 +373,12 @@ struct BackwardStep : Step<T> {
       launch(call, sum_kernel<T>, {cut.blocks, kThreads}, cut, terms, map(args.dv));
       in.dv = map(args.dv);
     }
-    launch(call, value_gradients_kernel<T>, {walk.blocks, kThreads}, walk, in, map(args.dx), taps);
+    with_format(args.channels_last, [&](auto last) {
+      launch(call, value_gradients_kernel<T, last.value>, tile_grid(tiles, tile_bytes), tiles, in,
+             map(args.dx), taps);
+    });
     launch(call, weight_gradients_kernel<A>, channel_grid(args.channels, kTaps),
-           args.batch * walk.strips, args.channels, taps, small(args.dv_weight));
+           args.batch * tiles.pieces(), args.channels, taps, small(args.dv_weight));
   }
 
   void run() const {

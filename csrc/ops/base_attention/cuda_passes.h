@@ -4,7 +4,7 @@
 
 #include "common/cuda/norm_gradient.h"
 #include "common/cuda/statistics.h"
-#include "common/cuda/walk.h"
+#include "common/cuda/tile.h"
 
 namespace dla::cuda::base {
 
@@ -567,44 +567,58 @@ struct ValueGradient {
   const Compute<T>*dmean_v, *dmean_x;         // [B, C]; dmean_v may be null
 };
 
-// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per strip of rows
-// the sums of dv times the nine pixels of x that v is made of, [9, B, strips, C].
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    value_gradients_kernel(Walk walk, ValueGradient<T> in, T* dx, Compute<T>* sums) {
+// dx = [shortcut +] DW^T(dv) + dmean_x / area, of dv with its share of dmean_v; per piece the sums
+// of dv times the nine pixels of x that v is made of, [9, B, pieces, C].
+template <class T, bool channels_last>
+__global__ void __launch_bounds__(kTileThreads, 4)
+    value_gradients_kernel(const __grid_constant__ Tiling plan, ValueGradient<T> in, T* dx,
+                           Compute<T>* sums) {
   using A = Compute<T>;
-  const Path path(walk);
-  A filter[kTaps] = {}, products[kTaps] = {}, level_v = 0, level_x = 0, weight = 1;
-  if (path.exists) {
-    const A area = static_cast<A>(static_cast<Size>(path.height) * path.width);
-    level_x = in.dmean_x[path.plane] / area;
-    if (in.dmean_v != nullptr) level_v = in.dmean_v[path.plane] / area;
-    if (in.weight != nullptr) weight = in.weight[path.plane];
+  DLA_SHARED(A, exchange, kTaps * kTileThreads);
+  DLA_DYNAMIC_SHARED(T, x);
+  const Tile<T, channels_last> tile(plan);
+  const bool has_dv = in.dv != nullptr, has_shortcut = in.shortcut != nullptr;
+  const Shared<T> dv = x + plan.buffer, shortcut = x + (has_dv ? 2 : 1) * plan.buffer;
+  tile.fetch(in.x, x, 0);
+  if (has_dv) tile.fetch(in.dv, dv, 1);
+  if (has_dv) tile.clear(dv);
+  if (has_shortcut) tile.fetch(in.shortcut, shortcut, 0);
+  const A area = static_cast<A>(static_cast<Size>(plan.height) * plan.width);
+  const A level_x = in.dmean_x[tile.plane] / area;
+  const A level_v = in.dmean_v == nullptr ? A(0) : in.dmean_v[tile.plane] / area;
+  const A weight = in.weight == nullptr ? A(1) : in.weight[tile.plane];
+  A filter[kTaps], products[kTaps] = {};
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) filter[tap] = in.v_weight[path.channel * kTaps + tap];
-  }
-  const auto read = [&](Size i) {
-    return in.dv == nullptr ? level_v : weight * to_compute(in.dv[i]) + level_v;
-  };
-  for (int column = path.first_column; column < path.width && path.exists; column += walk.across) {
-    Window<A> window;
-    window.begin(path, read, path.first_row, column);
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      window.next(path, read, row + 1, column);
-      const Size i = path.offset(row, column);
-      const A x = to_compute(in.x[i]);
-      const A passed = in.shortcut == nullptr ? A(0) : to_compute(in.shortcut[i]);
-      from_compute(passed + level_x + window.transposed_dot(filter), dx[i]);
+  for (int tap = 0; tap < kTaps; ++tap) filter[tap] = in.v_weight[tile.channel * kTaps + tap];
+  wait_for_packs();
+  __syncthreads();
+  ThreeRows<A> around;
+  for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
+    Row<A>& below = around.move_on();
+    if (has_dv) tile.read(dv, row, below);
+    const bool inside = tile.has_row(row);
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) products[tap] += x * window.at[tap];
+    for (int e = 0; e < kColumns<A> + 2; ++e) {
+      const A level = inside && tile.has(e) ? level_v : A(0);
+      below[e] = has_dv ? weight * below[e] + level : level;
     }
-  }
-  finish_walk<A, kTaps>(walk, path, products, [&](const A(&totals)[kTaps]) {
-    const Size size = walk.batch * walk.strips * walk.channels;
+    if (row <= tile.begin) continue;
+    Row<A> own, passed = {};
+    tile.read(x, row - 1, own, false);
+    if (has_shortcut) tile.read(shortcut, row - 1, passed, false);
+    A found[kColumns<A>];
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap)  // a pixel is part of the value on the other side of it
-      sums[(kTaps - 1 - tap) * size + path.piece] = totals[tap];
+    for (int e = 0; e < kColumns<A>; ++e) {
+      found[e] = passed[e + 1] + level_x;
+      around.spread(e, filter, own[e + 1], e < tile.count, found[e], products);
+    }
+    tile.put(row - 1, found, x, dx);  // nobody else reads these pixels of x
+  }
+  const Size size = plan.batch * plan.pieces() * plan.channels;
+  tile.template finish<kTaps>(products, exchange, [&](int tap, Size piece, A total) {
+    sums[tap * size + piece] = total;
   });
+  tile.flush(x, dx);
 }
 
 }  // namespace dla::cuda::base

@@ -2,6 +2,8 @@
 // channels] (cuda_small.h) and the cell's own. Sums are left by pieces; a launch adds these up.
 #include "ops/light_attention/op.h"
 
+#include <algorithm>
+
 #include "common/cuda/norm_gradient.h"
 #include "common/cuda/scratch.h"
 #include "common/cuda/statistics.h"
@@ -22,10 +24,6 @@ struct Summary {
       : y(data), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
 };
 
-// Rows of a plane that a block takes, at most: enough to be worth those above and below, which it
-// reads too.
-constexpr Size kRows = 16;
-
 template <class T>
 struct Step {
   using A = Compute<T>;
@@ -34,16 +32,13 @@ struct Step {
   Scratch<A> scratch{args.scratch};
   const Size planes, area;
   const Summary<const A> summary;
-  const Walk walk;
 
   Step(const char* name, const LightAttentionInputs& args, const void* summary)
       : args(args),
         call{name, args.batch, args.channels, args.height * args.width, args.stream},
         planes(args.batch * args.channels),
         area(args.height * args.width),
-        summary(small(summary), planes),
-        walk(walk_map(args.batch, args.channels, args.height, args.width, args.channels_last,
-                      static_cast<int>(ceil_div(args.height, ceil_div(args.height, kRows))))) {}
+        summary(small(summary), planes) {}
 
   static const A* small(const void* p) { return static_cast<const A*>(p); }
   static A* small(void* p) { return static_cast<A*>(p); }
@@ -57,8 +52,11 @@ struct Step {
     return with_tail(cell(), [](auto tail) { return decltype(tail)::layout.slots; });
   }
   CellKind cell() const { return static_cast<CellKind>(args.cell); }
-  // Rows of arrays with one for every piece of the batch.
-  Size pieces() const { return args.batch * walk.strips; }
+  // For a pass with `bytes` of shared memory for every pixel.
+  Tiling tiling(int halo, int bytes, std::initializer_list<const void*> maps) const {
+    return tile_map<T>(args.channels_last, args.batch, args.channels, args.height, args.width, halo,
+                       bytes, maps);
+  }
   DType compute_type() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
 
   Features<T> features(const void* branch_mean, const void* branch_var) const {
@@ -84,8 +82,8 @@ struct Step {
   }
 
   template <class To>
-  void fold(Size fields, const A* partial, const To& to) const {
-    launch(call, fold_kernel<A, To>, grid_of(fields * planes), fields, args.channels, walk.strips,
+  void fold(Size fields, Size pieces, const A* partial, const To& to) const {
+    launch(call, fold_kernel<A, To>, grid_of(fields * planes), fields, args.channels, pieces,
            partial, to);
   }
 };
@@ -95,18 +93,22 @@ struct Step {
 template <class T>
 struct ForwardStep : Step<T> {
   using A = Compute<T>;
-  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::walk, Step<T>::small,
-      Step<T>::map, Step<T>::dynamic, Step<T>::gated;
+  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::small, Step<T>::map,
+      Step<T>::dynamic, Step<T>::gated;
 
   const LightAttentionForward& args;
+  const int moments_bytes;
+  const Tiling moments;
   const Summary<A> found;
   A *partial, *table, *gate_state;
 
   explicit ForwardStep(const LightAttentionForward& args)
       : Step<T>("light_attention", args, args.summary),
         args(args),
+        moments_bytes(bytes_of<T>({args.x, args.p})),
+        moments(this->tiling(1, moments_bytes, {args.x, args.p})),
         found(small(args.summary), planes) {
-    partial = this->scratch.take(kG * this->pieces() * args.channels);
+    partial = this->scratch.take(kG * planes * moments.pieces());
     table = this->scratch.take(kPlaneFields * planes);
     gate_state = gated() ? this->scratch.take(this->slots() * planes) : nullptr;
   }
@@ -115,7 +117,7 @@ struct ForwardStep : Step<T> {
   Features<T> prepare_branch() const {
     if (args.branch_norm == Norm::batch) {
       const Cut cut = cut_pieces<T>(args.batch, args.channels, area, args.channels_last,
-                                    walk.strips, {args.x});
+                                    moments.pieces(), {args.x});
       A *means = partial, *squares = partial + piece_rows(cut) * args.channels;
       launch(call, moments_kernel<T>, {cut.blocks, kThreads}, cut, map(args.x), means, squares);
       launch(call, statistics_kernel<A>, channel_grid(args.channels), cut, means, squares,
@@ -128,17 +130,24 @@ struct ForwardStep : Step<T> {
 
   // Pooled values, with the moments if the norm needs them.
   void pool(const Features<T>& in) const {
-    const Grid grid{walk.blocks, kThreads};
     const double pixels = static_cast<double>(area);
-    if (args.norm == Norm::batch) {
-      launch(call, plane_moments_kernel<T, false>, grid, walk, in, this->mixture(), Arriving<T>{},
-             partial, table + kShiftU * planes);
-      this->fold(kG, partial, ToTable<A>{planes, pixels, table, found.y,
-                                         gated() ? found.pooled_p : nullptr});
-    } else {
-      launch(call, means_kernel<T>, grid, walk, in, gated(), partial);
-      this->fold(gated() ? 2 : 1, partial, ToMeans<A>{planes, pixels, found.y});
-    }
+    if (args.norm != Norm::batch) return pool_alone(in);
+    with_format(args.channels_last, [&](auto last) {
+      launch(call, plane_moments_kernel<T, last.value, false>, tile_grid(moments, moments_bytes),
+             moments, in, this->mixture(), Arriving<T>{}, nullptr, nullptr, partial,
+             table + kShiftU * planes);
+    });
+    this->fold(kG, moments.pieces(), partial,
+               ToTable<A>{planes, pixels, table, found.y, gated() ? found.pooled_p : nullptr});
+  }
+
+  void pool_alone(const Features<T>& in) const {
+    const Cut cut = cut_pieces<T>(args.batch, args.channels, area, args.channels_last,
+                                  moments.pieces(), {in.x, in.p});
+    launch(call, means_kernel<T>, {cut.blocks, kThreads}, cut, in, partial,
+           partial + piece_rows(cut) * args.channels);
+    this->fold(gated() ? 2 : 1, cut.chunks, partial,
+               ToMeans<A>{planes, static_cast<double>(area), found.y});
   }
 
   void evaluate_cell(const void* y, const void* state, void* out, bool first_sample) const {
@@ -168,8 +177,13 @@ struct ForwardStep : Step<T> {
     const bool running = args.norm == Norm::running;
     const auto norm = this->norm(running ? args.mean_in : args.mean,
                                  running ? args.var_in : args.var);
-    launch(call, stencil_kernel<T>, {walk.blocks, kThreads}, walk, in, this->mixture(), norm,
-           args.residual, map(args.out), map(args.o));
+    with_format(args.channels_last, [&](auto last) {
+      const int bytes = last.value ? bytes_of<T>({args.x, args.p})
+                                   : bytes_of<T>({args.x, args.p, args.out, args.o});
+      const Tiling plan = this->tiling(1, bytes, {args.x, args.p, args.out, args.o});
+      launch(call, stencil_kernel<T, last.value>, tile_grid(plan, bytes), plan, in,
+             this->mixture(), norm, args.residual, map(args.out), map(args.o));
+    });
   }
 };
 
@@ -178,10 +192,12 @@ struct ForwardStep : Step<T> {
 template <class T>
 struct BackwardStep : Step<T> {
   using A = Compute<T>;
-  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::walk, Step<T>::small,
-      Step<T>::map, Step<T>::dynamic, Step<T>::gated, Step<T>::summary;
+  using Step<T>::call, Step<T>::planes, Step<T>::area, Step<T>::small, Step<T>::map,
+      Step<T>::dynamic, Step<T>::gated, Step<T>::summary;
 
   const LightAttentionBackward& args;
+  const int moments_bytes, map_bytes;  // shared memory for a pixel, of both passes
+  const Tiling moments, gradients;
   const Size state_size;  // elements of a state
   T* normed_dx;           // gradient of the normed branch, where dx is not that or a multiple of it
   A *partial, *table;
@@ -194,6 +210,11 @@ struct BackwardStep : Step<T> {
   explicit BackwardStep(const LightAttentionBackward& args)
       : Step<T>("light_attention_backward", args, args.summary),
         args(args),
+        moments_bytes(bytes_of<T>({args.x, args.p, args.grad_out, args.grad_o})),
+        map_bytes(moments_bytes + static_cast<int>(sizeof(A))),
+        moments(this->tiling(1, moments_bytes, {args.x, args.p, args.grad_out, args.grad_o})),
+        gradients(this->tiling(2, map_bytes, {args.x, args.p, args.grad_out, args.grad_o,
+                                              args.dx, args.dp})),
         state_size(this->slots() * planes) {
     const Size channels = args.channels;
     auto& memory = this->scratch;
@@ -202,7 +223,8 @@ struct BackwardStep : Step<T> {
         memory.take(normed ? ceil_div(planes * area, kPack<T>) * kPack<A> : 0));
     table = memory.take(kPlaneFields * planes);
     // The sums of whole planes are their table; when gradients are summed up, that is done with.
-    partial = walk.strips == 1 ? table : memory.take(kPlaneFields * this->pieces() * channels);
+    const Size pieces = std::max(moments.pieces(), gradients.pieces());
+    partial = pieces == 1 ? table : memory.take(kPlaneFields * planes * pieces);
     found.out_scale = memory.take(planes);
     found.da = memory.take(planes);
     found.dgate = gated() ? memory.take(state_size) : nullptr;
@@ -225,10 +247,13 @@ struct BackwardStep : Step<T> {
   }
 
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
-    launch(call, plane_moments_kernel<T, true>, {walk.blocks, kThreads}, walk, in, this->mixture(),
-           arriving, partial, table + kShiftU * planes);
-    if (walk.strips > 1)
-      this->fold(kSums, partial,
+    with_format(args.channels_last, [&](auto last) {
+      launch(call, plane_moments_kernel<T, last.value, true>, tile_grid(moments, moments_bytes),
+             moments, in, this->mixture(), arriving, summary.y,
+             gated() ? summary.pooled_p : nullptr, partial, table + kShiftU * planes);
+    });
+    if (partial != table)
+      this->fold(kSums, moments.pieces(), partial,
                  ToTable<A>{planes, static_cast<double>(area), table, nullptr, nullptr});
     launch(call, channel_gradients_kernel<A>, channel_grid(args.channels), this->planes_of(table),
            this->norm(args.mean, args.var), args.norm == Norm::batch, args.sigmoid_gate, found);
@@ -284,20 +309,22 @@ struct BackwardStep : Step<T> {
     const bool through_norm = args.norm == Norm::batch;
     const GradientFactors<A> factors{found.out_scale, found.mean,
                                      through_norm ? found.slope : nullptr, found.level};
-    const Gradients<T> pass{walk, in, this->mixture(), arriving, factors, dy, dpooled_p,
+    const Gradients<T> pass{gradients, in, this->mixture(), arriving, factors, dy, dpooled_p,
                             args.residual && arriving.out != nullptr,
                             args.branch_norm == Norm::running,
                             args.branch_norm == Norm::batch ? normed_dx : map(args.dx),
                             map(args.dp), partial};
-    launch(call, gradients_kernel<T>, {walk.blocks, kThreads}, pass);
+    with_format(args.channels_last, [&](auto last) {
+      launch(call, gradients_kernel<T, last.value>, tile_grid(gradients, map_bytes), pass);
+    });
     const Size fields = args.prev_weight == nullptr ? 9 : 18;
-    launch(call, weights_kernel<A>, channel_grid(args.channels, fields), this->pieces(),
-           args.channels, partial, small(args.lam), small(args.dv_weight),
-           small(args.dprev_weight));
+    launch(call, weights_kernel<A>, channel_grid(args.channels, fields),
+           args.batch * gradients.pieces(), args.channels, partial, small(args.lam),
+           small(args.dv_weight), small(args.dprev_weight));
   }
 
   void branch_gradients(const Features<T>& in) const {
-    const Size rows = this->pieces(), size = rows * args.channels;
+    const Size rows = args.batch * gradients.pieces(), size = rows * args.channels;
     const bool of_batch = args.branch_norm == Norm::batch;
     const ChannelNorm<A> norm{in.weight, in.bias, in.mean, in.var, args.branch_eps};
     launch(call, factors_kernel<A>, channel_grid(args.channels), rows, args.channels,

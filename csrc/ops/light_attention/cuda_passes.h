@@ -1,9 +1,9 @@
-// The passes of light_attention over whole feature maps on GPUs; passes.h says what they are for. A
-// block takes a strip of rows of a few channels, and leaves sums of that. o and g = dL/do are made
-// wherever they are needed, never stored unless asked for.
+// The passes of light_attention over whole feature maps on GPUs; passes.h says what they are for.
+// A block takes some rows of a few channels (tile.h), and leaves sums of that. o and g = dL/do are
+// made where they are needed, never stored unless asked for.
 #pragma once
 
-#include "common/cuda/walk.h"
+#include "common/cuda/tile.h"
 #include "ops/light_attention/plane_sums.h"
 
 namespace dla::cuda::light {
@@ -31,176 +31,250 @@ struct Arriving {
   const T *out, *o;
 };
 
-// The reader of both maps in one channel.
-template <class T>
-struct Reader {
-  using A = Compute<T>;
-  const T *x_map, *p_map;
-  bool join;
-  A mean = 0, scale = 1, bias = 0;
-
-  __device__ Reader(const Features<T>& in, const Path& path)
-      : x_map(in.x), p_map(in.p), join(in.join) {
-    if (!in.normed || !path.exists) return;
-    const Size c = path.channel;
-    mean = in.mean[c];
-    scale = inverse_sqrt(in.var[c] + in.eps);
-    if (in.weight != nullptr) scale *= in.weight[c];
-    if (in.bias != nullptr) bias = in.bias[c];
-  }
-
-  // Less the mean that the norm takes.
-  __device__ A branch(Size i) const { return to_compute(x_map[i]) - mean; }
-  __device__ A p(Size i) const { return to_compute(p_map[i]); }
-  __device__ A x(Size i) const {
-    if (!join) return to_compute(x_map[i]);
-    const A sum = branch(i) * scale + (bias + p(i));
-    return sum < A(0) ? A(0) : sum;  // NaN stays
-  }
-};
-
-// What is around a pixel of both maps.
-template <class T>
-struct Windows {
-  using A = Compute<T>;
-  const Reader<T>& read;
-  const bool has_p, has_prev;  // without prev_weight just the pixels of p itself are needed
-  Window<A> x, p = {};
-
-  __device__ Windows(const Reader<T>& read, const Mixture<A>& mixture)
-      : read(read), has_p(read.p_map != nullptr), has_prev(mixture.prev_weight != nullptr) {}
-
-  __device__ void next(const Path& path, int row, int column) {
-    x.next(path, [&](Size i) { return read.x(i); }, row, column);
-    if (has_p) p.next(path, [&](Size i) { return read.p(i); }, row, column, has_prev);
-  }
-  // As that of a Window.
-  __device__ void begin(const Path& path, int row, int column) {
-    next(path, row - 1, column);
-    next(path, row, column);
-  }
-};
-
 template <class A>
-__device__ inline void load_filter(const A* weight, const Path& path, A (&filter)[9]) {
+__device__ inline void load_filter(const A* weight, Size channel, A (&filter)[9]) {
 #pragma unroll
-  for (int i = 0; i < 9; ++i)
-    filter[i] = weight == nullptr || !path.exists ? A(0) : weight[path.channel * 9 + i];
+  for (int i = 0; i < 9; ++i) filter[i] = weight == nullptr ? A(0) : weight[channel * 9 + i];
 }
 
 // Of one plane: o is the sum of both maps, filtered.
 template <class A>
 struct Filters {
-  A a = 0, x[9], p[9];
+  A a, x[9], p[9];
 
-  __device__ Filters(const Mixture<A>& mixture, const Path& path) {
-    load_filter(mixture.v_weight, path, x);
-    load_filter(mixture.prev_weight, path, p);
-    if (!path.exists) return;
-    a = mixture.a[path.plane];
-    const A lam = mixture.lam[path.channel];
+  template <class Tile>
+  __device__ Filters(const Mixture<A>& mixture, const Tile& tile) : a(mixture.a[tile.plane]) {
+    load_filter(mixture.v_weight, tile.channel, x);
+    load_filter(mixture.prev_weight, tile.channel, p);
+    const A lam = mixture.lam[tile.channel];
 #pragma unroll
     for (int i = 0; i < 9; ++i) {
       x[i] *= a;
       p[i] *= lam;
     }
-    p[4] += lam * mixture.d[path.plane];
+    p[4] += lam * mixture.d[tile.plane];
   }
+  __device__ void scale(A factor) {
+#pragma unroll
+    for (int i = 0; i < 9; ++i) {
+      x[i] *= factor;
+      p[i] *= factor;
+    }
+  }
+};
 
-  template <class T>
-  __device__ A mixed(const Windows<T>& around) const {
-    const A of_x = around.x.dot(x);
-    return around.has_p ? of_x + around.p.dot(p) : of_x;
+// The maps x and p of a block, in shared memory.
+template <class T, bool channels_last>
+struct Maps {
+  using A = Compute<T>;
+  using Buffer = Shared<T>;
+  const Tile<T, channels_last>& tile;
+  const bool join, has_p, has_prev;
+  Buffer x, p;
+  A mean = 0, scale = 1, bias = 0;
+
+  // Puts them on their way. The first free buffer is then `next`.
+  __device__ Maps(const Features<T>& in, const Tile<T, channels_last>& tile, bool has_prev,
+                  Buffer buffers)
+      : tile(tile),
+        join(in.join),
+        has_p(in.p != nullptr),
+        has_prev(has_prev),
+        x(buffers),
+        p(buffers + tile.plan.buffer) {
+    tile.fetch(in.x, x, tile.plan.halo);
+    tile.clear(x);
+    if (has_p) tile.fetch(in.p, p, tile.plan.halo);
+    if (has_p) tile.clear(p);
+    if (!in.normed) return;
+    const Size c = tile.channel;
+    mean = in.mean[c];
+    scale = inverse_sqrt(in.var[c] + in.eps);
+    if (in.weight != nullptr) scale *= in.weight[c];
+    if (in.bias != nullptr) bias = in.bias[c];
+  }
+  __device__ Buffer next() const { return has_p ? p + tile.plan.buffer : p; }
+
+  __device__ A joined(A of_x, A of_p) const {
+    const A sum = (of_x - mean) * scale + (bias + of_p);
+    return sum < A(0) ? A(0) : sum;  // NaN stays
+  }
+  // A row, with zeros outside of the map; without p, of_p remains as it is.
+  __device__ void read(int row, Row<A>& of_x, Row<A>& of_p) const {
+    tile.read(x, row, of_x);
+    if (has_p) tile.read(p, row, of_p, has_prev || join);
+    if (!join) return;
+    const bool inside = tile.has_row(row);
+#pragma unroll
+    for (int e = 0; e < kColumns<A> + 2; ++e)
+      of_x[e] = inside && tile.has(e) ? joined(of_x[e], of_p[e]) : A(0);
+  }
+  // Adds a row to those of o.
+  __device__ void add(const Filters<A>& filters, int row, FilteredRows<A>& rows,
+                      A (&done)[kColumns<A>]) const {
+    Row<A> of_x, of_p;
+    read(row, of_x, of_p);
+    rows.add(of_x, filters.x, done);
+    if (has_prev) rows.add(of_p, filters.p, done);
+    if (has_prev || !has_p) return;
+#pragma unroll
+    for (int e = 0; e < kColumns<A>; ++e) rows.above[e] += filters.p[4] * of_p[e + 1];
+  }
+};
+
+// The arriving gradients of a block, in shared memory.
+template <class T>
+struct GradientBuffers {
+  const bool has_out, has_o;
+  const Shared<T> out, o, next;
+
+  __device__ GradientBuffers(const Arriving<T>& from, const Tiling& plan, Shared<T> buffers)
+      : has_out(from.out != nullptr),
+        has_o(from.o != nullptr),
+        out(buffers),
+        o(buffers + (has_out ? plan.buffer : 0)),
+        next(buffers + ((has_out ? plan.buffer : 0) + (has_o ? plan.buffer : 0))) {}
+
+  template <class Tile>
+  __device__ void fetch(const Arriving<T>& from, const Tile& tile, int halo) const {
+    if (has_out) tile.fetch(from.out, out, halo);
+    if (has_o) tile.fetch(from.o, o, halo);
   }
 };
 
 // ---- sums over planes ---------------------------------------------------------------------------
 
-// Puts sums of a block's rows of a channel to [count, batch, strips, channels].
-template <class A, int count>
-__device__ inline void put_sums(const Walk& walk, const Path& path, const A (&totals)[count],
-                                A* partial) {
-  const Size size = walk.batch * walk.strips * walk.channels;
-#pragma unroll
-  for (int i = 0; i < count; ++i) partial[i * size + path.piece] = totals[i];
-}
-
-// Sums of x and of p.
+// Sums of x and of p per piece; without p that of x twice.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    means_kernel(Walk walk, Features<T> in, bool of_p, Compute<T>* partial) {
+    means_kernel(Cut cut, Features<T> in, Compute<T>* of_x, Compute<T>* of_p) {
   using A = Compute<T>;
-  const Path path(walk);
-  const Reader<T> read(in, path);
-  A sums[2] = {};
-  for (int column = path.first_column; column < path.width && path.exists; column += walk.across)
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      const Size i = path.offset(row, column);
-      sums[0] += read.x(i);
-      if (of_p) sums[1] += read.p(i);
+  const Part<T> part(cut, blockIdx.x);
+  A mean[kPack<T>], scale[kPack<T>], bias[kPack<T>];
+  make_factors(cut, part, mean, [&](Size c) { return in.normed ? in.mean[c] : A(0); });
+  make_factors(cut, part, bias, [&](Size c) { return in.bias == nullptr ? A(0) : in.bias[c]; });
+  make_factors(cut, part, scale, [&](Size c) {
+    const A rstd = in.normed ? inverse_sqrt(in.var[c] + in.eps) : A(1);
+    return in.weight == nullptr ? rstd : rstd * in.weight[c];
+  });
+  Values<T, 2> sums = {};
+  const T* const p = in.p == nullptr ? in.x : in.p;
+  for_packs<T, 2>(part, {in.x, p}, [&](const Place& place, const Values<T, 2>& values) {
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) {
+      const A joined = (values[0][e] - mean[e]) * scale[e] + (bias[e] + values[1][e]);
+      const A x = in.join ? (joined < A(0) ? A(0) : joined) : values[0][e];
+      if (e >= place.begin && e < place.end) sums[0][e] += x;
+      sums[1][e] += values[1][e];
     }
-  finish_walk<A, 2>(walk, path, sums, [&](const A(&totals)[2]) {
-    put_sums(walk, path, totals, partial);
+  });
+  finish_sums<T, 2>(cut, part, sums, [&](Size plane, const A(&totals)[2]) {
+    of_x[piece_of(cut, plane)] = totals[0];
+    of_p[piece_of(cut, plane)] = totals[1];
   });
 }
 
-// u, p and e at the middle of a plane, by which they are shifted.
-template <class T>
-__device__ inline void load_shifts(const Path& path, Windows<T>& around,
-                                   const Compute<T> (&v_filter)[9],
-                                   const Compute<T> (&e_filter)[9], Compute<T> (&shifts)[3]) {
-  const int row = path.height / 2, column = path.width / 2;
-  around.begin(path, row, column);
-  around.next(path, row + 1, column);
-  shifts[0] = around.x.dot(v_filter);
-  shifts[1] = around.p.centre();
-  shifts[2] = around.p.dot(e_filter);
-}
+// u, p and e of a plane are shifted by what they would be if x and p were everywhere as their means
+// (null: not known) or as they are at its middle.
+template <class A>
+struct Shifts {
+  A u = 0, p = 0, e = 0;
+
+  template <class T, bool channels_last>
+  __device__ Shifts(const Features<T>& in, const Maps<T, channels_last>& maps, const A* mean_x,
+                    const A* mean_p, const A (&v_filter)[9], const A (&e_filter)[9]) {
+    const auto& tile = maps.tile;
+    const Size middle = tile.offset(tile.plan.height / 2, tile.plan.width / 2);
+    if (maps.has_p) p = to_compute(in.p[middle]);
+    const A raw = to_compute(in.x[middle]);
+    const A x = mean_x != nullptr ? mean_x[tile.plane] : maps.join ? maps.joined(raw, p) : raw;
+    if (mean_p != nullptr) p = mean_p[tile.plane];
+#pragma unroll
+    for (int i = 0; i < 9; ++i) {
+      u += v_filter[i] * x;
+      e += e_filter[i] * p;
+    }
+  }
+};
 
 // The first sums of PlaneSum: those of the features, backward also those with gradients. The shifts
-// are written to shifts [3, batch, channels].
-template <class T, bool backward>
-__global__ void __launch_bounds__(kThreads)
-    plane_moments_kernel(Walk walk, Features<T> in, Mixture<Compute<T>> mixture,
-                         Arriving<T> arriving, Compute<T>* partial, Compute<T>* shifts) {
+// are written to shifts [3, batch, channels]; means of x and p as far as they are known, else null.
+template <class T, bool channels_last, bool backward>
+__global__ void __launch_bounds__(kTileThreads, 3)
+    plane_moments_kernel(const __grid_constant__ Tiling plan, Features<T> in,
+                         Mixture<Compute<T>> mixture, Arriving<T> arriving,
+                         const Compute<T>* mean_x, const Compute<T>* mean_p, Compute<T>* partial,
+                         Compute<T>* shifts) {
   using A = Compute<T>;
   constexpr int kCount = backward ? kSums : kG;
-  const Path path(walk);
-  const Reader<T> read(in, path);
-  Windows<T> around(read, mixture);
-  A v_filter[9], e_filter[9], shift[3], sums[kCount] = {};
-  load_filter(mixture.v_weight, path, v_filter);
-  load_filter(mixture.prev_weight, path, e_filter);
-  load_shifts(path, around, v_filter, e_filter, shift);
-  for (int column = path.first_column; column < path.width && path.exists; column += walk.across) {
-    around.begin(path, path.first_row, column);
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      around.next(path, row + 1, column);
-      const A u = around.x.dot(v_filter) - shift[0];
-      const A p = around.p.centre() - shift[1], e = around.p.dot(e_filter) - shift[2];
-      const A x = around.x.centre();
-      const A of_features[] = {x, u, u * u, p, p * p, u * p, e, e * e, p * e, u * e};
-#pragma unroll
-      for (int i = 0; i < kG; ++i) sums[i] += of_features[i];
+  DLA_SHARED(A, exchange, kCount * kTileThreads);
+  DLA_DYNAMIC_SHARED(T, buffers);
+  const Tile<T, channels_last> tile(plan);
+  const bool has_prev = mixture.prev_weight != nullptr;
+  const Maps<T, channels_last> maps(in, tile, has_prev, buffers);
+  const GradientBuffers<T> grads(arriving, plan, maps.next());
+  if constexpr (backward) grads.fetch(arriving, tile, 0);
+  A v_filter[9], e_filter[9], sums[kCount] = {};
+  load_filter(mixture.v_weight, tile.channel, v_filter);
+  load_filter(mixture.prev_weight, tile.channel, e_filter);
+  const Shifts<A> shift(in, maps, mean_x, mean_p, v_filter, e_filter);
+  wait_for_packs();
+  __syncthreads();
+  FilteredRows<A> rows_of_u, rows_of_e;
+  A p_above[kColumns<A>] = {};
+  for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
+    Row<A> x_row, p_row = {};
+    maps.read(row, x_row, p_row);
+    A u[kColumns<A>], e[kColumns<A>];
+    rows_of_u.move_on(-shift.u, u);
+    rows_of_u.add(x_row, v_filter, u);
+    rows_of_e.move_on(-shift.e, e);
+    if (has_prev) rows_of_e.add(p_row, e_filter, e);
+    if (row > tile.begin) {
+      Row<A> grad_rows[2];
       if constexpr (backward) {
-        const T* const maps[] = {arriving.out, arriving.o};
+        if (grads.has_out) tile.read(grads.out, row - 1, grad_rows[0], false);
+        if (grads.has_o) tile.read(grads.o, row - 1, grad_rows[1], false);
+      }
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          if (maps[m] == nullptr) continue;
-          const A g = to_compute(maps[m][path.offset(row, column)]);
-          const A with_g[] = {g, g * u, g * p, g * e};
+      for (int i = 0; i < kColumns<A>; ++i) {
+        if (i >= tile.count) continue;
+        const A p = p_above[i];
+        const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[kG + 4 * m + i] += with_g[i];
+        for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
+        if (has_prev) {
+          const A more[] = {e[i], e[i] * e[i], p * e[i], u[i] * e[i]};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[kE + k] += more[k];
+        }
+        if constexpr (backward) {
+          const bool arrives[] = {grads.has_out, grads.has_o};
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            if (!arrives[m]) continue;
+            const A g = grad_rows[m][i + 1];
+            const A with_g[] = {g, g * u[i], g * p, g * e[i]};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[kG + 4 * m + k] += with_g[k];
+          }
         }
       }
     }
-  }
-  finish_walk<A, kCount>(walk, path, sums, [&](const A(&totals)[kCount]) {
-    put_sums(walk, path, totals, partial);
-    if (path.first_row > 0) return;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) shifts[i * walk.batch * walk.channels + path.plane] = shift[i];
+    for (int i = 0; i < kColumns<A>; ++i) {
+      if (row >= tile.begin && row < tile.end) sums[kX] += x_row[i + 1];
+      p_above[i] = p_row[i + 1] - shift.p;
+    }
+  }
+  const Size size = plan.batch * plan.pieces() * plan.channels;
+  tile.template finish<kCount>(sums, exchange, [&](int i, Size piece, A total) {
+    partial[i * size + piece] = total;
   });
+  if (!tile.leads()) return;
+  const A of_plane[] = {shift.u, shift.p, shift.e};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) shifts[i * plan.batch * plan.channels + tile.plane] = of_plane[i];
 }
 
 // ---- output -------------------------------------------------------------------------------------
@@ -212,36 +286,62 @@ struct OutputNorm {
   double eps;
 };
 
-// out = [x] + m (gamma (o - mean) rstd + beta), and o if it is not null. Two blocks to a processor:
-// for a third one ptxas would spill.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    stencil_kernel(Walk walk, Features<T> in, Mixture<Compute<T>> mixture,
-                   OutputNorm<Compute<T>> norm, bool residual, T* out, T* o) {
-  using A = Compute<T>;
-  const Path path(walk);
-  if (!path.exists) return;
-  const Reader<T> read(in, path);
-  const Filters<A> filters(mixture, path);
-  Windows<T> around(read, mixture);
-  const Size c = path.channel;
-  const A drop = norm.drop_scale == nullptr ? A(1) : norm.drop_scale[path.sample];
-  const A mean = norm.mean == nullptr ? A(0) : norm.mean[c];
-  const A rstd =
-      norm.mean == nullptr ? A(1) : inverse_sqrt(norm.var[c] + static_cast<A>(norm.eps));
-  const A scale = drop * (norm.weight == nullptr ? rstd : rstd * norm.weight[c]);
-  const A shift = norm.bias == nullptr ? A(0) : drop * norm.bias[c];
-  for (int column = path.first_column; column < path.width; column += walk.across) {
-    around.begin(path, path.first_row, column);
-    for (int row = path.first_row; row < path.last_row; ++row) {
-      around.next(path, row + 1, column);
-      const A mixed = filters.mixed(around);
-      const Size i = path.offset(row, column);
-      if (o != nullptr) from_compute(mixed, o[i]);
-      const A branch = (mixed - mean) * scale + shift;
-      from_compute(residual ? around.x.centre() + branch : branch, out[i]);
-    }
+// out = scale o + added, of one plane.
+template <class A>
+struct PlaneNorm {
+  A scale, added;
+
+  __device__ PlaneNorm(const OutputNorm<A>& norm, Size c, Size sample) {
+    const A drop = norm.drop_scale == nullptr ? A(1) : norm.drop_scale[sample];
+    const A mean = norm.mean == nullptr ? A(0) : norm.mean[c];
+    const A rstd =
+        norm.mean == nullptr ? A(1) : inverse_sqrt(norm.var[c] + static_cast<A>(norm.eps));
+    scale = drop * (norm.weight == nullptr ? rstd : rstd * norm.weight[c]);
+    added = (norm.bias == nullptr ? A(0) : drop * norm.bias[c]) - mean * scale;
   }
+};
+
+// out = [x] + m (gamma (o - mean) rstd + beta), and o if it is not null. If o is not wanted, norm
+// and residual are part of the filters.
+template <class T, bool channels_last>
+__global__ void __launch_bounds__(kTileThreads, 4)
+    stencil_kernel(const __grid_constant__ Tiling plan, Features<T> in,
+                   Mixture<Compute<T>> mixture, OutputNorm<Compute<T>> norm, bool residual, T* out,
+                   T* o) {
+  using A = Compute<T>;
+  DLA_DYNAMIC_SHARED(T, buffers);
+  const Tile<T, channels_last> tile(plan);
+  const Maps<T, channels_last> maps(in, tile, mixture.prev_weight != nullptr, buffers);
+  const Shared<T> out_buffer = maps.next(), o_buffer = out_buffer + plan.buffer;
+  const PlaneNorm<A> end(norm, tile.channel, tile.sample);
+  Filters<A> filters(mixture, tile);
+  A start = 0;
+  if (o == nullptr) {
+    start = end.added;
+    filters.scale(end.scale);
+    if (residual) filters.x[4] += A(1);
+  }
+  wait_for_packs();
+  __syncthreads();
+  FilteredRows<A> rows;
+  for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
+    A done[kColumns<A>];
+    rows.move_on(start, done);
+    maps.add(filters, row, rows, done);
+    if (row <= tile.begin) continue;
+    if (o != nullptr) {
+      tile.put(row - 1, done, o_buffer, o);
+      Row<A> x = {}, p;
+      if (residual) maps.read(row - 1, x, p);
+#pragma unroll
+      for (int e = 0; e < kColumns<A>; ++e)
+        done[e] = (residual ? x[e + 1] : A(0)) + (done[e] * end.scale + end.added);
+    }
+    tile.put(row - 1, done, out_buffer, out);
+  }
+  __syncthreads();
+  tile.flush(out_buffer, out);
+  if (o != nullptr) tile.flush(o_buffer, o);
 }
 
 // ---- gradients ----------------------------------------------------------------------------------
@@ -260,7 +360,7 @@ struct GradientFactors {
 template <class T>
 struct Gradients {
   using A = Compute<T>;
-  Walk walk;
+  Tiling plan;
   Features<T> in;
   Mixture<A> mixture;
   Arriving<T> arriving;
@@ -269,117 +369,163 @@ struct Gradients {
   bool residual;
   bool scaled;  // whether dx is that of the branch, else that of the normed branch
   T *dx, *dp;   // dp may be null
-  A* partial;   // [kGradientSums, batch, strips, channels]
+  A* partial;   // [kGradientSums, batch, pieces, channels]
 };
 
-// A thread's share in the gradients of its channel.
-template <class T>
-struct GradientsOfColumn {
+// A block makes g for its pixels and those around them, in shared memory; then dx, dp and the sums.
+template <class T, bool channels_last>
+struct GradientsOfTile {
   using A = Compute<T>;
   const Gradients<T>& pass;
-  const Path& path;
-  const Reader<T>& read;
+  const Tile<T, channels_last>& tile;
+  const Maps<T, channels_last>& maps;
+  const GradientBuffers<T> grads;
+  const Shared<A> g;
   const Filters<A> filters;
-  A out_scale = 0, mean = 0, slope = 0, level = 0, of_x = 0, of_p = 0;
+  const bool through_norm;
+  const A out_scale;
+  A mean = 0, slope = 0, level = 0, of_x, of_p = 0;
   A sums[kGradientSums] = {};
-  A arrived[2] = {};  // gradients of out at the last two rows
-  Window<A> g = {};
 
-  __device__ GradientsOfColumn(const Gradients<T>& pass, const Path& path, const Reader<T>& read)
-      : pass(pass), path(path), read(read), filters(pass.mixture, path) {
-    if (!path.exists) return;
-    const A pixels = static_cast<A>(static_cast<Size>(path.height) * path.width);
-    of_x = pass.dy[path.plane] / pixels;
-    if (pass.dpooled_p != nullptr) of_p = pass.dpooled_p[path.plane] / pixels;
-    out_scale = pass.factors.out_scale[path.plane];
-    if (pass.factors.slope == nullptr) return;
-    mean = pass.factors.mean[path.channel];
-    slope = pass.factors.slope[path.channel];
-    level = pass.factors.level[path.channel];
+  __device__ GradientsOfTile(const Gradients<T>& pass, const Maps<T, channels_last>& maps,
+                             Shared<A> memory)
+      : pass(pass),
+        tile(maps.tile),
+        maps(maps),
+        grads(pass.arriving, pass.plan, maps.next()),
+        g(memory + maps_before_g(pass) * pass.plan.buffer * int(sizeof(T)) / int(sizeof(A))),
+        filters(pass.mixture, tile),
+        through_norm(pass.factors.slope != nullptr),
+        out_scale(pass.factors.out_scale[tile.plane]) {
+    grads.fetch(pass.arriving, tile, 1);
+    tile.clear(g);
+    const A pixels = static_cast<A>(static_cast<Size>(pass.plan.height) * pass.plan.width);
+    of_x = pass.dy[tile.plane] / pixels;
+    if (pass.dpooled_p != nullptr) of_p = pass.dpooled_p[tile.plane] / pixels;
+    if (!through_norm) return;
+    mean = pass.factors.mean[tile.channel];
+    slope = pass.factors.slope[tile.channel];
+    level = pass.factors.level[tile.channel];
   }
 
-  // g at a pixel; 0 outside.
-  __device__ A make_g(const Windows<T>& around, int row, int column) {
-    arrived[0] = arrived[1];
-    arrived[1] = 0;
-    if (!path.inside(row, column)) return 0;
-    const Size i = path.offset(row, column);
-    A found = 0;
-    if (pass.factors.slope != nullptr) found = slope * (filters.mixed(around) - mean) + level;
-    if (pass.arriving.o != nullptr) found += to_compute(pass.arriving.o[i]);
-    if (pass.arriving.out == nullptr) return found;
-    arrived[1] = to_compute(pass.arriving.out[i]);
-    return found + out_scale * arrived[1];
+  __device__ static int maps_before_g(const Gradients<T>& pass) {
+    return 1 + (pass.in.p != nullptr) + (pass.arriving.out != nullptr) +
+           (pass.arriving.o != nullptr);
   }
 
-  __device__ void correlate(const Windows<T>& around, A middle) {
+  // g from o less its mean.
+  __device__ A found(A centred, A of_out, A of_o) const {
+    return slope * centred + (level + out_scale * of_out + of_o);
+  }
+
+  // g of the thread's columns; the first and the last rows of a block with one more.
+  __device__ void make_g() const {
+    const int begin = tile.begin - (tile.begin == tile.first_row && tile.has_row(tile.begin - 1));
+    const int end = tile.end + (tile.end == tile.last_row && tile.has_row(tile.end));
+    FilteredRows<A> rows;
+    for (int row = begin - 1; row <= end && tile.begin < tile.end; ++row) {
+      A done[kColumns<A>];
+      rows.move_on(-mean, done);
+      if (through_norm) maps.add(filters, row, rows, done);
+      if (row <= begin) continue;
+      Row<A> of_out = {}, of_o = {};
+      if (grads.has_out) tile.read(grads.out, row - 1, of_out, false);
+      if (grads.has_o) tile.read(grads.o, row - 1, of_o, false);
+      const int at = tile.place(row - 1, tile.column);
 #pragma unroll
-    for (int i = 0; i < 9; ++i) {
-      sums[kVWeight + i] += middle * around.x.at[i];
-      sums[kPrevWeight + i] += middle * around.p.at[i];
+      for (int e = 0; e < kColumns<A>; ++e)
+        if (e < tile.count) g[at + e * tile.side] = found(done[e], of_out[e + 1], of_o[e + 1]);
     }
   }
 
-  // dx and dp of the pixel that g is now around; x is there.
-  __device__ void spread(Size i, A x) {
-    A to_x = of_x + g.transposed_dot(filters.x);
-    if (pass.residual) to_x += arrived[0];
-    if (read.join && x <= A(0)) to_x = 0;
-    if (pass.in.normed) {
-      sums[kBranch] += to_x;
-      sums[kBranchWithZ] += to_x * read.branch(i);
-    }
-    from_compute(pass.scaled ? to_x * read.scale : to_x, pass.dx[i]);
-    if (pass.dp == nullptr) return;
-    const A to_p = of_p + g.transposed_dot(filters.p);
-    from_compute(read.join ? to_p + to_x : to_p, pass.dp[i]);
-  }
-
-  __device__ void finish() {
-    finish_walk<A, kGradientSums>(pass.walk, path, sums, [&](A(&totals)[kGradientSums]) {
+  // g of the columns beside the block's.
+  __device__ void make_sides() const {
+    tile.each_beside([&](int row, int column) {
+      A centred = -mean;
 #pragma unroll
-      for (int i = 0; i < 9; ++i) totals[kVWeight + i] *= filters.a;
-      put_sums(pass.walk, path, totals, pass.partial);
+      for (int i = 0; i < 9; ++i) {
+        const int r = row + i / 3 - 1, c = column + i % 3 - 1;
+        if (!through_norm || !tile.has_row(r) || !tile.has_column(c)) continue;
+        const int at = tile.place(r, c);
+        const A p = maps.has_p ? to_compute(static_cast<T>(maps.p[at])) : A(0);
+        const A x = to_compute(static_cast<T>(maps.x[at]));
+        centred += filters.x[i] * (maps.join ? maps.joined(x, p) : x) + filters.p[i] * p;
+      }
+      const int at = tile.place(row, column);
+      g[at] = found(centred, grads.has_out ? to_compute(static_cast<T>(grads.out[at])) : A(0),
+                    grads.has_o ? to_compute(static_cast<T>(grads.o[at])) : A(0));
     });
+  }
+
+  // dx and dp of a row, and its share in the sums; around: g of the three rows about it.
+  __device__ void spread(int row, const ThreeRows<A>& around) {
+    Row<A> x, p = {}, of_out = {};
+    tile.read(maps.x, row, x, false);
+    if (maps.has_p) tile.read(maps.p, row, p, false);
+    if (grads.has_out && pass.residual) tile.read(grads.out, row, of_out, false);
+    A to_x[kColumns<A>], to_p[kColumns<A>];
+#pragma unroll
+    for (int e = 0; e < kColumns<A>; ++e) {
+      const A raw = x[e + 1], own_p = p[e + 1];
+      const A own_x = maps.join ? maps.joined(raw, own_p) : raw;
+      to_x[e] = of_x + of_out[e + 1];
+      to_p[e] = of_p;
+      const bool counts = e < tile.count;
+      around.spread(e, filters.x, own_x, counts, to_x[e], sums + kVWeight);
+      if (maps.has_prev)
+        around.spread(e, filters.p, own_p, counts, to_p[e], sums + kPrevWeight);
+      else
+        to_p[e] += filters.p[4] * around.rows[1][e + 1];
+      if (maps.join && own_x <= A(0)) to_x[e] = 0;
+      if (maps.join) to_p[e] += to_x[e];
+      if (pass.in.normed && counts) {
+        sums[kBranch] += to_x[e];
+        sums[kBranchWithZ] += to_x[e] * (raw - maps.mean);
+      }
+      if (pass.scaled) to_x[e] *= maps.scale;
+    }
+    // Nobody else reads these pixels of x and p any more.
+    tile.put(row, to_x, maps.x, pass.dx);
+    if (pass.dp != nullptr) tile.put(row, to_p, maps.p, pass.dp);
+  }
+
+  __device__ void spread_g() {
+    ThreeRows<A> around;
+    for (int row = tile.begin - 1; row <= tile.end && tile.begin < tile.end; ++row) {
+      tile.read(g, row, around.move_on());
+      if (row > tile.begin) spread(row - 1, around);
+    }
+  }
+
+  __device__ void finish(Shared<A> exchange) {
+#pragma unroll
+    for (int i = 0; i < 9; ++i) sums[kVWeight + i] *= filters.a;
+    const Size size = pass.plan.batch * pass.plan.pieces() * pass.plan.channels;
+    tile.template finish<kGradientSums>(sums, exchange, [&](int i, Size piece, A total) {
+      pass.partial[i * size + piece] = total;
+    });
+    tile.flush(maps.x, pass.dx);
+    if (pass.dp != nullptr) tile.flush(maps.p, pass.dp);
   }
 };
 
-// Every thread makes g down its column, beginning a row early and ending a row late, and finds that
-// of the columns beside it in shared memory. If the map is wider than a block, it takes several
-// turns, in which the first and the last column only have their g made: they are another turn's.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+template <class T, bool channels_last>
+__global__ void __launch_bounds__(kTileThreads, 3)
     gradients_kernel(const __grid_constant__ Gradients<T> pass) {
   using A = Compute<T>;
-  DLA_SHARED(A, row_of_g, 2 * kThreads);  // the next row is written while this one is read
-  const Walk& walk = pass.walk;
-  const Path path(walk);
-  const Reader<T> read(pass.in, path);
-  GradientsOfColumn<T> column_of(pass, path, read);
-  Windows<T> around(read, pass.mixture);
-  const int beside = walk.channels_last ? walk.together : 1;  // threads from column to column
-  const int halo = walk.across < walk.width ? 1 : 0, own = walk.across - 2 * halo;
-  const int lane = path.first_column;
-  int mine = static_cast<int>(threadIdx.x);
-  for (int first = 0; first < walk.width; first += own) {
-    const int column = first - halo + lane;
-    const bool owns =
-        path.exists && lane >= halo && lane < halo + own && column < walk.width;
-    around.begin(path, path.first_row - 1, column);
-    for (int row = path.first_row - 1; row <= path.last_row; ++row) {
-      around.next(path, row + 1, column);
-      const A middle = column_of.make_g(around, row, column);
-      if (owns && row >= path.first_row && row < path.last_row) column_of.correlate(around, middle);
-      row_of_g[mine] = middle;
-      __syncthreads();
-      column_of.g.push(lane > 0 ? static_cast<A>(row_of_g[mine - beside]) : A(0), middle,
-                       lane + 1 < walk.across ? static_cast<A>(row_of_g[mine + beside]) : A(0));
-      mine = mine < kThreads ? mine + kThreads : mine - kThreads;
-      if (owns && row > path.first_row)
-        column_of.spread(path.offset(row - 1, column), around.x.above());
-    }
-  }
-  column_of.finish();
+  DLA_SHARED(A, exchange, kGradientSums * kTileThreads);
+  DLA_DYNAMIC_SHARED(T, buffers);
+  DLA_DYNAMIC_SHARED(A, memory);
+  const Tile<T, channels_last> tile(pass.plan);
+  const Maps<T, channels_last> maps(pass.in, tile, pass.mixture.prev_weight != nullptr, buffers);
+  GradientsOfTile<T, channels_last> gradients(pass, maps, memory);
+  wait_for_packs();
+  __syncthreads();
+  gradients.make_g();
+  gradients.make_sides();
+  __syncthreads();
+  gradients.spread_g();
+  gradients.finish(exchange);
 }
 
 }  // namespace dla::cuda::light
