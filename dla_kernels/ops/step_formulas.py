@@ -39,9 +39,7 @@ def gates_of(
 
     The states that these steps make are thrown away.
     """
-    contexts = context_of(state, context).unsqueeze(1).expand(-1, len(features), -1, -1)
-    output = cell_step(features.flatten(0, 1), contexts.flatten(1, 2), params, cell, activation)[0]
-    output = output.view_as(features)
+    output = cell_step(features, context_of(state, context), params, cell, activation)[0]
     return torch.sigmoid(output) if gate == "sigmoid" else output
 
 

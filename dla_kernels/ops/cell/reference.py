@@ -30,14 +30,14 @@ def cell(
     """One step of a recurrent cell.
 
     Args:
-        y: input [B, C].
+        y: input [B, C]; or [M, B, C], of M steps from one state, whose part is computed once.
         state: [S, B, C]; (c) for "dsu", (h) for "rnn", (h, c) for the others.
         params: the weights of the cell, in the order of its function below.
         kind: one of ``CELLS``.
         activation: normalisation of c before it enters "dsu" (Table 5); the others ignore it.
 
     Returns:
-        The new state [S, B, C]; the output of the cell is its slot 0.
+        The new state [S, B, C] or [S, M, B, C]; the output of the cell is its slot 0.
     """
     with without_autocast(y):
         return CELLS[kind].step(y, state, params, ACTIVATIONS[activation])
@@ -50,7 +50,8 @@ def dsu(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Activati
     """
     w_hidden, w_gates, b_gates = params
     c = state[0]
-    hidden = torch.relu(linear(torch.cat([activation(c), y], dim=1), w_hidden))
+    w_c, w_y = w_hidden.chunk(2, dim=1)
+    hidden = torch.relu(linear(activation(c), w_c) + linear(y, w_y))
     new_c = _update(c, linear(hidden, w_gates, b_gates))
     return new_c.unsqueeze(0)
 
@@ -98,15 +99,15 @@ def rnn(y: Tensor, state: Tensor, params: Sequence[Tensor], activation: Activati
 
 
 def _update(c: Tensor, gates: Tensor) -> Tensor:
-    """c' = f c + i c~ from the gates [B, 3C] before their activations."""
-    i, f, candidate = gates.chunk(3, dim=1)
+    """c' = f c + i c~ from the gates [.., 3C] before their activations."""
+    i, f, candidate = gates.chunk(3, dim=-1)
     return torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
 
 
 def _split_output(gates: Tensor) -> tuple[Tensor, Tensor]:
-    """(i, f, c~) and o of four gates [B, 4C]."""
-    channels = gates.shape[1] // 4
-    return gates[:, : 3 * channels], gates[:, 3 * channels :]
+    """(i, f, c~) and o of four gates [.., 4C]."""
+    channels = gates.shape[-1] // 4
+    return gates[..., : 3 * channels], gates[..., 3 * channels :]
 
 
 def _bottleneck(u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
