@@ -140,6 +140,7 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
 
     kinds = [_PLAIN[str(argument.type)] for argument in overload._schema.arguments]
     lists = [index for index, kind in enumerate(kinds) if kind is _PLAIN["List[Tensor]"]]
+    singles = [index for index, kind in enumerate(kinds) if Tensor in kind]
 
     @functools.lru_cache(1024)
     def are_plain(*types: type) -> bool:
@@ -150,7 +151,7 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
             _dispatches_plainly()
             and are_plain(*map(type, args))
             and all(_are_plain_tensors(args[index]) for index in lists)
-            and not any(value.is_neg() for value in args if type(value) is Tensor)
+            and not any(args[index].is_neg() for index in singles if type(args[index]) is Tensor)
         )
         if plainly:
             return direct(*args)
