@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dla_kernels
 from dla.nn.batch_norm import (
+    BatchNormArguments,
     batch_norm,
     batch_norm_arguments,
     is_plain,
@@ -257,11 +258,14 @@ class DLALayer(nn.Module):
             branch_eps=branch.eps,
         )
         if self._norm_and_drop_path_are_fused():
+            norm = batch_norm_arguments(self.norm, x, dtype)
             out, o, context, *statistics, summary = self._finished_by_op(
-                x, attend, return_o=keep_output
+                x, norm, attend, return_o=keep_output
             )
-            track_statistics(self.norm, *statistics[:2], x)
-            track_statistics(branch_norm, *statistics[2:], x)
+            if norm.mode == "batch":
+                track_statistics(self.norm, *statistics[:2], x)
+            if branch.mode == "batch":
+                track_statistics(branch_norm, *statistics[2:], x)
         else:
             o, _, context, *_, summary = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
@@ -293,10 +297,12 @@ class DLALayer(nn.Module):
             return_v=keep_output,
         )
         if self._norm_and_drop_path_are_fused():
-            results = self._finished_by_op(x, attend, relu=True)
+            norm = batch_norm_arguments(self.norm, x, state.context.dtype)
+            results = self._finished_by_op(x, norm, attend, relu=True)
             out = results[0]
-            *_, mean, var, _ = results
-            track_statistics(self.norm, mean, var, x)
+            if norm.mode == "batch":
+                *_, mean, var, _ = results
+                track_statistics(self.norm, mean, var, x)
         else:
             results = self._attention_alone(attend, relu=False)
             out = self._finished_by_modules(x, results[0])
@@ -334,10 +340,13 @@ class DLALayer(nn.Module):
         }
 
     def _finished_by_op(
-        self, x: Tensor, attend: Callable[..., tuple[Tensor, ...]], **flags: bool
+        self,
+        x: Tensor,
+        norm: BatchNormArguments,
+        attend: Callable[..., tuple[Tensor, ...]],
+        **flags: bool,
     ) -> tuple[Tensor, ...]:
         """Results of the op that does everything up to the residual."""
-        norm = batch_norm_arguments(self.norm, x, compute_dtype(x.dtype))
         scale = self.drop_path.scale(x)
         return attend(
             norm_weight=norm.weight,
