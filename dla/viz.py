@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dla.nn.checks import integer
 from dla.nn.recording import AttentionRecord, recordings
 from dla_kernels.ops.common import describe
 
@@ -49,8 +50,7 @@ def attention_matrix(records: Sequence[AttentionRecord], stage: int = -1) -> Ten
     Raises:
         ValueError, TypeError: no such records, or no such stage.
     """
-    if isinstance(stage, bool) or not isinstance(stage, int):
-        raise TypeError(f"stage: expected an integer, got {describe(stage)}")
+    integer("stage", stage)
     stages: list[list[Tensor]] = []
     for entry in records:
         if not isinstance(entry, AttentionRecord):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import dla_kernels
 from dla.models.registry import register_variant
 from dla.nn import DIAStage, DLAStage, ECAGate, SEGate
-from dla.nn.checks import match_autocast, one_of
+from dla.nn.checks import match_autocast
 from dla.nn.form import SPECS
+from dla_kernels.ops.checks import one_of
 
 # In the authors' key: the stem and the head, then what a block consists of.
 _STEM_AND_HEAD = (r"^(conv1|bn1|fc)\.", r"\1.")

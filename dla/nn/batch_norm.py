@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import check_like, match_autocast, number
+from dla.nn.checks import match_autocast, number
 from dla.nn.tensors import cast, parameter
-from dla_kernels.ops.checks import at_least_zero
+from dla_kernels.ops.checks import at_least_zero, like
 from dla_kernels.ops.common import compute_dtype, describe
 
 
@@ -51,16 +51,16 @@ def batch_norm_arguments(
     return BatchNormArguments("batch", norm.eps, weight, bias, None, None)
 
 
-def track_statistics(norm: nn.BatchNorm2d | None, mean: Tensor, var: Tensor, x: Tensor) -> None:
+def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, x: Tensor) -> None:
     """Updates running statistics as BatchNorm2d does: the variance unbiased, the mean of all
     batches so far under ``momentum=None``.
 
     Args:
-        norm: None, or not in need of updates: nothing is done.
-        mean, var: of the batch, [C], the variance biased; empty if an op took none.
+        norm: that took statistics of the batch. If it does not keep any, nothing is done.
+        mean, var: these, [C], the variance biased.
         x: features of the shape that they were taken over.
     """
-    if norm is None or not (norm.training and norm.track_running_stats and mean.numel()):
+    if not (norm.training and norm.track_running_stats):
         return
     running_mean, running_var = norm.running_mean, norm.running_var
     tracked = norm.num_batches_tracked
@@ -86,13 +86,14 @@ def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) 
     """relu(norm(branch) + shortcut), all [B, C, H, W]: the end of a residual block."""
     shortcut = match_autocast(shortcut, branch)
     if not (fused and is_plain(norm)):
-        check_like("shortcut", shortcut, branch.shape, branch.dtype, branch.device)
+        like("shortcut", shortcut, branch.shape, branch.dtype, branch.device)
         if not isinstance(norm, nn.Module | None):
             raise TypeError(f"branch_norm: expected a Module or None, got {describe(norm)}")
         return torch.relu((branch if norm is None else norm(branch)) + shortcut)
     mode, eps, *tensors = batch_norm_arguments(norm, branch, compute_dtype(branch.dtype))
     out, mean, var = dla_kernels.residual_norm(branch, shortcut, *tensors, norm=mode, eps=eps)
-    track_statistics(norm, mean, var, branch)
+    if mode == "batch":
+        track_statistics(norm, mean, var, branch)
     return out
 
 

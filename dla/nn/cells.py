@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import hidden_width, one_of
+from dla.nn.checks import hidden_width
 from dla.nn.tensors import parameter
+from dla_kernels.ops.checks import one_of
 from dla_kernels.ops.common import compute_dtype
 
 INITIAL_STATES = ("zeros", "normal", "learned")

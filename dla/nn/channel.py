@@ -8,15 +8,14 @@ from dla.nn.cells import CELLS, Cell
 from dla.nn.checks import (
     boolean,
     check_features,
-    check_like,
     hidden_width,
     match_autocast,
-    one_of,
     positive_int,
 )
 from dla.nn.form import channel_kernel_size, check_kind
 from dla.nn.state import DLAState, check_state
 from dla_kernels.ops.cell import reference as cell_reference
+from dla_kernels.ops.checks import like, one_of
 from dla_kernels.ops.common import compute_dtype
 from dla_kernels.ops.global_pool import reference as pool_reference
 from dla_kernels.ops.residual_gate import reference as gate_reference
@@ -139,7 +138,7 @@ class DIALayer(nn.Module):
         else:
             context = check_state(state, cell, u, dtype).context
         shortcut = match_autocast(shortcut, u)
-        check_like("shortcut", shortcut, u.shape, u.dtype, u.device)
+        like("shortcut", shortcut, u.shape, u.dtype, u.device)
         pool = (dla_kernels if self.fused else pool_reference).global_pool
         step = (dla_kernels if self.fused else cell_reference).cell
         finish = (dla_kernels if self.fused else gate_reference).residual_gate

@@ -1,28 +1,25 @@
 """Checks of arguments of layers, with messages that name them."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dla_kernels.ops.checks import like, strided
+from dla_kernels.ops.checks import a_tensor
 from dla_kernels.ops.common import FEATURE_DTYPES, describe, under_autocast
 
 
-def one_of(name: str, value: Any, choices: Collection[str]) -> str:
-    """``value`` if it is among ``choices``, else ValueError."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+def integer(name: str, value: Any) -> int:
+    """``value`` if it is an integer, else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
     return value
 
 
 def positive_int(name: str, value: Any) -> int:
     """``value`` if it is an integer above zero, else TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
-    if value < 1:
+    if integer(name, value) < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
 
@@ -67,9 +64,7 @@ def hidden_width(channels: int, reduction: int) -> int:
 
 def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
     """Raises unless ``x`` is [B, channels, H, W] and goes with ``weight``, the layer's own."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    strided(name, x)
+    a_tensor(name, x)
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {describe(x)}"
@@ -87,15 +82,6 @@ def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
             f"{name}: expected {weight.dtype} as the layer's parameters are (or autocast), "
             f"got {describe(x)}"
         )
-
-
-def check_like(
-    name: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raises unless ``x`` is a Tensor of exactly this shape, dtype and device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {describe(x)}")
-    like(name, x, shape, dtype, device)
 
 
 def match_autocast(other: Any, x: Tensor) -> Any:

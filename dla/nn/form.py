@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dla.nn.cells import CELLS, Cell
-from dla.nn.checks import boolean, one_of
+from dla.nn.checks import boolean
+from dla_kernels.ops.checks import one_of
 from dla_kernels.ops.common import describe
 
 VARIANTS = ("light", "base")

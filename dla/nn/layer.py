@@ -18,7 +18,7 @@ from dla.nn.batch_norm import (
 )
 from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
-from dla.nn.checks import boolean, check_features, match_autocast, one_of, positive_int
+from dla.nn.checks import boolean, check_features, match_autocast, positive_int
 from dla.nn.drop import DropPath
 from dla.nn.form import (
     CONTEXTS,
@@ -33,7 +33,7 @@ from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state, check_tensors
 from dla.nn.tensors import parameter
 from dla_kernels.ops.base_attention import reference as base_reference
-from dla_kernels.ops.checks import strided
+from dla_kernels.ops.checks import one_of, strided
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
 

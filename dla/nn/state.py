@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dla.nn.cells import Cell
-from dla.nn.checks import check_like, match_autocast
+from dla.nn.checks import match_autocast
 from dla.nn.form import STATIC, channel_kernel_size
+from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import describe
 
 
@@ -99,13 +100,13 @@ def check_tensors(state: DLAState, x: Tensor, gated: str | None) -> None:
     dtype, layers = state.context.dtype, len(state.values)
     for index, value in enumerate(state.values):
         matched = match_autocast(value, x)
-        check_like(f"state.values[{index}]", matched, x.shape, x.dtype, x.device)
+        like(f"state.values[{index}]", matched, x.shape, x.dtype, x.device)
     for index, mean in enumerate(state.pooled):
-        check_like(f"state.pooled[{index}]", mean, x.shape[:2], dtype, x.device)
+        like(f"state.pooled[{index}]", mean, x.shape[:2], dtype, x.device)
     filters = (1, 1, channel_kernel_size(x.shape[1]))
     for index, weight in enumerate(state.key_weights):
-        check_like(f"state.key_weights[{index}]", weight, filters, dtype, x.device)
+        like(f"state.key_weights[{index}]", weight, filters, dtype, x.device)
     counts = {"keys": 0 if gated == "features" else layers, "gates": len(state.pooled)}
     for name, count in counts.items():
         shape = (count, *x.shape[:2])
-        check_like(f"state.{name}", getattr(state, name), shape, dtype, x.device)
+        like(f"state.{name}", getattr(state, name), shape, dtype, x.device)

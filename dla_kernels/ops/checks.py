@@ -8,10 +8,10 @@ from torch import Tensor
 from dla_kernels.ops.common import FEATURE_DTYPES, describe
 
 
-def a_tensor(name: str, x: Tensor | None) -> None:
+def a_tensor(name: str, x: object) -> None:
     """A dense tensor: torch lets None pass for one."""
-    if x is None:
-        raise TypeError(f"{name}: expected a Tensor, got None")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {describe(x)}")
     strided(name, x)
 
 
@@ -49,10 +49,11 @@ def like(
         raise kind(f"{name}: expected {dtype} {list(shape)} on {device}, got {describe(x)}")
 
 
-def one_of(name: str, value: str, choices: Collection[str]) -> None:
-    """One of a few words."""
-    if value not in choices:
+def one_of(name: str, value: object, choices: Collection[str]) -> str:
+    """One of a few words, which is returned."""
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+    return value
 
 
 def more_than_one_per_channel(name: str, x: Tensor) -> None:

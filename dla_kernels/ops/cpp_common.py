@@ -26,9 +26,12 @@ Loader = Callable[[], ModuleType]
 def unsupported(x: Tensor) -> str | None:
     """Why the compiled CPU kernels cannot serve ``x``, or None."""
     missing = native.error()
-    if x.is_cpu:
-        return missing
-    elsewhere = f"the compiled kernels run on CPU tensors, x is on {x.device}"
+    return missing if x.is_cpu else misplaced("the compiled kernels run on CPU tensors", x, missing)
+
+
+def misplaced(kernels: str, x: Tensor, missing: str | None) -> str:
+    """Why kernels cannot serve ``x`` where it is; and what, besides, is missing."""
+    elsewhere = f"{kernels}, x is on {x.device}"
     return f"{elsewhere}; {missing}" if missing else elsewhere
 
 

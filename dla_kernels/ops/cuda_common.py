@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
+from dla_kernels.ops.cpp_common import misplaced
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -19,8 +20,7 @@ def unsupported(x: Tensor) -> str | None:
     missing = native.cuda_error()
     if x.is_cuda or (native.EMULATE_CUDA and x.is_cpu):
         return missing
-    elsewhere = f"the compiled CUDA kernels run on NVIDIA GPUs, x is on {x.device}"
-    return f"{elsewhere}; {missing}" if missing else elsewhere
+    return misplaced("the compiled CUDA kernels run on NVIDIA GPUs", x, missing)
 
 
 def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
