@@ -99,7 +99,8 @@ def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) 
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does no more than its class's forward."""
+    """Whether calling ``module`` does what its class's forward does, hooks of all modules aside
+    (``register_module_forward_hook``)."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -111,6 +111,24 @@ def test_choice_is_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["cpp"]
 
 
+def test_decorated_function_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call has a choice of its own, which ends with it."""
+    seen = serving("global_pool", monkeypatch)
+    barrier = threading.Barrier(2)
+
+    @use_backend("reference")
+    def decorated() -> None:
+        barrier.wait(10)
+        call("global_pool")
+        barrier.wait(10)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(decorated) for _ in range(2)]:
+            future.result()
+    call("global_pool")
+    assert seen == ["reference", "reference", "cpp"]
+
+
 def refusals(requested: str, prefix: str = "") -> dict[str, str]:
     """What each op says in a process of its own when CPU tensors are to be served by a backend."""
     done = python(

@@ -480,6 +480,11 @@ def test_tensors_without_strides_are_refused(op: str, variant: str, backend: str
             assert_refused(lambda call=call: run_call(call), name.split(".")[0], "dense", "sparse")
 
 
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 4, 4)], layout=torch.jagged)
+    assert_refused(lambda: dla_kernels.global_pool(nested), "x", "dense", "nested")
+
+
 @EACH_CPU_KERNEL
 def test_tensors_that_stand_for_their_negative(op: str, variant: str, backend: str) -> None:
     """As ``z.conj().imag`` does: forward and backward see the values, not the memory."""

@@ -298,7 +298,7 @@ def test_any_case(backend: str, case: Case) -> None:
 def test_mean_a_thousand_times_the_deviation(
     backend: str, layout: str, cell: str, batch: int, generator: torch.Generator
 ) -> None:
-    """float32 sums of squares would lose the variance altogether (23% error, design 3.1)."""
+    """float32 sums of squares would lose the variance altogether (23% error)."""
     case = Case(
         shape=(batch, 6, 24, 21), cell=cell, has_prev=False, return_o=True,
         x_layout=layout, p_layout=layout, grad_layout=layout,
@@ -369,7 +369,7 @@ def test_saturated_scores(backend: str, generator: torch.Generator) -> None:
 
 @each_backend("light_attention")
 def test_samples_do_not_mix(backend: str, generator: torch.Generator) -> None:
-    """With running statistics a sample's result is the same alone and in company (design 2.5)."""
+    """With running statistics a sample's result is the same alone and in company."""
     case = Case(shape=(3, 6, 5, 4), norm="running", return_o=True, dtype=torch.float64)
     inputs = case.inputs(generator)
     with use_backend(backend):

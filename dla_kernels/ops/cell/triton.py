@@ -119,15 +119,21 @@ class _Cell:
         parts = None
         if self.layers and self.sizes.channels > SMALL:
             weights = [side.w1 for side in self.sides]
-            parts = self.sums([side.x for side in self.sides], weights, self.activation)
+            inputs = [side.x for side in self.sides]
+            parts = self.sums(inputs, weights, activation=self.activation, transposed=True)
         return (*self.sides, parts, self.state[-1])
 
     def sums(
-        self, inputs: Sequence[Tensor], weights: Sequence[Tensor], activation: str | None = None
+        self,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        *,
+        activation: str = "identity",
+        transposed: bool = False,
     ) -> Parts:
-        """Products of inputs [B, n] with weights [n, h].
+        """Products of inputs [B, n] with weights [n, h], or [h, n] if transposed.
 
-        activation: of the second input, towards the hidden layer; then the weights are [h, n].
+        activation: of the second input.
         """
         depth, (batch, _, hidden) = inputs[0].shape[1], self.sizes
         cuts = min(PARTS, triton.cdiv(depth, PART))
@@ -138,8 +144,8 @@ class _Cell:
             (*_tiles(batch, hidden), len(values)),
             *(tuple(inputs), tuple(weights), weights[0].stride(0), values),
             *(depth, cuts, length, self.sizes),
-            ACTIVATION=activation or "identity",
-            TRANSPOSED=activation is not None,
+            ACTIVATION=activation,
+            TRANSPOSED=transposed,
             PRECISION=self.precision,
         )
         return Parts(values, len(values) // self.layers)
