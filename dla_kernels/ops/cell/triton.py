@@ -20,7 +20,6 @@ from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.triton_common import launch, pick
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-GATES = {"dsu": 3, "dsu_split": 3, "dia": 4, "lstm": 4, "rnn": 1}
 TILE = tl.constexpr(16)  # side of a tile: the least that a product takes, for many programs
 WIDE = tl.constexpr(32)  # side of a tile of weights; terms per step of a long sum
 PARTS, PART = 8, 256  # into so many parts it is cut at most, of so many terms at least
@@ -96,7 +95,7 @@ class _Cell:
         self.precision = _precision()
         self.flags = {
             "KIND": kind,
-            "GATES": GATES[kind],
+            "GATES": CELLS[kind].gates,
             "ACTIVATION": self.activation,
             "PRECISION": self.precision,
             "maxnreg": REGISTERS,
@@ -156,7 +155,7 @@ class _Cell:
         Writes to the last slot of ``grad_state`` what comes straight from the new memory.
         """
         batch, channels, hidden = self.sizes
-        dgates = self.y.new_empty((batch, GATES[self.kind] * channels))
+        dgates = self.y.new_empty((batch, CELLS[self.kind].gates * channels))
         layers = self.y.new_empty((self.layers, batch, hidden))
         launch(
             _gate_gradients_kernel,
