@@ -60,11 +60,11 @@ SHAPES = [
     ((2, 33, 7, 7), 11, 3, 8),  # ImageNet's last stage: tails in width; one channel beyond vectors
     ((2, 64, 8, 8), 32, 3, 16),  # CIFAR's last stage: whole vectors and blocks, two heads
     ((1, 64, 8, 8), 32, 5, 16),  # one sample: batch statistics within one plane
-    ((2, 16, 14, 14), 16, 3, 4),  # width 14: 8 + 4 + 2; whole vector of channels
+    ((2, 16, 14, 14), 16, 3, 4),  # width 14: less than a vector; whole vector of channels
     ((2, 6, 17, 31), 3, 3, 3),  # odd both ways: a row beyond blocks of 8, all tails in width
-    ((1, 5, 33, 40), 1, 5, 2),  # more than 32 columns: lower row blocks; heads of one channel
+    ((1, 5, 33, 40), 1, 5, 2),  # rows of several vectors and a tail; heads of one channel
     ((2, 24, 16, 32), 8, 3, 6),  # whole vectors in both directions, of any width
-    ((1, 3, 9, 70), 3, 1, 1),  # wide: several strips of columns
+    ((1, 3, 9, 70), 3, 1, 1),  # rows of many vectors
     ((2, 130, 3, 4), 26, 5, 32),  # more channels than one block of them
     ((33, 4, 4, 4), 4, 1, 1),  # more samples than channels
 ]
