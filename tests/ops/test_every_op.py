@@ -378,6 +378,7 @@ def test_captured_in_a_cuda_graph(op: str, variant: str, backend: str) -> None:
 
 
 @pytest.mark.skipif(not enough_memory(), reason="needs a GPU with 80 GB")
+@pytest.mark.usefixtures("whole_memory")
 @pytest.mark.parametrize("layout", DENSE)
 @EACH_LARGE
 def test_more_elements_than_32_bits_count(op: str, variant: str, backend: str, layout: str) -> None:

@@ -462,10 +462,10 @@ def test_four_layers_against_numpy(backend: str, spec: str, generator: torch.Gen
     options = {"spec": spec, **case.flags()}
     with use_backend(backend):
         got = stage(layers, dla_kernels.light_attention, torch.tanh, **options)
-    arrays = mapped(lambda _, t: t.numpy(), layers)
+    arrays = mapped(lambda _, t: t.numpy(force=True), layers)
     want = stage(arrays, naive_dla.light_attention, np.tanh, **options)
     for name, actual, expected in zip(("out", "state"), got, want, strict=True):
-        assert_close(actual, torch.from_numpy(expected), name=name)
+        assert_close(actual.cpu(), torch.from_numpy(expected), name=name)
 
 
 @each_backend("light_attention", interpreted=False)

@@ -416,7 +416,7 @@ def _mix_backward_kernel(
                 values,
             )  # fmt: skip
             change = tl.where(inside, change, 0.0)
-        elif factor is not None:
+        elif end.mean is not None:
             change = change * factor
         tl.store(g + first + offset, change.to(g.dtype.element_ty), inside)
         for t in tl.static_range(len(mix.maps)):
