@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -123,7 +123,7 @@ def main() -> int:
     """Prints the report; the exit status is 1 if an available implementation fails its check."""
     console = Console()
     os.environ["DLA_AUTOTUNE"] = "0"  # for small calls that nobody waits for again
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts().items():
         grid.add_row(f"[bold]{name}[/]", escape(value))
     console.print(grid)

@@ -114,8 +114,8 @@ def _demand(op: str, name: str, x: Tensor, args: Sequence[Any]) -> Implementatio
     else:
         return available[name]
     raise RuntimeError(
-        f"backend {name!r} cannot serve {op}: {problem}. It was asked for by "
-        f"use_backend({name!r}); use_backend({AUTO!r}) takes what is available"
+        f"backend {name!r}, asked for by use_backend, cannot serve {op}: {problem}; "
+        f"use_backend({AUTO!r}) takes what is available"
     )
 
 

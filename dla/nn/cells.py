@@ -10,8 +10,8 @@ import dla_kernels
 from dla.nn.checks import hidden_width
 from dla.nn.tensors import parameter
 from dla_kernels.ops.cell import ACTIVATIONS
-from dla_kernels.ops.checks import one_of
-from dla_kernels.ops.common import compute_dtype
+from dla_kernels.ops.checks import a_tensor, one_of
+from dla_kernels.ops.common import compute_dtype, describe
 
 INITIAL_STATES = ("zeros", "normal", "learned")
 
@@ -82,6 +82,9 @@ class Cell(nn.Module):
 
         Both are of the compute dtype (float64 or float32). Slot 0 of a state is the cell's output.
         """
+        a_tensor("y", y)
+        if y.dim() != 2 or y.shape[1] != self.channels:
+            raise ValueError(f"y: expected [B, {self.channels}], got {describe(y)}")
         if state is None:
             state = self.initial_state(y.shape[0], compute_dtype(y.dtype), y.device)
         return dla_kernels.cell(y, state, self.weights(y.dtype), self.kind, self.activation)

@@ -75,7 +75,7 @@ class DIALayer(nn.Module):
 
     Args:
         channels: C of the features.
-        cell: a kind of `CELLS`.
+        cell: "dsu", "dsu_split", "dia", "lstm" or "rnn".
         reduction: the cell's hidden width is C // reduction.
         fused: as of `DLALayer`.
         activation: of c inside "dsu": "sigmoid", "tanh", "relu" or "identity".
@@ -130,7 +130,7 @@ class DIALayer(nn.Module):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         cell = self.cell if cell is None else cell
-        check_kind(cell, self.kind)
+        check_kind(cell, self.kind, self.channels)
         check_features("u", u, self.channels, next(cell.parameters()))
         dtype = compute_dtype(u.dtype)
         if state is None:

@@ -57,7 +57,7 @@ def hidden_width(channels: int, reduction: int) -> int:
     if hidden < 1:
         raise ValueError(
             f"reduction: expected at most the number of channels, {channels}, got {reduction}: "
-            "the cell's hidden width channels // reduction would be 0"
+            "the hidden width channels // reduction would be 0"
         )
     return hidden
 

@@ -69,8 +69,8 @@ def _refuse(variant: str, **choices: Any) -> None:
             raise ValueError(f"{name}: expected None under variant={variant!r}, got {value!r}")
 
 
-def check_kind(cell: Cell | None, kind: str) -> None:
-    """Raises unless ``cell`` is of the kind that the layer was made for; None is "none"."""
+def check_kind(cell: Cell | None, kind: str, channels: int) -> None:
+    """Raises unless ``cell`` is what the layer was made for; None is of the kind "none"."""
     if not isinstance(cell, Cell | None):
         raise TypeError(f"cell: expected a Cell or None, got {describe(cell)}")
     found = STATIC if cell is None else cell.kind
@@ -79,6 +79,8 @@ def check_kind(cell: Cell | None, kind: str) -> None:
             f"cell: expected one of kind {kind!r}, got {found!r}; a layer made with shared=True "
             "takes it from its caller"
         )
+    if cell is not None and cell.channels != channels:
+        raise ValueError(f"cell: expected one of {channels} channels, got one of {cell.channels}")
 
 
 def channel_kernel_size(channels: int) -> int:

@@ -1,6 +1,7 @@
 """One DLA layer: attention of a layer to itself and to earlier layers of its stage."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,9 +88,9 @@ class DLALayer(nn.Module):
         channels: C of the features.
         variant: "light" or "base".
         spec: "paper" or "official", see above.
-        cell: a kind of `CELLS` or "none"; None: the spec's.
+        cell: "dsu", "dsu_split", "dia", "lstm", "rnn" or "none"; None: the spec's.
         reduction: the cell's hidden width is C // reduction.
-        head_dim: channels of a head, lowered to C if larger.
+        head_dim: channels of a head; divides C, or is larger and lowered to C.
         drop_path: probability of dropping a sample's attention branch while training.
         norm: whether there is a batch norm.
         fused: run as one fused operation per direction; otherwise as plain PyTorch. Parameters,
@@ -105,6 +106,10 @@ class DLALayer(nn.Module):
             them to every call.
         prev_from: "output" or "shortcut", where p comes from; None: the spec's. "light" only.
         gated: "projections" or "features", see above; None: the spec's. "base" only.
+
+    The convolutions and the cell are never called: the layer reads their weights. Of hooks on them
+    those run that make a weight (``torch.nn.utils.prune``, parametrizations), no others; those of
+    ``norm`` and ``drop_path`` do.
 
     Raises:
         ValueError, TypeError: an argument out of its range or of the wrong type.
@@ -137,7 +142,8 @@ class DLALayer(nn.Module):
         self.head_dim = min(positive_int("head_dim", head_dim), channels)
         if channels % self.head_dim:
             raise ValueError(
-                f"head_dim: expected a divisor of channels={channels}, got {self.head_dim}"
+                f"head_dim: expected a divisor of channels={channels}, got {self.head_dim}; "
+                f"head_dim={math.gcd(channels, self.head_dim)} is one"
             )
         self.variant, self.spec = variant, spec
         self.fused, self.shared = boolean("fused", fused), boolean("shared", shared)
@@ -199,6 +205,7 @@ class DLALayer(nn.Module):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         check_features("x", x, self.channels, self.v_conv.weight)
+        boolean("keep_output", keep_output), boolean("join", join)
         cell, prev_conv = self._parts(cell, prev_conv)
         state = self._start(x, cell) if state is None else self._check_state(x, prev, state, cell)
         if branch_norm is not None and not join:
@@ -415,7 +422,7 @@ class DLALayer(nn.Module):
         """The cell and prev_conv of this call: the layer's own, or those of its owner."""
         cell = self.cell if cell is None else cell
         prev_conv = self.prev_conv if prev_conv is None else prev_conv
-        check_kind(cell, self.form.cell)
+        check_kind(cell, self.form.cell, self.channels)
         if not isinstance(prev_conv, nn.Module | None):
             raise TypeError(f"prev_conv: expected a Conv2d or None, got {describe(prev_conv)}")
         if (prev_conv is not None) != bool(self.form.prev_conv):

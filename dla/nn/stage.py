@@ -28,7 +28,9 @@ class DLAStage(nn.Module):
     Args:
         blocks: at least one; all put out ``channels`` channels at one resolution.
         channels: C.
-        variant, spec, cell, ...: of every layer, see `DLALayer`.
+        variant, spec, cell, layer_options: of every layer, see `DLALayer` (``fused``, ``head_dim``,
+            ``context`` ..).
+        reduction, activation, initial_state: of the shared cell, see `DLALayer`.
         drop_path: one rate, or one per block.
         static: make the layers static (MRLA): ``cell="none"``.
 

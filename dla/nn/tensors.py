@@ -6,11 +6,13 @@ from torch import Tensor, nn
 
 def parameter(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None:
     """The attribute, in ``dtype``. If it is a plain parameter (not parametrized, say), without the
-    search that nn.Module adds to every access, which takes a microsecond."""
-    found = module._parameters.get(name)
-    if found is None:
-        found = getattr(module, name)
-    return cast(found, dtype)
+    search that nn.Module adds to every access, which takes a microsecond. If it is none, hooks may
+    have to make it (torch.nn.utils.prune, weight_norm), since nobody calls the module."""
+    if name in module._parameters:
+        return cast(module._parameters[name], dtype)
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    return cast(getattr(module, name), dtype)
 
 
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -64,7 +64,11 @@ def empty_features(x: Tensor) -> Tensor:
 
 
 def describe(value: object) -> str:
-    """What came, for error messages: dtype, shape and device of a tensor, the repr of the rest."""
+    """What came, for error messages: dtype, shape and device of a tensor; of the rest, the repr, or
+    for long ones its beginning."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

@@ -27,8 +27,8 @@ def unsupported(x: Tensor) -> str | None:
 
 @functools.cache
 def _unusable(device: torch.device) -> str | None:
-    """Why no kernel starts on a device although the module loads, or None: the driver may be too old
-    for the compiler, or the kernels built for other GPUs. One launch shows it."""
+    """Why no kernel starts on a device although the module loads, or None. One launch shows it: the
+    driver may be too old for the compiler, or the kernels built for other GPUs."""
     x = torch.ones((1, 1, 1, 1), device=device)
     try:
         with torch.cuda.device(device) if x.is_cuda else nullcontext():

@@ -93,9 +93,11 @@ def check_norm(
     for key, value in affine.items():
         if value is not None:
             checks.like(key, value, (channels,), dtype, device)
-    if norm != "running":
-        return
     for key, value in statistics.items():
+        if norm != "running":
+            if value is not None:
+                raise ValueError(f"{key}: expected None for {name}={norm!r}, got {describe(value)}")
+            continue
         if value is None:
             raise ValueError(f"{key}: expected [{channels}] for {name}='running', got None")
         checks.like(key, value, (channels,), dtype, device)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dla.nn import DLALayer, DLAStage, DLAState, DropPath, DSUCell, DSUSplitCell, MRLALayer
@@ -595,6 +596,9 @@ def test_shared_layer_needs_its_owners_parts() -> None:
     assert_refused(lambda: layer(map_(), map_()), "cell", "dsu_split", "shared=True")
     cell = DSUSplitCell(CHANNELS)
     assert_refused(lambda: layer(map_(), map_(), cell=cell), "prev_conv", "True", "NoneType")
+    wide = DSUSplitCell(2 * CHANNELS)
+    assert_refused(lambda: layer(map_(), map_(), cell=wide), "cell", str(CHANNELS), "24")
+    assert_refused(lambda: cell(map_()[:, :5, 0, 0]), "y", f"[B, {CHANNELS}]", "[2, 5]")
 
 
 @each_fused
@@ -604,6 +608,20 @@ def test_shared_layer_takes_the_cells_activation(fused: bool) -> None:
     shared.load_state_dict(layer.state_dict(), strict=False)
     x = map_()
     assert torch.equal(shared(x, cell=layer.cell)[1].context, layer(x)[1].context)
+
+
+@each_fused
+def test_pruned_convolution(fused: bool) -> None:
+    """Its weight is made by a hook, anew in every call, though nobody calls the convolution."""
+    layer = DLALayer(CHANNELS, head_dim=4, norm=False, fused=fused)
+    prune.l1_unstructured(layer.v_conv, "weight", amount=0.5)
+    x, outputs = torch.randn(2, CHANNELS, *SIZE), []
+    for _ in range(2):
+        outputs.append(layer(x)[0])
+        outputs[-1].sum().backward()
+        with torch.no_grad():
+            layer.v_conv.weight_orig.mul_(2)
+    assert not torch.equal(*outputs)
 
 
 def test_bad_shortcut_of_a_block() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,22 @@ def test_more_elements_than_32_bits_count(op: str, variant: str, backend: str, l
     assert_gradients_close(
         last, {name: expected_gradients[name] for name in last}, case=torch.bfloat16
     )
+
+
+@EACH_CPU_KERNEL
+def test_saved_tensors_are_unpacked_once(op: str, variant: str, backend: str) -> None:
+    """Non-reentrant checkpointing allows no second look, and hooks that fetch them take time."""
+    unpacked = []
+
+    def unpack(packed: tuple[int, Tensor]) -> Tensor:
+        unpacked.append(packed[0])
+        return packed[1]
+
+    call, numbers = call_of(op, variant, backend, torch.float32), itertools.count()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (next(numbers), t), unpack)
+    with use_backend(backend), hooks:
+        run_call(call)
+    assert unpacked and len(set(unpacked)) == len(unpacked)
 
 
 @EACH

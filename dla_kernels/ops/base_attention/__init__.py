@@ -182,7 +182,8 @@ def _check(
     rest = (compute_dtype(x.dtype), x.device)
     if len(values) >= MAX_LAYERS:
         raise ValueError(
-            f"values: expected those of at most {MAX_LAYERS - 1} earlier layers, got {len(values)}"
+            f"values: expected those of at most {MAX_LAYERS - 1} earlier layers (any number with "
+            f"fused=False), got {len(values)}"
         )
     checks.list_like("values", values, len(values), x.shape, x.dtype, x.device)
     check_cell(state, cell_params, cell, batch, channels, *rest)

@@ -61,7 +61,8 @@ def _save(ctx: Any, args: tuple[Any, ...], results: Sequence[Tensor]) -> None:
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> list[list[Tensor]]:
     count = len(grads)
-    features, gates = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: hooks may allow no second look
+    features, gates = saved[:count], saved[count:]
     arrived = [
         torch.zeros_like(x) if grad is None else grad
         for grad, x in zip(grads, features, strict=True)

@@ -89,9 +89,9 @@ def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
-    found = _BACKWARD(grad, *ctx.saved_tensors, *ctx.flags)
-    dx, dshortcut, *dweights = found
-    dweights = [None if ctx.saved_tensors[1] is None else dw for dw in dweights]
+    x, weight, *saved = ctx.saved_tensors
+    dx, dshortcut, *dweights = _BACKWARD(grad, x, weight, *saved, *ctx.flags)
+    dweights = [None if weight is None else dw for dw in dweights]
     return [dx, dshortcut, *dweights, None, None]
 
 
