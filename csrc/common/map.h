@@ -11,12 +11,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 #include <vector>
 
 #include "args.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace dla::DLA_ISA {
@@ -38,38 +37,6 @@ struct MapShape {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Scratch memory of one thread, aligned to cache lines, kept from call to call: fresh pages would
-// cost more than the arithmetic on them.
-class Arena {
- public:
-  ~Arena() { std::free(base_); }
-  void reserve(std::size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(base_);
-    size_ = static_cast<std::size_t>(round_up(static_cast<int64_t>(bytes), 4096));
-    base_ = static_cast<char*>(std::aligned_alloc(64, size_));
-    if (base_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
-  template <class E>
-  E* take(int64_t count) {
-    E* out = reinterpret_cast<E*>(base_ + used_);
-    used_ += bytes_of<E>(count);
-    return out;
-  }
-  template <class E>
-  static std::size_t bytes_of(int64_t count) {
-    return static_cast<std::size_t>(round_up(count * static_cast<int64_t>(sizeof(E)), 64));
-  }
-
- private:
-  char* base_ = nullptr;
-  std::size_t size_ = 0, used_ = 0;
-};
 
 // Rows [first, last) of a group of planes: what is worked on at a time.
 struct Strip {
