@@ -71,8 +71,8 @@ struct ForwardStep : Step<A> {
 
   void make_value(A* table) const {
     const StripSums<A> sums(table, Pooling::kSums, grid);
-    run_pass<ValuePass>(args.threads, grid, this->feature(args.x), this->feature(args.v),
-                        small(args.v_weight), sums);
+    visit_places<ValuePass>(args.threads, grid, this->feature(args.x), this->feature(args.v),
+                            small(args.v_weight), sums);
     const double pixels = static_cast<double>(shape.pixels());
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t b = 0; b < shape.batch; ++b) {
@@ -87,7 +87,7 @@ struct ForwardStep : Step<A> {
   // Mean and biased variance of o over batch and space.
   void batch_statistics(const ValueMix<A>& mixture, A* table) const {
     const StripSums<A> sums(table, Moments::kSums, grid);
-    run_pass<MixMomentsPass>(args.threads, grid, mixture, sums);
+    visit_places<MixMomentsPass>(args.threads, grid, mixture, sums);
     this->for_channels([&](const ChannelLanes& c) { merge_strips(sums, c); });
   }
 
@@ -127,8 +127,8 @@ struct ForwardStep : Step<A> {
     const bool running = args.norm == Norm::running;
     const NormBranch<A> branch = this->branch(small(running ? args.mean_in : args.mean),
                                           small(running ? args.var_in : args.var), scale, shift);
-    run_pass<OutputPass>(args.threads, grid, mixture, branch, args.residual,
-                         this->feature(args.out));
+    visit_places<OutputPass>(args.threads, grid, mixture, branch, args.residual,
+                             this->feature(args.out));
   }
 };
 
@@ -173,14 +173,15 @@ struct BackwardStep : Step<A> {
     } else {
       std::copy_n(small(args.mean), shape.channels, mean);
       const StripSums<A> sums(table, NormSums::kSums, grid);
-      run_pass<NormGradientsPass>(args.threads, grid, mixture, branch,
-                                  this->feature(args.grad_out), mean, sums);
+      visit_places<NormGradientsPass>(args.threads, grid, mixture, branch,
+                                      this->feature(args.grad_out), mean, sums);
       norm_gradients(sums, scale, o_scale, offset);
     }
 
     const StripSums<A> products(table, memory.layers + 1, grid);
-    run_pass<MixGradientsPass>(args.threads, grid, mixture, branch, this->feature(args.grad_out),
-                               mean, o_scale, offset, this->feature(args.g), products);
+    visit_places<MixGradientsPass>(args.threads, grid, mixture, branch,
+                                   this->feature(args.grad_out), mean, o_scale, offset,
+                                   this->feature(args.g), products);
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t t = 0; t <= memory.layers; ++t)
         for (int64_t b = 0; b < shape.batch; ++b)
@@ -197,10 +198,10 @@ struct BackwardStep : Step<A> {
     if (args.grad_v != nullptr) terms.add(this->feature(args.grad_v), nullptr);
     const StripSums<A> products(table, 9, grid);
     const Feature passed = this->feature(args.residual ? args.grad_out : nullptr);
-    run_pass<ValueGradientsPass>(args.threads, grid, this->feature(args.x), passed, terms,
-                                 small(args.v_weight), small(args.grad_pooled_v), dy,
-                                 A(1) / static_cast<A>(shape.pixels()), this->feature(args.dx),
-                                 products);
+    visit_places<ValueGradientsPass>(args.threads, grid, this->feature(args.x), passed, terms,
+                                     small(args.v_weight), small(args.grad_pooled_v), dy,
+                                     A(1) / static_cast<A>(shape.pixels()),
+                                     this->feature(args.dx), products);
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t tap = 0; tap < 9; ++tap) {
         Doubles total{};
