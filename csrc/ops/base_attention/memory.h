@@ -11,6 +11,7 @@
 #include "common/map.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/vmath.h"
 #include "ops/base_attention/op.h"
 #include "ops/cell/cell.h"
 
@@ -110,7 +111,10 @@ struct LayerMemory {
     if (!args.sigmoid_gate) return;
     parallel_for(args.threads, rows_asked(), [&](int64_t row) {
       A* factors = to.factors + row * channels;
-      for (int64_t c = 0; c < channels; ++c) factors[c] = A(1) / (A(1) + std::exp(-factors[c]));
+      for (int64_t c = 0; c < channels; c += kLanes<A>) {
+        const int n = static_cast<int>(std::min<int64_t>(kLanes<A>, channels - c));
+        store_n(factors + c, sigmoid<A>(load_n(factors + c, n)), n);
+      }
     });
   }
 
@@ -129,7 +133,9 @@ struct LayerMemory {
     const int64_t sample = b * channels, row = t * planes + sample;
     A *key = to.keys + row, *gates = to.gates + row;
     if (t == layers) {
-      filter(args.k_weight).apply(y + sample, key);
+      thread_local Scratch scratch;
+      const ChannelFilter<A> k = filter(args.k_weight);
+      k.apply(k.line(y + sample, scratch.template reserve<A>(k.line_elements())), key);
       std::fill_n(gates, channels, A(1));
       return;
     }
@@ -149,35 +155,38 @@ struct LayerMemory {
     for (int64_t c = 0; c < channels; ++c) out[c] = one[c] * other[c];
   }
 
-  // The mean of the gated features of layer t, sample b.
-  const A* features_mean(int64_t t, int64_t b, const Recall<A>& of, A* line) const {
-    const A *gates = of.gates + t * planes + b * channels, *means = pooled(t) + b * channels;
-    for (int64_t c = 0; c < channels; ++c) line[c] = gates[c] * means[c];
+  // The mean of the gated features of layer t, sample b: a line of the filter in `memory`.
+  const A* features_mean(int64_t t, int64_t b, const Recall<A>& of, A* memory) const {
+    A* line = filter(key_weight(t)).line(memory);
+    multiply(of.gates + t * planes + b * channels, pooled(t) + b * channels, line);
     return line;
   }
 
   void features_key(int64_t t, int64_t b, const Recall<A>& to) const {
     thread_local Scratch scratch;
-    const A* mean = features_mean(t, b, to, scratch.template reserve<A>(channels));
-    filter(key_weight(t)).apply(mean, to.keys + t * planes + b * channels);
+    const ChannelFilter<A> k = filter(key_weight(t));
+    const A* mean = features_mean(t, b, to, scratch.template reserve<A>(k.line_elements()));
+    k.apply(mean, to.keys + t * planes + b * channels);
   }
 
   // Softmax over the layers of q . K_t / sqrt(head_dim), to scores [T + 1, B, heads].
   void score(const A* y, const Recall<A>& of, A* scores) const {
     parallel_for(args.threads, batch, [&](int64_t b) {
       thread_local Scratch lines, logits;
-      A* query = lines.template reserve<A>(channels);
-      double* line = logits.template reserve<double>(layers + 1);
-      filter(args.q_weight).apply(y + b * channels, query);
+      const ChannelFilter<A> q = filter(args.q_weight);
+      A* memory = lines.template reserve<A>(2 * q.line_elements());
+      A* query = memory + q.line_elements();
+      double* logit = logits.template reserve<double>(layers + 1);
+      q.apply(q.line(y + b * channels, memory), query);
       for (int64_t head = 0; head < heads; ++head) {
         OnlineSum sum;
         for (int64_t t = 0; t <= layers; ++t) {
-          line[t] = scale() * head_dot(head, query, of.keys + t * planes + b * channels);
-          sum.add(line[t]);
+          logit[t] = scale() * head_dot(head, query, of.keys + t * planes + b * channels);
+          sum.add(logit[t]);
         }
         for (int64_t t = 0; t <= layers; ++t)
           scores[(t * batch + b) * heads + head] =
-              static_cast<A>(std::exp(line[t] - sum.most) / sum.total);
+              static_cast<A>(std::exp(logit[t] - sum.most) / sum.total);
       }
     });
   }
@@ -256,12 +265,13 @@ struct LayerMemory {
   void score_gradients(const BaseAttentionBackward& to, const Recall<A>& of, const A* dweights,
                        int64_t b, const Recall<A>& grads, A* dy, FilterSums& sums) const {
     thread_local Scratch lines, logits;
-    const A* y = small(to.pooled_x) + b * channels;
-    A* query = lines.template reserve<A>(2 * channels);
-    A* dquery = query + channels;
+    const ChannelFilter<A> q = filter(args.q_weight), k = filter(args.k_weight);
+    const int64_t size = q.line_elements();
+    A* memory = lines.template reserve<A>(4 * size);
+    const A* y = q.line(small(to.pooled_x) + b * channels, memory);
+    A *query = memory + size, *dquery = q.line(query + size);
     double* dlogits = logits.template reserve<double>(layers + 1);
-    filter(args.q_weight).apply(y, query);
-    std::fill_n(dquery, channels, A(0));
+    q.apply(y, query);
     for (int64_t head = 0; head < heads; ++head) {
       softmax_gradients(small(to.scores), of.gates, dweights, b, head, dlogits);
       for (int64_t t = 0; t <= layers; ++t) {
@@ -275,9 +285,9 @@ struct LayerMemory {
         }
       }
     }
-    filter(args.q_weight).backward(y, dquery, dy, sums.of(b, kQuery));
-    filter(args.k_weight)
-        .backward(y, grads.keys + layers * planes + b * channels, dy, sums.of(b, kOwnKey));
+    const A* dkey = k.line(grads.keys + layers * planes + b * channels, memory + 3 * size);
+    q.backward(y, dquery, dy, sums.of(b, kQuery));
+    k.backward(y, dkey, dy, sums.of(b, kOwnKey));
   }
 
   static A value_or_zero(const void* p, int64_t i) { return p == nullptr ? A(0) : small(p)[i]; }
@@ -328,11 +338,13 @@ struct LayerMemory {
   void features_gradients(const Recall<A>& of, int64_t t, int64_t b, const Recall<A>& grads,
                           A* dpooled, double* dfilter) const {
     thread_local Scratch lines;
-    A* line = lines.template reserve<A>(2 * channels);
-    A* dmean = line + channels;
-    const int64_t row = t * planes + b * channels;
+    const ChannelFilter<A> k = filter(key_weight(t));
+    const int64_t size = k.line_elements(), row = t * planes + b * channels;
+    A* memory = lines.template reserve<A>(3 * size);
+    A* dmean = memory + 2 * size;
     std::fill_n(dmean, channels, A(0));
-    filter(key_weight(t)).backward(features_mean(t, b, of, line), grads.keys + row, dmean, dfilter);
+    k.backward(features_mean(t, b, of, memory), k.line(grads.keys + row, memory + size), dmean,
+               dfilter);
     for (int64_t c = 0; c < channels; ++c) {
       grads.gates[row + c] += dmean[c] * pooled(t)[b * channels + c];
       dpooled[c] += dmean[c] * of.gates[row + c];

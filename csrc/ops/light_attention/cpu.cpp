@@ -68,7 +68,8 @@ struct Step {
     return 1.0 / square_root(c.load(small(vars)) + args.eps);
   }
   ScoreWeights<A> scores() const {
-    return {small(args.q_weight), small(args.k_weight), args.kernel_size, args.channels,
+    return {{small(args.q_weight), args.kernel_size, args.channels},
+            {small(args.k_weight), args.kernel_size, args.channels},
             args.head_dim};
   }
   Mixture<A> mixture(const A* a, const A* d) const {
