@@ -55,8 +55,7 @@ struct LayerMemory {
         planes(batch * channels),
         layers(static_cast<int64_t>(args.values.size())),
         heads(channels / args.head_dim),
-        cell{static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation), channels,
-             args.hidden, {}} {
+        cell{args.cell, args.activation, channels, args.hidden, {}} {
     for (std::size_t i = 0; i < args.cell_params.size(); ++i)
       cell.params[i] = small(args.cell_params[i]);
   }

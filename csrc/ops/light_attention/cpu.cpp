@@ -37,8 +37,7 @@ struct Step {
         units(args.branch_norm == Norm::none ? Units<A>(grid)
                                              : Units<A>::of_whole_batches(grid)),
         planes(shape.planes()),
-        cell{static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation),
-             args.channels, args.hidden, {}} {
+        cell{args.cell, args.activation, args.channels, args.hidden, {}} {
     for (std::size_t i = 0; i < args.cell_params.size(); ++i)
       cell.params[i] = small(args.cell_params[i]);
   }
