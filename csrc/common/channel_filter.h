@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 
@@ -15,10 +16,8 @@ struct ChannelFilter {
   const A* weight;  // [taps], odd
   std::int64_t taps, channels;
 
-  std::int64_t line_elements() const {
-    constexpr std::int64_t lanes = kLanes<A>;
-    return (channels + taps + lanes) / lanes * lanes + lanes;
-  }
+  // With all that is read around the values; whole vectors.
+  std::int64_t line_elements() const { return round_up(channels + taps + kLanes<A>, kLanes<A>); }
   // A line of zeros in `memory`, where its values begin.
   A* line(A* memory) const {
     std::fill_n(memory, line_elements(), A(0));

@@ -17,6 +17,7 @@
 #include "args.h"
 #include "scratch.h"
 #include "simd.h"
+#include "sizes.h"
 
 namespace dla::DLA_ISA {
 
@@ -34,9 +35,6 @@ struct MapShape {
     return channels_last ? b * pixels() * channels + c : (b * channels + c) * pixels();
   }
 };
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Rows [first, last) of a group of planes: what is worked on at a time.
 struct Strip {

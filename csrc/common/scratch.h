@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <new>
 
+#include "common/sizes.h"
+
 namespace dla::DLA_ISA {
 
 // A block that only grows. One user at a time: reserve() may move the block and what it held is
@@ -58,8 +60,8 @@ class Arena {
   // What `count` elements take.
   template <class E>
   static std::size_t bytes_of(std::int64_t count) {
-    constexpr std::size_t line = Scratch::kAlignment;
-    return (static_cast<std::size_t>(count) * sizeof(E) + line - 1) / line * line;
+    return static_cast<std::size_t>(
+        round_up(count * static_cast<std::int64_t>(sizeof(E)), Scratch::kAlignment));
   }
 
  private:

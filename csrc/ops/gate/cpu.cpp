@@ -6,11 +6,10 @@
 
 #include "common/dtype.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-using Size = std::int64_t;
 
 // Products are summed in the compute type within a block and in double over the blocks.
 constexpr Size kBlock = 1024;        // elements of a plane (NCHW)
@@ -60,7 +59,7 @@ template <class T>
 void scale_rows(const Feature<T>& f, T* out) {
   using A = Compute<T>;
   const Size per_task = std::max<Size>(1, kTaskElements / f.channels);
-  const Size tasks = (f.area + per_task - 1) / per_task;  // of a sample
+  const Size tasks = ceil_div(f.area, per_task);  // of a sample
   share(f.batch * tasks, [&](Size task) {
     const Size b = task / tasks, first = task % tasks * per_task;
     const Size last = std::min(f.area, first + per_task);
@@ -132,8 +131,8 @@ void rows_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates
   // Narrower tiles where the batch alone cannot occupy the threads; a channel's sum is the same
   // in any tile.
   Size tile = kTile;
-  while (tile > 32 && f.batch * ((f.channels + tile - 1) / tile) < threads) tile /= 2;
-  const Size tiles = (f.channels + tile - 1) / tile;
+  while (tile > 32 && f.batch * ceil_div(f.channels, tile) < threads) tile /= 2;
+  const Size tiles = ceil_div(f.channels, tile);
   share(f.batch * tiles, [&](Size task) {
     const Size b = task / tiles, first = task % tiles * tile;
     const Size width = std::min(tile, f.channels - first);

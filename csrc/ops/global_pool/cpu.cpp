@@ -7,11 +7,10 @@
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-using Size = std::int64_t;
 
 // Sums run in the compute type within a block and in double over the blocks.
 constexpr Size kBlock = 1024;  // elements of a plane (NCHW)
@@ -56,7 +55,7 @@ void pool_small_planes(const GlobalPoolForward& args) {
   const T* x = static_cast<const T*>(args.x);
   auto* out = static_cast<A*>(args.out);
   const A area = static_cast<A>(args.area);
-  parallel_for(args.threads, (planes + lanes - 1) / lanes, [&](Size task) {
+  parallel_for(args.threads, ceil_div(planes, lanes), [&](Size task) {
     const Size first = task * lanes, count = std::min(lanes, planes - first);
     Vec<A> rows[lanes] = {};
     for (Size i = 0; i < count; ++i) rows[i] = block_sums(x + (first + i) * args.area, args.area);
@@ -107,7 +106,7 @@ void pool_tile(const T* x, Size area, Size stride, Size width, Compute<T>* out) 
 template <class Body>
 void for_tiles(int threads, Size batch, Size channels, Body&& body) {
   Size tile = kTile;
-  const auto tiles = [&] { return (channels + tile - 1) / tile; };
+  const auto tiles = [&] { return ceil_div(channels, tile); };
   while (tile > 32 && batch * tiles() < threads) tile /= 2;
   parallel_for(threads, batch * tiles(), [&](Size task) {
     const Size first = task % tiles() * tile;

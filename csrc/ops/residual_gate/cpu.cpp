@@ -7,11 +7,10 @@
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-using Size = std::int64_t;
 
 // Gradients of h are summed in the compute type within a block and in double over the blocks.
 constexpr Size kBlock = 1024;       // elements of a plane (NCHW)
@@ -109,7 +108,7 @@ void add_rows(const Gradients<T>& gradients, const Compute<T>* h, Size first, Si
 template <class T>
 void rows_backward(const ResidualGateBackward& args, const Gradients<T>& gradients) {
   using A = Compute<T>;
-  const Size tiles = (args.channels + kTile - 1) / kTile;
+  const Size tiles = ceil_div(args.channels, kTile);
   parallel_for(args.threads, args.batch * tiles, [&](Size task) {
     const Size b = task / tiles, channel = task % tiles * kTile;
     const Size width = std::min(kTile, args.channels - channel);
