@@ -283,7 +283,7 @@ struct Place {
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
   In open(Feature feature, int64_t halo, A* memory) const {
-    if (in_place(feature.dtype)) return on_feature(static_cast<const A*>(feature.data));
+    if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
     return copy(feature, halo, memory);
   }
 
@@ -329,7 +329,7 @@ struct Place {
 
   // A feature to be written, in place or in `memory` until close().
   Out open(OutFeature feature, A* memory) const {
-    if (in_place(feature.dtype)) return on_feature(static_cast<A*>(feature.data));
+    if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
     return on_memory(memory, strip.first);
   }
   [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
@@ -339,7 +339,7 @@ struct Place {
     const A* from = on_memory(memory, strip.first).at(strip.first, 0);
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
-      T* to = static_cast<T*>(feature.data) + offset(strip.first);
+      T* to = as<T>(feature.data) + offset(strip.first);
       if constexpr (kPixelLanes)
         Copy<T, A>::store_flat(from, pixels, to);
       else if (s.channels_last)
@@ -376,7 +376,7 @@ struct Place {
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
       constexpr std::ptrdiff_t size = sizeof(T);
-      const T* from = static_cast<const T*>(feature.data) + offset(rows.first);
+      const T* from = as<T>(feature.data) + offset(rows.first);
       if (s.channels_last) {
         const std::ptrdiff_t row = s.row_elements() * size;
         window.next = {bytes(from + kLanes<A>) - rows.first * row, row, s.channels * size};

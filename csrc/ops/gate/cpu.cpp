@@ -27,8 +27,8 @@ struct Feature {
   bool rows;  // pixels are rows of channels: channels_last
 
   Feature(const GateShapes& shapes, const void* x, const void* gates, std::size_t i)
-      : x(static_cast<const T*>(x)),
-        gates(static_cast<const Compute<T>*>(gates)),
+      : x(as<T>(x)),
+        gates(as<Compute<T>>(gates)),
         batch(shapes.batch[i]),
         channels(shapes.channels[i]),
         area(shapes.area[i]),
@@ -169,7 +169,7 @@ void gate_forward(const GateForward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
     const Feature<T> f(args, args.x[i], args.gates[i], i);
-    T* out = static_cast<T*>(args.out[i]);
+    T* out = as<T>(args.out[i]);
     f.rows ? scale_rows(f, out) : scale_planes(f, out);
   });
 }
@@ -178,9 +178,9 @@ void gate_backward(const GateBackward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
     const Feature<T> f(args, args.x[i], args.gates[i], i);
-    const T* grad = static_cast<const T*>(args.grad[i]);
-    T* dx = static_cast<T*>(args.dx[i]);
-    auto* dgates = static_cast<Compute<T>*>(args.dgates[i]);
+    const T* grad = as<T>(args.grad[i]);
+    T* dx = as<T>(args.dx[i]);
+    auto* dgates = as<Compute<T>>(args.dgates[i]);
     if (f.rows) {
       rows_backward(f, grad, dx, dgates, args.threads);
     } else {

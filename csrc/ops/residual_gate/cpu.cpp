@@ -37,9 +37,8 @@ struct Join {
 template <class T>
 void forward(const ResidualGateForward& args) {
   using A = Compute<T>;
-  const Join<T> join{static_cast<const T*>(args.u), static_cast<const T*>(args.shortcut),
-                     static_cast<T*>(args.out)};
-  const A* h = static_cast<const A*>(args.h);
+  const Join<T> join{as<T>(args.u), as<T>(args.shortcut), as<T>(args.out)};
+  const A* h = as<A>(args.h);
   if (in_rows(args)) {
     parallel_for(args.threads, args.batch * args.area, [&](Size pixel) {
       const A* factors = h + pixel / args.area * args.channels;
@@ -78,7 +77,7 @@ template <class T>
 void planes_backward(const ResidualGateBackward& args, const Gradients<T>& gradients) {
   using A = Compute<T>;
   parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
-    const Vec<A> h = splat(static_cast<const A*>(args.h)[plane]);
+    const Vec<A> h = splat(as<A>(args.h)[plane]);
     const Size end = (plane + 1) * args.area;
     double total = 0;
     for (Size first = plane * args.area; first < end; first += kBlock) {
@@ -87,7 +86,7 @@ void planes_backward(const ResidualGateBackward& args, const Gradients<T>& gradi
                      [&](Size i, int n) { terms += gradients(first + i, n, h); });
       total += sum<A>(terms);
     }
-    static_cast<A*>(args.dh)[plane] = static_cast<A>(total);
+    as<A>(args.dh)[plane] = static_cast<A>(total);
   });
 }
 
@@ -115,19 +114,17 @@ void rows_backward(const ResidualGateBackward& args, const Gradients<T>& gradien
     const Size first = b * args.channels + channel;
     double totals[kTile] = {};
     for (Size pixel = 0; pixel < args.area; pixel += kBlockPixels)
-      add_rows(gradients, static_cast<const A*>(args.h) + first,
-               (b * args.area + pixel) * args.channels + channel,
+      add_rows(gradients, as<A>(args.h) + first, (b * args.area + pixel) * args.channels + channel,
                std::min(kBlockPixels, args.area - pixel), args.channels, width, totals);
     for (Size c = 0; c < width; ++c)
-      static_cast<A*>(args.dh)[first + c] = static_cast<A>(totals[c]);
+      as<A>(args.dh)[first + c] = static_cast<A>(totals[c]);
   });
 }
 
 template <class T>
 void backward(const ResidualGateBackward& args) {
-  const Gradients<T> gradients{static_cast<const T*>(args.grad), static_cast<const T*>(args.u),
-                               static_cast<const T*>(args.out), static_cast<T*>(args.du),
-                               static_cast<T*>(args.dshortcut)};
+  const Gradients<T> gradients{as<T>(args.grad), as<T>(args.u), as<T>(args.out),
+                               as<T>(args.du), as<T>(args.dshortcut)};
   in_rows(args) ? rows_backward(args, gradients) : planes_backward(args, gradients);
 }
 
