@@ -3,10 +3,6 @@
 // build serves every torch. Callers are dla_kernels/ops/<op>/cpp.py.
 #include <pybind11/pybind11.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
@@ -57,14 +53,6 @@ Simd detect_simd() {
 const char* simd_name(Simd level) {
   constexpr const char* names[] = {"baseline", "avx2", "avx512"};
   return names[static_cast<int>(level)];
-}
-
-int max_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 #endif  // DLA_CPU
@@ -275,7 +263,6 @@ PYBIND11_MODULE(DLA_MODULE, m) {
 
 #ifdef DLA_CPU
   m.def("simd_level", [] { return simd_name(simd_level()); });
-  m.def("max_threads", &max_threads);
 #else
   bind(m, "light_attention_forward_scratch", &cuda::light_attention_forward_scratch);
   bind(m, "light_attention_backward_scratch", &cuda::light_attention_backward_scratch);

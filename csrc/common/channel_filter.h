@@ -4,40 +4,57 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/simd.h"
+#include "common/sizes.h"
+
 namespace dla::DLA_ISA {
 
+// What is filtered is a line: the values of a sample, with zeros before and after them that spare
+// the loops all care.
 template <class A>
 struct ChannelFilter {
   const A* weight;  // [taps], odd
   std::int64_t taps, channels;
 
-  // Calls body(t, shift, first, last): tap t joins channels [first, last) to those `shift` apart.
-  template <class Body>
-  void for_taps(const Body& body) const {
+  // With all that is read around the values; whole vectors.
+  std::int64_t line_elements() const { return round_up(channels + taps + kLanes<A>, kLanes<A>); }
+  // A line of zeros in `memory`, where its values begin.
+  A* line(A* memory) const {
+    std::fill_n(memory, line_elements(), A(0));
+    return memory + taps / 2;
+  }
+  A* line(const A* values, A* memory) const {
+    return std::copy_n(values, channels, line(memory)) - channels;
+  }
+
+  // out[c] = sum_t weight[t] line[c + t - taps / 2].
+  void apply(const A* line, A* out) const {
+    for_vectors<A>(channels,
+                   [&](std::int64_t c, int n) { store_n(out + c, filtered(line, c, 1), n); });
+  }
+
+  // From the gradient of what apply() made of a line, as a line too: dy += and dweight[t] =.
+  template <class Sum>
+  void backward(const A* line, const A* grad, A* dy, Sum* dweight) const {
+    for_vectors<A>(channels, [&](std::int64_t c, int n) {
+      store_n(dy + c, load_n(dy + c, n) + filtered(grad, c, -1), n);
+    });
     for (std::int64_t t = 0; t < taps; ++t) {
-      const std::int64_t shift = t - taps / 2;
-      body(t, shift, std::max<std::int64_t>(0, -shift), std::min(channels, channels - shift));
+      Vec<A> products{};
+      for_vectors<A>(channels, [&](std::int64_t c, int n) {
+        products += load_n(grad + c, n) * load(line + c + t - taps / 2);
+      });
+      dweight[t] = sum<A>(products);
     }
   }
 
-  // out[c] = sum_t weight[t] y[c + t - taps / 2], zero outside.
-  void apply(const A* y, A* out) const {
-    std::fill_n(out, channels, A(0));
-    for_taps([&](std::int64_t t, std::int64_t shift, std::int64_t first, std::int64_t last) {
-      for (std::int64_t c = first; c < last; ++c) out[c] += weight[t] * y[c + shift];
-    });
-  }
-
-  // Gradients: dy += and dweight[t] +=.
-  void backward(const A* y, const A* grad, A* dy, double* dweight) const {
-    for_taps([&](std::int64_t t, std::int64_t shift, std::int64_t first, std::int64_t last) {
-      double sum = 0;
-      for (std::int64_t c = first; c < last; ++c) {
-        dy[c + shift] += weight[t] * grad[c];
-        sum += static_cast<double>(grad[c]) * y[c + shift];
-      }
-      dweight[t] += sum;
-    });
+ private:
+  // Values from c on; `step` -1: of the transposed filter.
+  Vec<A> filtered(const A* line, std::int64_t c, std::int64_t step) const {
+    Vec<A> out{};
+    const A* at = line + c - step * (taps / 2);
+    for (std::int64_t t = 0; t < taps; ++t, at += step) out += weight[t] * load(at);
+    return out;
   }
 };
 

@@ -27,6 +27,16 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+// The elements of an array in an argument struct.
+template <class T>
+const T* as(const void* array) {
+  return static_cast<const T*>(array);
+}
+template <class T>
+T* as(void* array) {
+  return static_cast<T*>(array);
+}
+
 // Whether there is code for doubles in this translation unit; common/isa.h says why not.
 #ifndef __AVX512F__
 #define DLA_DOUBLES

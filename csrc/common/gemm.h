@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
-
-using Size = std::int64_t;
 
 // Element (m, k) of the broadcast operand is data[m * row + k * column].
 template <class A>

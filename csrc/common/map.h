@@ -11,13 +11,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 #include <vector>
 
 #include "args.h"
+#include "scratch.h"
 #include "simd.h"
+#include "sizes.h"
 
 namespace dla::DLA_ISA {
 
@@ -34,41 +34,6 @@ struct MapShape {
   int64_t plane(int64_t b, int64_t c) const {
     return channels_last ? b * pixels() * channels + c : (b * channels + c) * pixels();
   }
-};
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Scratch memory of one thread, aligned to cache lines, kept from call to call: fresh pages would
-// cost more than the arithmetic on them.
-class Arena {
- public:
-  ~Arena() { std::free(base_); }
-  void reserve(std::size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(base_);
-    size_ = static_cast<std::size_t>(round_up(static_cast<int64_t>(bytes), 4096));
-    base_ = static_cast<char*>(std::aligned_alloc(64, size_));
-    if (base_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
-  template <class E>
-  E* take(int64_t count) {
-    E* out = reinterpret_cast<E*>(base_ + used_);
-    used_ += bytes_of<E>(count);
-    return out;
-  }
-  template <class E>
-  static std::size_t bytes_of(int64_t count) {
-    return static_cast<std::size_t>(round_up(count * static_cast<int64_t>(sizeof(E)), 64));
-  }
-
- private:
-  char* base_ = nullptr;
-  std::size_t size_ = 0, used_ = 0;
 };
 
 // Rows [first, last) of a group of planes: what is worked on at a time.
@@ -318,7 +283,7 @@ struct Place {
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
   In open(Feature feature, int64_t halo, A* memory) const {
-    if (in_place(feature.dtype)) return on_feature(static_cast<const A*>(feature.data));
+    if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
     return copy(feature, halo, memory);
   }
 
@@ -364,7 +329,7 @@ struct Place {
 
   // A feature to be written, in place or in `memory` until close().
   Out open(OutFeature feature, A* memory) const {
-    if (in_place(feature.dtype)) return on_feature(static_cast<A*>(feature.data));
+    if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
     return on_memory(memory, strip.first);
   }
   [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
@@ -374,7 +339,7 @@ struct Place {
     const A* from = on_memory(memory, strip.first).at(strip.first, 0);
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
-      T* to = static_cast<T*>(feature.data) + offset(strip.first);
+      T* to = as<T>(feature.data) + offset(strip.first);
       if constexpr (kPixelLanes)
         Copy<T, A>::store_flat(from, pixels, to);
       else if (s.channels_last)
@@ -411,7 +376,7 @@ struct Place {
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
       constexpr std::ptrdiff_t size = sizeof(T);
-      const T* from = static_cast<const T*>(feature.data) + offset(rows.first);
+      const T* from = as<T>(feature.data) + offset(rows.first);
       if (s.channels_last) {
         const std::ptrdiff_t row = s.row_elements() * size;
         window.next = {bytes(from + kLanes<A>) - rows.first * row, row, s.channels * size};

@@ -9,6 +9,7 @@
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 
@@ -46,7 +47,7 @@ struct ChannelLanes {
 template <class Body>
 void for_channels(int threads, std::int64_t channels, const Body& body) {
   constexpr std::int64_t lanes = kLanes<double>;
-  parallel_for(threads, (channels + lanes - 1) / lanes, [&](std::int64_t block) {
+  parallel_for(threads, ceil_div(channels, lanes), [&](std::int64_t block) {
     const std::int64_t first = block * lanes;
     body(ChannelLanes{first, static_cast<int>(std::min(lanes, channels - first))});
   });

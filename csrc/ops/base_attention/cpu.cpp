@@ -22,13 +22,11 @@ struct Step {
         planes(shape.planes()),
         memory(args) {}
 
-  static const A* small(const void* p) { return static_cast<const A*>(p); }
-  static A* small(void* p) { return static_cast<A*>(p); }
   Feature feature(const void* p) const { return {p, args.dtype}; }
   OutFeature feature(void* p) const { return {p, args.dtype}; }
 
   BranchNorm<A> norm() const {
-    return {small(args.norm_weight), small(args.norm_bias), args.eps};
+    return {as<A>(args.norm_weight), as<A>(args.norm_bias), args.eps};
   }
 
   template <class Body>
@@ -38,7 +36,7 @@ struct Step {
 
   ValueMix<A> value_mix(const A* weights) const {
     const A* own_weight = weights + memory.layers * planes;
-    ValueMix<A> mixture{feature(args.x), small(args.v_weight), own_weight, {}};
+    ValueMix<A> mixture{feature(args.x), as<A>(args.v_weight), own_weight, {}};
     for (int64_t t = 0; t < memory.layers; ++t)
       mixture.earlier.add(feature(args.values[static_cast<std::size_t>(t)]), weights + t * planes);
     return mixture;
@@ -53,7 +51,7 @@ struct Step {
       else
         norm().coefficients(c, means, vars, scale, shift);
     });
-    return {scale, shift, small(args.drop_scale), args.relu};
+    return {scale, shift, as<A>(args.drop_scale), args.relu};
   }
 };
 
@@ -61,7 +59,7 @@ struct Step {
 
 template <class A>
 struct ForwardStep : Step<A> {
-  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::small, Step<A>::memory;
+  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::memory;
   using Pooling = ValuePass<A, true>;
   using Moments = MixMomentsPass<A, true>;
 
@@ -71,15 +69,15 @@ struct ForwardStep : Step<A> {
 
   void make_value(A* table) const {
     const StripSums<A> sums(table, Pooling::kSums, grid);
-    run_pass<ValuePass>(args.threads, grid, this->feature(args.x), this->feature(args.v),
-                        small(args.v_weight), sums);
+    visit_places<ValuePass>(args.threads, grid, this->feature(args.x), this->feature(args.v),
+                            as<A>(args.v_weight), sums);
     const double pixels = static_cast<double>(shape.pixels());
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t b = 0; b < shape.batch; ++b) {
         const int64_t row = b * shape.channels;
-        c.store(small(args.pooled_x) + row, sums.total(b, Pooling::kX, c) / pixels);
+        c.store(as<A>(args.pooled_x) + row, sums.total(b, Pooling::kX, c) / pixels);
         if (args.pooled_v != nullptr)
-          c.store(small(args.pooled_v) + row, sums.total(b, Pooling::kV, c) / pixels);
+          c.store(as<A>(args.pooled_v) + row, sums.total(b, Pooling::kV, c) / pixels);
       }
     });
   }
@@ -87,7 +85,7 @@ struct ForwardStep : Step<A> {
   // Mean and biased variance of o over batch and space.
   void batch_statistics(const ValueMix<A>& mixture, A* table) const {
     const StripSums<A> sums(table, Moments::kSums, grid);
-    run_pass<MixMomentsPass>(args.threads, grid, mixture, sums);
+    visit_places<MixMomentsPass>(args.threads, grid, mixture, sums);
     this->for_channels([&](const ChannelLanes& c) { merge_strips(sums, c); });
   }
 
@@ -102,8 +100,8 @@ struct ForwardStep : Step<A> {
                     c.load(sums.row(b, strip, Moments::kSquare)) - sum * sum / pixels, pixels);
       }
     }
-    c.store(small(args.mean), moments.mean());
-    c.store(small(args.var), moments.variance());
+    c.store(as<A>(args.mean), moments.mean());
+    c.store(as<A>(args.var), moments.variance());
   }
 
   void run() const {
@@ -114,21 +112,21 @@ struct ForwardStep : Step<A> {
     A* weights = buffers.take(with_own);
     A *scale = buffers.take(shape.channels), *shift = buffers.take(shape.channels);
     A* table = buffers.take(table_size);
-    if (args.state_out != nullptr) recall.state = small(args.state_out);
-    if (args.keys_out != nullptr) recall.keys = small(args.keys_out);
-    if (args.gates_out != nullptr) recall.gates = small(args.gates_out);
+    if (args.state_out != nullptr) recall.state = as<A>(args.state_out);
+    if (args.keys_out != nullptr) recall.keys = as<A>(args.keys_out);
+    if (args.gates_out != nullptr) recall.gates = as<A>(args.gates_out);
 
     make_value(table);
-    memory.recall(small(args.pooled_x), recall);
-    memory.score(small(args.pooled_x), recall, small(args.scores));
-    memory.weigh(small(args.scores), recall.gates, weights);
+    memory.recall(as<A>(args.pooled_x), recall);
+    memory.score(as<A>(args.pooled_x), recall, as<A>(args.scores));
+    memory.weigh(as<A>(args.scores), recall.gates, weights);
     const ValueMix<A> mixture = this->value_mix(weights);
     if (args.norm == Norm::batch) batch_statistics(mixture, table);
     const bool running = args.norm == Norm::running;
-    const NormBranch<A> branch = this->branch(small(running ? args.mean_in : args.mean),
-                                          small(running ? args.var_in : args.var), scale, shift);
-    run_pass<OutputPass>(args.threads, grid, mixture, branch, args.residual,
-                         this->feature(args.out));
+    const NormBranch<A> branch = this->branch(as<A>(running ? args.mean_in : args.mean),
+                                          as<A>(running ? args.var_in : args.var), scale, shift);
+    visit_places<OutputPass>(args.threads, grid, mixture, branch, args.residual,
+                             this->feature(args.out));
   }
 };
 
@@ -136,7 +134,7 @@ struct ForwardStep : Step<A> {
 
 template <class A>
 struct BackwardStep : Step<A> {
-  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::small, Step<A>::memory;
+  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::memory;
   using NormSums = NormGradientsPass<A, true>;
 
   const BaseAttentionBackward& args;
@@ -153,12 +151,12 @@ struct BackwardStep : Step<A> {
         dbias += sums.total(b, NormSums::kG, c);
         dweight += sums.total(b, NormSums::kGO, c);
       }
-      const Doubles rstd = this->norm().rstd(c, small(args.var)), weight = c.load(scale);
+      const Doubles rstd = this->norm().rstd(c, as<A>(args.var)), weight = c.load(scale);
       dweight *= rstd;
       c.store(o_scale, batch_norm ? -weight * rstd * dweight / count : Doubles{});
       c.store(offset, batch_norm ? -weight * dbias / count : Doubles{});
-      if (args.dnorm_weight != nullptr) c.store(small(args.dnorm_weight), dweight);
-      if (args.dnorm_bias != nullptr) c.store(small(args.dnorm_bias), dbias);
+      if (args.dnorm_weight != nullptr) c.store(as<A>(args.dnorm_weight), dweight);
+      if (args.dnorm_bias != nullptr) c.store(as<A>(args.dnorm_bias), dbias);
     });
   }
 
@@ -167,20 +165,21 @@ struct BackwardStep : Step<A> {
     A *scale = coefficients, *shift = scale + shape.channels, *o_scale = shift + shape.channels;
     A *offset = o_scale + shape.channels, *mean = offset + shape.channels;
     const ValueMix<A> mixture = this->value_mix(weights);
-    const NormBranch<A> branch = this->branch(small(args.mean), small(args.var), scale, shift);
+    const NormBranch<A> branch = this->branch(as<A>(args.mean), as<A>(args.var), scale, shift);
     if (args.norm == Norm::none) {
       std::fill_n(o_scale, 3 * shape.channels, A(0));  // also offset and mean
     } else {
-      std::copy_n(small(args.mean), shape.channels, mean);
+      std::copy_n(as<A>(args.mean), shape.channels, mean);
       const StripSums<A> sums(table, NormSums::kSums, grid);
-      run_pass<NormGradientsPass>(args.threads, grid, mixture, branch,
-                                  this->feature(args.grad_out), mean, sums);
+      visit_places<NormGradientsPass>(args.threads, grid, mixture, branch,
+                                      this->feature(args.grad_out), mean, sums);
       norm_gradients(sums, scale, o_scale, offset);
     }
 
     const StripSums<A> products(table, memory.layers + 1, grid);
-    run_pass<MixGradientsPass>(args.threads, grid, mixture, branch, this->feature(args.grad_out),
-                               mean, o_scale, offset, this->feature(args.g), products);
+    visit_places<MixGradientsPass>(args.threads, grid, mixture, branch,
+                                   this->feature(args.grad_out), mean, o_scale, offset,
+                                   this->feature(args.g), products);
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t t = 0; t <= memory.layers; ++t)
         for (int64_t b = 0; b < shape.batch; ++b)
@@ -193,20 +192,20 @@ struct BackwardStep : Step<A> {
     const void* g = args.g;
     if (g != nullptr) terms.add(this->feature(g), own_weight);
     for (std::size_t j = 0; j < args.later_grads.size(); ++j)
-      terms.add(this->feature(args.later_grads[j]), small(args.later_weights[j]));
+      terms.add(this->feature(args.later_grads[j]), as<A>(args.later_weights[j]));
     if (args.grad_v != nullptr) terms.add(this->feature(args.grad_v), nullptr);
     const StripSums<A> products(table, 9, grid);
     const Feature passed = this->feature(args.residual ? args.grad_out : nullptr);
-    run_pass<ValueGradientsPass>(args.threads, grid, this->feature(args.x), passed, terms,
-                                 small(args.v_weight), small(args.grad_pooled_v), dy,
-                                 A(1) / static_cast<A>(shape.pixels()), this->feature(args.dx),
-                                 products);
+    visit_places<ValueGradientsPass>(args.threads, grid, this->feature(args.x), passed, terms,
+                                     as<A>(args.v_weight), as<A>(args.grad_pooled_v), dy,
+                                     A(1) / static_cast<A>(shape.pixels()),
+                                     this->feature(args.dx), products);
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t tap = 0; tap < 9; ++tap) {
         Doubles total{};
         for (int64_t b = 0; b < shape.batch; ++b) total += products.total(b, tap, c);
         for (int i = 0; i < c.count; ++i)
-          small(args.dv_weight)[(c.first + i) * 9 + tap] = static_cast<A>(total[i]);
+          as<A>(args.dv_weight)[(c.first + i) * 9 + tap] = static_cast<A>(total[i]);
       }
     });
   }
@@ -221,17 +220,17 @@ struct BackwardStep : Step<A> {
     A *dweights = buffers.take(with_own), *weights = buffers.take(with_own);
     A* dy = buffers.take(planes);
     A *coefficients = buffers.take(5 * shape.channels), *table = buffers.take(table_size);
-    if (args.weights != nullptr) weights = small(args.weights);
+    if (args.weights != nullptr) weights = as<A>(args.weights);
 
-    memory.recall(small(args.pooled_x), recall);
-    memory.weigh(small(args.scores), recall.gates, weights);
+    memory.recall(as<A>(args.pooled_x), recall);
+    memory.weigh(as<A>(args.scores), recall.gates, weights);
     if (args.grad_out != nullptr) {
       branch_gradients(weights, coefficients, table, dweights);
     } else {
       std::fill_n(dweights, with_own, A(0));
     }
     if (args.grad_pooled_x != nullptr)
-      std::copy_n(small(args.grad_pooled_x), planes, dy);
+      std::copy_n(as<A>(args.grad_pooled_x), planes, dy);
     else
       std::fill_n(dy, planes, A(0));
     memory.backward(args, recall, dweights, grads, dy);

@@ -11,6 +11,7 @@
 #include "common/map.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/vmath.h"
 #include "ops/base_attention/op.h"
 #include "ops/cell/cell.h"
 
@@ -54,14 +55,10 @@ struct LayerMemory {
         planes(batch * channels),
         layers(static_cast<int64_t>(args.values.size())),
         heads(channels / args.head_dim),
-        cell{static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation), channels,
-             args.hidden, {}} {
+        cell{args.cell, args.activation, channels, args.hidden, {}} {
     for (std::size_t i = 0; i < args.cell_params.size(); ++i)
-      cell.params[i] = small(args.cell_params[i]);
+      cell.params[i] = as<A>(args.cell_params[i]);
   }
-
-  static const A* small(const void* p) { return static_cast<const A*>(p); }
-  static A* small(void* p) { return static_cast<A*>(p); }
 
   bool dynamic() const { return !args.cell_params.empty(); }
   bool gates_keys() const { return dynamic() && !args.gated_features; }
@@ -76,17 +73,17 @@ struct LayerMemory {
   int64_t key_row(int64_t t) const { return (layers + t) * planes; }
   double scale() const { return 1.0 / std::sqrt(static_cast<double>(args.head_dim)); }
   ChannelFilter<A> filter(const void* weight) const {
-    return {small(weight), args.kernel_size, channels};
+    return {as<A>(weight), args.kernel_size, channels};
   }
   const void* key_weight(int64_t t) const { return args.key_weights[static_cast<std::size_t>(t)]; }
-  const A* pooled(int64_t t) const { return small(args.pooled[static_cast<std::size_t>(t)]); }
+  const A* pooled(int64_t t) const { return as<A>(args.pooled[static_cast<std::size_t>(t)]); }
 
   // ---- forward ---------------------------------------------------------------------------------
 
   // The new state, and keys and gates of all layers under it. y: mean of x.
   void recall(const A* y, const Recall<A>& to) const {
     if (dynamic()) {
-      cell_forward<A>(cell, {y, small(args.state), batch}, to.state, false, args.threads);
+      cell_forward<A>(cell, {y, as<A>(args.state), batch}, to.state, false, args.threads);
       find_factors(to);
     }
     parallel_for(args.threads, (layers + 1) * batch,
@@ -97,11 +94,11 @@ struct LayerMemory {
     if (layers == 0) return;
     parallel_for(args.threads, layers * batch, [&](int64_t row) {
       const int64_t t = row / batch, b = row % batch;
-      const A *gates = small(args.gates) + row * channels, *means = pooled(t) + b * channels;
+      const A *gates = as<A>(args.gates) + row * channels, *means = pooled(t) + b * channels;
       A* gated_means = to.inputs + row * channels;
       for (int64_t c = 0; c < channels; ++c) gated_means[c] = gates[c] * means[c];
     });
-    if (gates_keys()) std::copy_n(small(args.keys), layers * planes, to.inputs + key_row(0));
+    if (gates_keys()) std::copy_n(as<A>(args.keys), layers * planes, to.inputs + key_row(0));
     for_state_rows([&](int64_t own, int64_t repeated) {
       std::copy_n(to.state + own, channels, to.repeated_state + repeated);
     });
@@ -110,7 +107,10 @@ struct LayerMemory {
     if (!args.sigmoid_gate) return;
     parallel_for(args.threads, rows_asked(), [&](int64_t row) {
       A* factors = to.factors + row * channels;
-      for (int64_t c = 0; c < channels; ++c) factors[c] = A(1) / (A(1) + std::exp(-factors[c]));
+      for (int64_t c = 0; c < channels; c += kLanes<A>) {
+        const int n = static_cast<int>(std::min<int64_t>(kLanes<A>, channels - c));
+        store_n(factors + c, sigmoid<A>(load_n(factors + c, n)), n);
+      }
     });
   }
 
@@ -129,55 +129,60 @@ struct LayerMemory {
     const int64_t sample = b * channels, row = t * planes + sample;
     A *key = to.keys + row, *gates = to.gates + row;
     if (t == layers) {
-      filter(args.k_weight).apply(y + sample, key);
+      thread_local Scratch scratch;
+      const ChannelFilter<A> k = filter(args.k_weight);
+      k.apply(k.line(y + sample, scratch.template reserve<A>(k.line_elements())), key);
       std::fill_n(gates, channels, A(1));
       return;
     }
     if (dynamic())
-      multiply(small(args.gates) + row, to.factors + gate_row(t) + sample, gates);
+      multiply(as<A>(args.gates) + row, to.factors + gate_row(t) + sample, gates);
     else
       std::fill_n(gates, channels, A(1));
     if (args.gated_features)
       features_key(t, b, to);
     else if (dynamic())
-      multiply(small(args.keys) + row, to.factors + key_row(t) + sample, key);
+      multiply(as<A>(args.keys) + row, to.factors + key_row(t) + sample, key);
     else
-      std::copy_n(small(args.keys) + row, channels, key);
+      std::copy_n(as<A>(args.keys) + row, channels, key);
   }
 
   void multiply(const A* one, const A* other, A* out) const {
     for (int64_t c = 0; c < channels; ++c) out[c] = one[c] * other[c];
   }
 
-  // The mean of the gated features of layer t, sample b.
-  const A* features_mean(int64_t t, int64_t b, const Recall<A>& of, A* line) const {
-    const A *gates = of.gates + t * planes + b * channels, *means = pooled(t) + b * channels;
-    for (int64_t c = 0; c < channels; ++c) line[c] = gates[c] * means[c];
+  // The mean of the gated features of layer t, sample b: a line of the filter in `memory`.
+  const A* features_mean(int64_t t, int64_t b, const Recall<A>& of, A* memory) const {
+    A* line = filter(key_weight(t)).line(memory);
+    multiply(of.gates + t * planes + b * channels, pooled(t) + b * channels, line);
     return line;
   }
 
   void features_key(int64_t t, int64_t b, const Recall<A>& to) const {
     thread_local Scratch scratch;
-    const A* mean = features_mean(t, b, to, scratch.template reserve<A>(channels));
-    filter(key_weight(t)).apply(mean, to.keys + t * planes + b * channels);
+    const ChannelFilter<A> k = filter(key_weight(t));
+    const A* mean = features_mean(t, b, to, scratch.template reserve<A>(k.line_elements()));
+    k.apply(mean, to.keys + t * planes + b * channels);
   }
 
   // Softmax over the layers of q . K_t / sqrt(head_dim), to scores [T + 1, B, heads].
   void score(const A* y, const Recall<A>& of, A* scores) const {
     parallel_for(args.threads, batch, [&](int64_t b) {
       thread_local Scratch lines, logits;
-      A* query = lines.template reserve<A>(channels);
-      double* line = logits.template reserve<double>(layers + 1);
-      filter(args.q_weight).apply(y + b * channels, query);
+      const ChannelFilter<A> q = filter(args.q_weight);
+      A* memory = lines.template reserve<A>(2 * q.line_elements());
+      A* query = memory + q.line_elements();
+      double* logit = logits.template reserve<double>(layers + 1);
+      q.apply(q.line(y + b * channels, memory), query);
       for (int64_t head = 0; head < heads; ++head) {
         OnlineSum sum;
         for (int64_t t = 0; t <= layers; ++t) {
-          line[t] = scale() * head_dot(head, query, of.keys + t * planes + b * channels);
-          sum.add(line[t]);
+          logit[t] = scale() * head_dot(head, query, of.keys + t * planes + b * channels);
+          sum.add(logit[t]);
         }
         for (int64_t t = 0; t <= layers; ++t)
           scores[(t * batch + b) * heads + head] =
-              static_cast<A>(std::exp(line[t] - sum.most) / sum.total);
+              static_cast<A>(std::exp(logit[t] - sum.most) / sum.total);
       }
     });
   }
@@ -228,7 +233,7 @@ struct LayerMemory {
       for (int64_t tap = 0; tap < taps; ++tap) {
         double total = 0;
         for (int64_t b = 0; b < batch; ++b) total += of(b, filter)[tap];
-        small(to)[tap] = static_cast<A>(total);
+        as<A>(to)[tap] = static_cast<A>(total);
       }
     }
   };
@@ -256,17 +261,18 @@ struct LayerMemory {
   void score_gradients(const BaseAttentionBackward& to, const Recall<A>& of, const A* dweights,
                        int64_t b, const Recall<A>& grads, A* dy, FilterSums& sums) const {
     thread_local Scratch lines, logits;
-    const A* y = small(to.pooled_x) + b * channels;
-    A* query = lines.template reserve<A>(2 * channels);
-    A* dquery = query + channels;
+    const ChannelFilter<A> q = filter(args.q_weight), k = filter(args.k_weight);
+    const int64_t size = q.line_elements();
+    A* memory = lines.template reserve<A>(4 * size);
+    const A* y = q.line(as<A>(to.pooled_x) + b * channels, memory);
+    A *query = memory + size, *dquery = q.line(query + size);
     double* dlogits = logits.template reserve<double>(layers + 1);
-    filter(args.q_weight).apply(y, query);
-    std::fill_n(dquery, channels, A(0));
+    q.apply(y, query);
     for (int64_t head = 0; head < heads; ++head) {
-      softmax_gradients(small(to.scores), of.gates, dweights, b, head, dlogits);
+      softmax_gradients(as<A>(to.scores), of.gates, dweights, b, head, dlogits);
       for (int64_t t = 0; t <= layers; ++t) {
         const int64_t row = t * planes + b * channels;
-        const A score = small(to.scores)[(t * batch + b) * heads + head];
+        const A score = as<A>(to.scores)[(t * batch + b) * heads + head];
         const A dlogit = static_cast<A>(scale() * dlogits[t]);
         for (int64_t c = head * args.head_dim; c < (head + 1) * args.head_dim; ++c) {
           dquery[c] += dlogit * of.keys[row + c];
@@ -275,12 +281,12 @@ struct LayerMemory {
         }
       }
     }
-    filter(args.q_weight).backward(y, dquery, dy, sums.of(b, kQuery));
-    filter(args.k_weight)
-        .backward(y, grads.keys + layers * planes + b * channels, dy, sums.of(b, kOwnKey));
+    const A* dkey = k.line(grads.keys + layers * planes + b * channels, memory + 3 * size);
+    q.backward(y, dquery, dy, sums.of(b, kQuery));
+    k.backward(y, dkey, dy, sums.of(b, kOwnKey));
   }
 
-  static A value_or_zero(const void* p, int64_t i) { return p == nullptr ? A(0) : small(p)[i]; }
+  static A value_or_zero(const void* p, int64_t i) { return p == nullptr ? A(0) : as<A>(p)[i]; }
 
   void softmax_gradients(const A* scores, const A* gates, const A* dweights, int64_t b,
                          int64_t head, double* dlogits) const {
@@ -300,19 +306,19 @@ struct LayerMemory {
                         const Recall<A>& grads, FilterSums& sums) const {
     const int64_t row = t * planes + b * channels;
     if (!dynamic()) {
-      std::copy_n(grads.keys + row, channels, small(to.dkeys) + row);
+      std::copy_n(grads.keys + row, channels, as<A>(to.dkeys) + row);
       return;
     }
-    A* dpooled = small(to.dpooled[static_cast<std::size_t>(t)]) + b * channels;
+    A* dpooled = as<A>(to.dpooled[static_cast<std::size_t>(t)]) + b * channels;
     std::fill_n(dpooled, channels, A(0));
     const int64_t sample = b * channels, gate = gate_row(t) + sample, key = key_row(t) + sample;
     if (args.gated_features)
       features_gradients(of, t, b, grads, dpooled, sums.of(b, kEarlierKeys + t));
     else
-      product_gradients(small(args.keys) + row, of.factors + key, grads.keys + row,
-                        small(to.dkeys) + row, grads.factors + key);
-    product_gradients(small(args.gates) + row, of.factors + gate, grads.gates + row,
-                      small(to.dgates) + row, grads.factors + gate);
+      product_gradients(as<A>(args.keys) + row, of.factors + key, grads.keys + row,
+                        as<A>(to.dkeys) + row, grads.factors + key);
+    product_gradients(as<A>(args.gates) + row, of.factors + gate, grads.gates + row,
+                      as<A>(to.dgates) + row, grads.factors + gate);
   }
 
   // Of new = old d, d = gate(u): gradients of old and of u.
@@ -328,11 +334,13 @@ struct LayerMemory {
   void features_gradients(const Recall<A>& of, int64_t t, int64_t b, const Recall<A>& grads,
                           A* dpooled, double* dfilter) const {
     thread_local Scratch lines;
-    A* line = lines.template reserve<A>(2 * channels);
-    A* dmean = line + channels;
-    const int64_t row = t * planes + b * channels;
+    const ChannelFilter<A> k = filter(key_weight(t));
+    const int64_t size = k.line_elements(), row = t * planes + b * channels;
+    A* memory = lines.template reserve<A>(3 * size);
+    A* dmean = memory + 2 * size;
     std::fill_n(dmean, channels, A(0));
-    filter(key_weight(t)).backward(features_mean(t, b, of, line), grads.keys + row, dmean, dfilter);
+    k.backward(features_mean(t, b, of, memory), k.line(grads.keys + row, memory + size), dmean,
+               dfilter);
     for (int64_t c = 0; c < channels; ++c) {
       grads.gates[row + c] += dmean[c] * pooled(t)[b * channels + c];
       dpooled[c] += dmean[c] * of.gates[row + c];
@@ -344,15 +352,15 @@ struct LayerMemory {
   void cell_gradients(const BaseAttentionBackward& to, const Recall<A>& of, const Recall<A>& grads,
                       A* dy) const {
     A* dparams[kMaxCellParams] = {};
-    for (std::size_t i = 0; i < to.dcell_params.size(); ++i) dparams[i] = small(to.dcell_params[i]);
+    for (std::size_t i = 0; i < to.dcell_params.size(); ++i) dparams[i] = as<A>(to.dcell_params[i]);
     if (to.grad_state != nullptr)
-      std::copy_n(small(to.grad_state), slots() * planes, grads.state);
+      std::copy_n(as<A>(to.grad_state), slots() * planes, grads.state);
     else
       std::fill_n(grads.state, slots() * planes, A(0));
     if (layers > 0) factor_cell_gradients(to, of, grads, dparams);
-    std::fill_n(small(to.dstate), slots() * planes, A(0));
-    cell_backward<A>(cell, {small(to.pooled_x), small(args.state), batch}, grads.state, false, dy,
-                     small(to.dstate), dparams, layers == 0, args.threads);
+    std::fill_n(as<A>(to.dstate), slots() * planes, A(0));
+    cell_backward<A>(cell, {as<A>(to.pooled_x), as<A>(args.state), batch}, grads.state, false, dy,
+                     as<A>(to.dstate), dparams, layers == 0, args.threads);
   }
 
   void factor_cell_gradients(const BaseAttentionBackward& to, const Recall<A>& of,
@@ -367,12 +375,12 @@ struct LayerMemory {
     });
     parallel_for(args.threads, layers * batch, [&](int64_t row) {
       const int64_t t = row / batch, first = row * channels, last = first + channels;
-      A* dpooled = small(to.dpooled[static_cast<std::size_t>(t)]) - gate_row(t);
+      A* dpooled = as<A>(to.dpooled[static_cast<std::size_t>(t)]) - gate_row(t);
       const A* means = pooled(t) - gate_row(t);
       for (int64_t i = first; i < last; ++i) {
-        small(to.dgates)[i] += grads.inputs[i] * means[i];
-        dpooled[i] += grads.inputs[i] * small(args.gates)[i];
-        if (gates_keys()) small(to.dkeys)[i] += grads.inputs[key_row(0) + i];
+        as<A>(to.dgates)[i] += grads.inputs[i] * means[i];
+        dpooled[i] += grads.inputs[i] * as<A>(args.gates)[i];
+        if (gates_keys()) as<A>(to.dkeys)[i] += grads.inputs[key_row(0) + i];
       }
     });
   }

@@ -7,6 +7,7 @@
 
 #include "common/args.h"
 #include "common/isa.h"
+#include "ops/cell/op.h"
 
 namespace dla {
 
@@ -27,7 +28,8 @@ struct BaseAttentionInputs {
   const void* drop_scale;                        // [B]
   std::int64_t batch, channels, height, width, head_dim, kernel_size, hidden;
   DType dtype;
-  int cell, activation;  // CellKind and Activation of ops/cell
+  CellKind cell;
+  Activation activation;
   Norm norm;
   bool channels_last, sigmoid_gate, first_sample, relu, residual;
   bool gated_features;  // keys are made of gated pooled features instead of being gated themselves

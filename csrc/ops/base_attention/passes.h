@@ -59,6 +59,17 @@ void for_places(int threads, const Grid<A>& grid, const Visit& visit) {
   });
 }
 
+// Calls visit(place, arena) of a pass for all of them.
+template <template <class, bool> class Pass, class A, class... Fields>
+void visit_places(int threads, const Grid<A>& grid, const Fields&... fields) {
+  with_lanes(grid, [&](auto fixed) {
+    const Pass<A, fixed> pass{grid, fields...};
+    for_places<fixed>(threads, grid, [&](const auto& place, Arena& arena) {
+      pass.visit(place, arena);
+    });
+  });
+}
+
 // A weighted sum of maps. The weights are [B, C]; null: 1.
 template <class A>
 struct Terms {
@@ -191,11 +202,6 @@ struct ValuePass {
     x_sum += of_x;
     v_sum += of_v;
   }
-
-  void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
-                            [&](const Place& place, Arena& arena) { visit(place, arena); });
-  }
 };
 
 // ---- the weighted sum --------------------------------------------------------------------------
@@ -297,11 +303,6 @@ struct MixMomentsPass {
     alone += of_o;
     squared += of_square;
   }
-
-  void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
-                            [&](const Place& place, Arena& arena) { visit(place, arena); });
-  }
 };
 
 // ---- the branch behind o -----------------------------------------------------------------------
@@ -383,11 +384,6 @@ struct OutputPass {
       }
     }
   }
-
-  void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
-                            [&](const Place& place, Arena& arena) { visit(place, arena); });
-  }
 };
 
 // Per strip: sums of G' and of G' (o - mean).
@@ -440,11 +436,6 @@ struct NormGradientsPass {
     }
     alone += of_g;
     with_o += of_product;
-  }
-
-  void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
-                            [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 
@@ -526,11 +517,6 @@ struct MixGradientsPass {
       total += of_block;
     });
     return total;
-  }
-
-  void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
-                            [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 
@@ -634,11 +620,6 @@ struct ValueGradientsPass {
       }
     };
     for_filtered_blocks(grid, place.strip.first, place.strip.last, flipped, block);
-  }
-
-  void run(int threads) const {
-    for_places<kPixelLanes>(threads, grid,
-                            [&](const Place& place, Arena& arena) { visit(place, arena); });
   }
 };
 

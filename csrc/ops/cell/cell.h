@@ -37,8 +37,8 @@ void cell_forward(const CellWeights<A>& cell, const CellInputs<A>& in, A* out, b
 // Gradients of one cell step from that of the new state, grad_out [slots, batch, channels], or of
 // the output alone, [batch, channels], with `output_only`. Adds to grad_y [batch, channels],
 // grad_state [slots, batch, channels] (to its row 0 with `first_sample`) and, unless these are
-// `fresh_params` and only now get values, to grad_params; a null pointer skips that gradient. Nothing
-// saved by the forward is needed. Threads as above.
+// `fresh_params` and only now get values, to grad_params. Nothing saved by the forward is needed.
+// Threads as above.
 template <class A>
 void cell_backward(const CellWeights<A>& cell, const CellInputs<A>& in, const A* grad_out,
                    bool output_only, A* grad_y, A* grad_state,

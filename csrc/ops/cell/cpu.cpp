@@ -66,19 +66,18 @@ CellWeights<A> weights_of(const Args& args) {
       with_tail(args.kind, [](auto tail) { return decltype(tail)::layout.params; });
   if (static_cast<int>(args.params.size()) != expected)
     throw std::invalid_argument("cell: wrong number of parameters for this kind");
-  for (int i = 0; i < expected; ++i) cell.params[i] = static_cast<const A*>(args.params[i]);
+  for (int i = 0; i < expected; ++i) cell.params[i] = as<A>(args.params[i]);
   return cell;
 }
 
 template <class A, class Args>
 CellInputs<A> inputs_of(const Args& args) {
-  return {static_cast<const A*>(args.y), static_cast<const A*>(args.state), args.batch};
+  return {as<A>(args.y), as<A>(args.state), args.batch};
 }
 
 template <class A>
 void forward(const CellForward& args) {
-  cell_forward(weights_of<A>(args), inputs_of<A>(args), static_cast<A*>(args.out), false,
-               args.threads);
+  cell_forward(weights_of<A>(args), inputs_of<A>(args), as<A>(args.out), false, args.threads);
 }
 
 template <class A>
@@ -86,14 +85,13 @@ void backward(const CellBackward& args) {
   const CellWeights<A> cell = weights_of<A>(args);
   A* grad_params[kMaxCellParams] = {};
   for (std::size_t i = 0; i < args.grad_params.size() && i < kMaxCellParams; ++i)
-    grad_params[i] = static_cast<A*>(args.grad_params[i]);
-  A* grad_y = static_cast<A*>(args.grad_y);
-  A* grad_state = static_cast<A*>(args.grad_state);
+    grad_params[i] = as<A>(args.grad_params[i]);
+  A *grad_y = as<A>(args.grad_y), *grad_state = as<A>(args.grad_state);
   const Size size = args.batch * args.channels;
   std::fill_n(grad_y, size, A(0));
   std::fill_n(grad_state, cell_slots(args.kind) * size, A(0));
-  cell_backward(cell, inputs_of<A>(args), static_cast<const A*>(args.grad_out), false, grad_y,
-                grad_state, grad_params, true, args.threads);
+  cell_backward(cell, inputs_of<A>(args), as<A>(args.grad_out), false, grad_y, grad_state,
+                grad_params, true, args.threads);
 }
 
 }  // namespace

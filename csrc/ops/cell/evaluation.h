@@ -38,7 +38,7 @@ Stage(Size, Size, Body) -> Stage<Body>;
 // body(index, group, first, count) for every index < `sets` of such n values.
 template <class Body>
 auto stage_of_sets(Size sets, Size n, Size block, const Body& body) {
-  const Size padded = ceil_div(n, block) * block;
+  const Size padded = round_up(n, block);
   return Stage{sets * padded, block, [=](Size group, Size first, Size) {
                  const Size from = first % padded;
                  body(static_cast<int>(first / padded), group, from, std::min(block, n - from));

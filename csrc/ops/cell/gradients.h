@@ -116,8 +116,6 @@ class Gradients {
 
   // Channels [c, c + n) of y or of a slot of the state.
   void input_gradients(int source, Size group, Size c, Size n) const {
-    A* to = source == kInput ? to_.y : to_.state;
-    if (to == nullptr) return;
     thread_local Scratch scratch;
     const Size size = cell_.size(n);
     A* grad = scratch.reserve<A>(size);
@@ -131,8 +129,8 @@ class Gradients {
       const A* own = memory_.of(group, c);
       for (Size i = 0; i < size; i += kLanes<A>) store(grad + i, load(grad + i) + load(own + i));
     }
+    A* to = source == kInput ? to_.y : to_.state + (source - kSlot0) * cell_.in.batch * channels();
     to += c;
-    if (source != kInput) to += (source - kSlot0) * cell_.in.batch * channels();
     if (sums_rows(source)) return add_row_sums(grad, n, width(), to);
     to += cell_.groups.first_row(group) * channels();
     unpack<true, A>(grad, n, width(), {to, channels(), cell_.groups.rows_in(group)});
@@ -191,19 +189,18 @@ class Gradients {
     const Branch& branch = layout().branch[b];
     const Size stride = branch.sources * channels();
     const Size rows = cell_.groups.rows_in(group);
-    if (A* weights = to_.params[branch.w1])
-      for (int i = 0; i < branch.sources; ++i) {
-        const Rows<const A> input = cell_.rows(branch.source[i], group).from(c);
-        A* block = weights + i * channels() + c;
-        if (starts(group))
-          for (Size unit = 0; unit < hidden(); ++unit) std::fill_n(block + unit * stride, n, A(0));
-        multiply_add<A>(hidden(), n, rows, {hidden_[b].of(group), width(), 1}, input.data,
-                        input.stride, block, stride);
-      }
-    if (A* bias = c == 0 && branch.b1 >= 0 ? to_.params[branch.b1] : nullptr) {
-      if (starts(group)) std::fill_n(bias, hidden(), A(0));
-      add_row_sums(hidden_[b].of(group), hidden(), width(), bias);
+    for (int i = 0; i < branch.sources; ++i) {
+      const Rows<const A> input = cell_.rows(branch.source[i], group).from(c);
+      A* block = to_.params[branch.w1] + i * channels() + c;
+      if (starts(group))
+        for (Size unit = 0; unit < hidden(); ++unit) std::fill_n(block + unit * stride, n, A(0));
+      multiply_add<A>(hidden(), n, rows, {hidden_[b].of(group), width(), 1}, input.data,
+                      input.stride, block, stride);
     }
+    if (c > 0 || branch.b1 < 0) return;
+    A* bias = to_.params[branch.b1];
+    if (starts(group)) std::fill_n(bias, hidden(), A(0));
+    add_row_sums(hidden_[b].of(group), hidden(), width(), bias);
   }
 
   auto gate_weights_loop() const {
@@ -215,23 +212,22 @@ class Gradients {
 
   // W2 of a branch, rows [first, first + n).
   void gate_weights(int b, Size group, Size first, Size n) const {
-    A* weights = to_.params[layout().branch[b].w2];
-    if (weights == nullptr) return;
     const Rows<const A> input = cell_.gate_input_rows(b, group);
     const Size inputs = cell_.gate_inputs();
-    if (starts(group)) std::fill_n(weights + first * inputs, n * inputs, A(0));
+    A* weights = to_.params[layout().branch[b].w2] + first * inputs;
+    if (starts(group)) std::fill_n(weights, n * inputs, A(0));
     multiply_add<A>(n, inputs, input.count, {gates_.of(group, first), width(), 1}, input.data,
-                    input.stride, weights + first * inputs, inputs);
+                    input.stride, weights, inputs);
   }
 
   // The gates are a sum over the branches: all their biases have one gradient.
   auto gate_bias_loop() const {
     return all_groups(Stage{all_gates(), kChannels, [this](Size group, Size first, Size n) {
-      for (int b = 0; b < layout().branches; ++b)
-        if (A* bias = to_.params[layout().branch[b].b2]) {
-          if (starts(group)) std::fill_n(bias + first, n, A(0));
-          add_row_sums(gates_.of(group, first), n, width(), bias + first);
-        }
+      for (int b = 0; b < layout().branches; ++b) {
+        A* bias = to_.params[layout().branch[b].b2] + first;
+        if (starts(group)) std::fill_n(bias, n, A(0));
+        add_row_sums(gates_.of(group, first), n, width(), bias);
+      }
     }});
   }
 

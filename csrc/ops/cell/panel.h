@@ -10,8 +10,6 @@
 
 namespace dla::DLA_ISA::cell_detail {
 
-constexpr Size ceil_div(Size a, Size b) { return (a + b - 1) / b; }
-
 // The groups that a batch is divided into: two vectors, so that the products use every broadcast
 // twice.
 template <class A>
@@ -27,7 +25,7 @@ struct Groups {
   Size first_row(Size group) const { return group * width; }
   Size rows_in(Size group) const { return std::min(width, rows - first_row(group)); }
   // Whole vectors that hold rows.
-  Size columns(Size group) const { return ceil_div(rows_in(group), lanes) * lanes; }
+  Size columns(Size group) const { return round_up(rows_in(group), lanes); }
 };
 
 // Panels of all groups, for n values per row.

@@ -6,11 +6,10 @@
 
 #include "common/dtype.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-using Size = std::int64_t;
 
 // Products are summed in the compute type within a block and in double over the blocks.
 constexpr Size kBlock = 1024;        // elements of a plane (NCHW)
@@ -28,8 +27,8 @@ struct Feature {
   bool rows;  // pixels are rows of channels: channels_last
 
   Feature(const GateShapes& shapes, const void* x, const void* gates, std::size_t i)
-      : x(static_cast<const T*>(x)),
-        gates(static_cast<const Compute<T>*>(gates)),
+      : x(as<T>(x)),
+        gates(as<Compute<T>>(gates)),
         batch(shapes.batch[i]),
         channels(shapes.channels[i]),
         area(shapes.area[i]),
@@ -60,7 +59,7 @@ template <class T>
 void scale_rows(const Feature<T>& f, T* out) {
   using A = Compute<T>;
   const Size per_task = std::max<Size>(1, kTaskElements / f.channels);
-  const Size tasks = (f.area + per_task - 1) / per_task;  // of a sample
+  const Size tasks = ceil_div(f.area, per_task);  // of a sample
   share(f.batch * tasks, [&](Size task) {
     const Size b = task / tasks, first = task % tasks * per_task;
     const Size last = std::min(f.area, first + per_task);
@@ -132,8 +131,8 @@ void rows_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates
   // Narrower tiles where the batch alone cannot occupy the threads; a channel's sum is the same
   // in any tile.
   Size tile = kTile;
-  while (tile > 32 && f.batch * ((f.channels + tile - 1) / tile) < threads) tile /= 2;
-  const Size tiles = (f.channels + tile - 1) / tile;
+  while (tile > 32 && f.batch * ceil_div(f.channels, tile) < threads) tile /= 2;
+  const Size tiles = ceil_div(f.channels, tile);
   share(f.batch * tiles, [&](Size task) {
     const Size b = task / tiles, first = task % tiles * tile;
     const Size width = std::min(tile, f.channels - first);
@@ -170,7 +169,7 @@ void gate_forward(const GateForward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
     const Feature<T> f(args, args.x[i], args.gates[i], i);
-    T* out = static_cast<T*>(args.out[i]);
+    T* out = as<T>(args.out[i]);
     f.rows ? scale_rows(f, out) : scale_planes(f, out);
   });
 }
@@ -179,9 +178,9 @@ void gate_backward(const GateBackward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
     const Feature<T> f(args, args.x[i], args.gates[i], i);
-    const T* grad = static_cast<const T*>(args.grad[i]);
-    T* dx = static_cast<T*>(args.dx[i]);
-    auto* dgates = static_cast<Compute<T>*>(args.dgates[i]);
+    const T* grad = as<T>(args.grad[i]);
+    T* dx = as<T>(args.dx[i]);
+    auto* dgates = as<Compute<T>>(args.dgates[i]);
     if (f.rows) {
       rows_backward(f, grad, dx, dgates, args.threads);
     } else {

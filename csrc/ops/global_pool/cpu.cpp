@@ -7,11 +7,10 @@
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-using Size = std::int64_t;
 
 // Sums run in the compute type within a block and in double over the blocks.
 constexpr Size kBlock = 1024;  // elements of a plane (NCHW)
@@ -36,8 +35,8 @@ Vec<Compute<T>> block_sums(const T* x, Size count) {
 template <class T>
 void pool_large_planes(const GlobalPoolForward& args) {
   using A = Compute<T>;
-  const T* x = static_cast<const T*>(args.x);
-  auto* out = static_cast<A*>(args.out);
+  const T* x = as<T>(args.x);
+  auto* out = as<A>(args.out);
   parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
     const T* p = x + plane * args.area;
     double total = 0;
@@ -53,10 +52,10 @@ void pool_small_planes(const GlobalPoolForward& args) {
   using A = Compute<T>;
   constexpr Size lanes = kLanes<A>;
   const Size planes = args.batch * args.channels;
-  const T* x = static_cast<const T*>(args.x);
-  auto* out = static_cast<A*>(args.out);
+  const T* x = as<T>(args.x);
+  auto* out = as<A>(args.out);
   const A area = static_cast<A>(args.area);
-  parallel_for(args.threads, (planes + lanes - 1) / lanes, [&](Size task) {
+  parallel_for(args.threads, ceil_div(planes, lanes), [&](Size task) {
     const Size first = task * lanes, count = std::min(lanes, planes - first);
     Vec<A> rows[lanes] = {};
     for (Size i = 0; i < count; ++i) rows[i] = block_sums(x + (first + i) * args.area, args.area);
@@ -107,7 +106,7 @@ void pool_tile(const T* x, Size area, Size stride, Size width, Compute<T>* out) 
 template <class Body>
 void for_tiles(int threads, Size batch, Size channels, Body&& body) {
   Size tile = kTile;
-  const auto tiles = [&] { return (channels + tile - 1) / tile; };
+  const auto tiles = [&] { return ceil_div(channels, tile); };
   while (tile > 32 && batch * tiles() < threads) tile /= 2;
   parallel_for(threads, batch * tiles(), [&](Size task) {
     const Size first = task % tiles() * tile;
@@ -117,8 +116,8 @@ void for_tiles(int threads, Size batch, Size channels, Body&& body) {
 
 template <class T>
 void pool_rows(const GlobalPoolForward& args) {
-  const T* x = static_cast<const T*>(args.x);
-  auto* out = static_cast<Compute<T>*>(args.out);
+  const T* x = as<T>(args.x);
+  auto* out = as<Compute<T>>(args.out);
   for_tiles(args.threads, args.batch, args.channels, [&](Size b, Size first, Size width) {
     pool_tile(x + b * args.area * args.channels + first, args.area, args.channels, width,
               out + b * args.channels + first);
@@ -134,8 +133,8 @@ T shared_out(Compute<T> grad, Size area) {
 
 template <class T>
 void spread_planes(const GlobalPoolBackward& args) {
-  const auto* grad = static_cast<const Compute<T>*>(args.grad);
-  T* dx = static_cast<T*>(args.dx);
+  const auto* grad = as<Compute<T>>(args.grad);
+  T* dx = as<T>(args.dx);
   parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
     std::fill_n(dx + plane * args.area, args.area, shared_out<T>(grad[plane], args.area));
   });
@@ -143,8 +142,8 @@ void spread_planes(const GlobalPoolBackward& args) {
 
 template <class T>
 void spread_rows(const GlobalPoolBackward& args) {
-  const auto* grad = static_cast<const Compute<T>*>(args.grad);
-  T* dx = static_cast<T*>(args.dx);
+  const auto* grad = as<Compute<T>>(args.grad);
+  T* dx = as<T>(args.dx);
   for_tiles(args.threads, args.batch, args.channels, [&](Size b, Size first, Size width) {
     T row[kTile];
     for (Size c = 0; c < width; ++c)

@@ -37,14 +37,11 @@ struct Step {
         units(args.branch_norm == Norm::none ? Units<A>(grid)
                                              : Units<A>::of_whole_batches(grid)),
         planes(shape.planes()),
-        cell{static_cast<CellKind>(args.cell), static_cast<Activation>(args.activation),
-             args.channels, args.hidden, {}} {
+        cell{args.cell, args.activation, args.channels, args.hidden, {}} {
     for (std::size_t i = 0; i < args.cell_params.size(); ++i)
-      cell.params[i] = small(args.cell_params[i]);
+      cell.params[i] = as<A>(args.cell_params[i]);
   }
 
-  static const A* small(const void* p) { return static_cast<const A*>(p); }
-  static A* small(void* p) { return static_cast<A*>(p); }
   Feature feature(const void* p) const { return {p, args.dtype}; }
   OutFeature feature(void* p) const { return {p, args.dtype}; }
 
@@ -52,30 +49,31 @@ struct Step {
   int64_t slots() const { return dynamic() ? cell_slots(cell.kind) : 0; }
   bool gated() const { return dynamic() && args.p != nullptr; }
   double drop_scale(int64_t b) const {
-    return args.drop_scale == nullptr ? 1.0 : static_cast<double>(small(args.drop_scale)[b]);
+    return args.drop_scale == nullptr ? 1.0 : static_cast<double>(as<A>(args.drop_scale)[b]);
   }
   Doubles norm_weight(const ChannelLanes& c) const {
-    return args.norm_weight == nullptr ? splat(1.0) : c.load(small(args.norm_weight));
+    return args.norm_weight == nullptr ? splat(1.0) : c.load(as<A>(args.norm_weight));
   }
   Doubles norm_bias(const ChannelLanes& c) const {
-    return args.norm_bias == nullptr ? Doubles{} : c.load(small(args.norm_bias));
+    return args.norm_bias == nullptr ? Doubles{} : c.load(as<A>(args.norm_bias));
   }
   Doubles mean(const void* means, const ChannelLanes& c) const {
-    return args.norm == Norm::none ? Doubles{} : c.load(small(means));
+    return args.norm == Norm::none ? Doubles{} : c.load(as<A>(means));
   }
   Doubles rstd(const void* vars, const ChannelLanes& c) const {
     if (args.norm == Norm::none) return splat(1.0);
-    return 1.0 / square_root(c.load(small(vars)) + args.eps);
+    return 1.0 / square_root(c.load(as<A>(vars)) + args.eps);
   }
   ScoreWeights<A> scores() const {
-    return {small(args.q_weight), small(args.k_weight), args.kernel_size, args.channels,
+    return {{as<A>(args.q_weight), args.kernel_size, args.channels},
+            {as<A>(args.k_weight), args.kernel_size, args.channels},
             args.head_dim};
   }
   Mixture<A> mixture(const A* a, const A* d) const {
-    return {small(args.v_weight), small(args.prev_weight), a, d, small(args.lam)};
+    return {as<A>(args.v_weight), as<A>(args.prev_weight), a, d, as<A>(args.lam)};
   }
   BranchNorm<A> branch_norm() const {
-    return {small(args.branch_weight), small(args.branch_bias), args.branch_eps};
+    return {as<A>(args.branch_weight), as<A>(args.branch_bias), args.branch_eps};
   }
   // `coefficients` [2, C] is working memory, for scale and shift of the branch.
   InputMap<A> x(A* coefficients) const {
@@ -85,14 +83,14 @@ struct Step {
   }
   void branch_coefficients(const void* mean, const void* var, A* to) const {
     for_channels([&](const ChannelLanes& c) {
-      branch_norm().coefficients(c, small(mean), small(var), to, to + shape.channels);
+      branch_norm().coefficients(c, as<A>(mean), as<A>(var), to, to + shape.channels);
     });
   }
   void moments(PlaneTable<A> table, const InputMap<A>& x, const BranchStatistics<A>* branch,
                const void* grad_out, const void* grad_o, const A* x_means,
                const A* p_means) const {
     run_pass<MomentsPass>(args.threads, grid, x, feature(args.p), feature(grad_out),
-                          feature(grad_o), small(args.v_weight), small(args.prev_weight), x_means,
+                          feature(grad_o), as<A>(args.v_weight), as<A>(args.prev_weight), x_means,
                           p_means, table, units, branch);
   }
   // What the planes of o of one sample are, in some channels.
@@ -105,7 +103,7 @@ struct Step {
     };
     const int64_t row = b * shape.channels;
     return PlaneOfO(at, static_cast<double>(shape.pixels()), c.load(summary.a + row),
-                    c.load(summary.d + row), c.load(small(args.lam)));
+                    c.load(summary.d + row), c.load(as<A>(args.lam)));
   }
   // Mean and variance of o over batch and space.
   RunningMoments moments_of_o(PlaneTable<A> table, const Summary<const A>& summary,
@@ -140,7 +138,7 @@ struct Step {
 
 template <class A>
 struct ForwardStep : Step<A> {
-  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::small;
+  using Step<A>::shape, Step<A>::grid, Step<A>::planes;
 
   const LightAttentionForward& args;
 
@@ -184,9 +182,9 @@ struct ForwardStep : Step<A> {
 
   // New state and gates.
   void evaluate_cell(const Summary<A>& to) const {
-    A* new_state = small(args.new_state);
+    A* new_state = as<A>(args.new_state);
     if (this->dynamic())
-      cell_forward<A>(this->cell, {to.y, small(args.state), shape.batch}, new_state, false,
+      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch}, new_state, false,
                       args.threads);
     if (!this->gated()) {
       std::fill_n(to.pooled_p, planes, A(0));
@@ -204,8 +202,8 @@ struct ForwardStep : Step<A> {
     const BranchStatistics<A> statistics{grid,
                                          this->feature(args.x),
                                          this->branch_norm(),
-                                         small(args.branch_mean),
-                                         small(args.branch_var),
+                                         as<A>(args.branch_mean),
+                                         as<A>(args.branch_var),
                                          coefficients,
                                          coefficients + shape.channels,
                                          sums};
@@ -243,7 +241,7 @@ struct ForwardStep : Step<A> {
     A* branch_sums = buffers.take(branch_size);
     A* branch_coefficients = buffers.take(2 * shape.channels);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
-    const Summary<A> summary(small(args.summary), planes);
+    const Summary<A> summary(as<A>(args.summary), planes);
     const InputMap<A> x = this->x(branch_coefficients);
     const bool in_moments = branch_of_batch && batch_norm && this->units.have_whole_batches();
     const auto branch = prepare_branch(branch_coefficients, branch_sums, in_moments);
@@ -253,9 +251,9 @@ struct ForwardStep : Step<A> {
     evaluate_cell(summary);
     this->for_channels([&](const ChannelLanes& c) {
       if (batch_norm) {
-        const auto moments = this->moments_of_o(table, {small(args.summary), planes}, c);
-        c.store(small(args.mean), moments.mean());
-        c.store(small(args.var), moments.variance());
+        const auto moments = this->moments_of_o(table, {as<A>(args.summary), planes}, c);
+        c.store(as<A>(args.mean), moments.mean());
+        c.store(as<A>(args.var), moments.variance());
       }
       output_coefficients(c, scale, shift);
     });
@@ -269,13 +267,13 @@ struct ForwardStep : Step<A> {
 
 template <class A>
 struct BackwardStep : Step<A> {
-  using Step<A>::shape, Step<A>::grid, Step<A>::planes, Step<A>::small;
+  using Step<A>::shape, Step<A>::grid, Step<A>::planes;
 
   const LightAttentionBackward& args;
   const Summary<const A> summary;
 
   explicit BackwardStep(const LightAttentionBackward& args)
-      : Step<A>(args), args(args), summary(small(args.summary), planes) {}
+      : Step<A>(args), args(args), summary(as<A>(args.summary), planes) {}
 
   struct Coefficients {
     A *out_scale;         // [B, C]
@@ -314,9 +312,9 @@ struct BackwardStep : Step<A> {
       c.store(dd + row, args.sigmoid_gate ? plane.lam * gp * d * (1.0 - d) : plane.lam * gp);
       dlam += d * gp + ge;
     }
-    if (args.dnorm_weight != nullptr) c.store(small(args.dnorm_weight), dweight);
-    if (args.dnorm_bias != nullptr) c.store(small(args.dnorm_bias), dbias);
-    c.store(small(args.dlam), dlam);
+    if (args.dnorm_weight != nullptr) c.store(as<A>(args.dnorm_weight), dweight);
+    if (args.dnorm_bias != nullptr) c.store(as<A>(args.dnorm_bias), dbias);
+    c.store(as<A>(args.dlam), dlam);
   }
 
   // From da: dy, and the gradients of the two channel filters; sums [B, 2, taps] is working memory.
@@ -332,7 +330,7 @@ struct BackwardStep : Step<A> {
     for (int64_t t = 0; t < 2 * taps; ++t) {
       double total = 0;
       for (int64_t b = 0; b < shape.batch; ++b) total += sums[2 * taps * b + t];
-      small(t < taps ? args.dq_weight : args.dk_weight)[t % taps] = static_cast<A>(total);
+      as<A>(t < taps ? args.dq_weight : args.dk_weight)[t % taps] = static_cast<A>(total);
     }
   }
 
@@ -341,15 +339,15 @@ struct BackwardStep : Step<A> {
   void cell_gradients(const A* dd, A* dy, A* dpooled_p, A* grad_state) const {
     A* dparams[kMaxCellParams] = {};
     for (std::size_t i = 0; i < args.dcell_params.size(); ++i) {
-      dparams[i] = small(args.dcell_params[i]);
+      dparams[i] = as<A>(args.dcell_params[i]);
     }
     if (this->gated())
       cell_backward<A>(this->cell,
-                       {summary.pooled_p, small(args.new_state), shape.batch, args.first_sample}, dd,
-                       true, dpooled_p, grad_state, dparams, true, args.threads);
-    A* dstate = small(args.dstate);
+                       {summary.pooled_p, as<A>(args.new_state), shape.batch, args.first_sample},
+                       dd, true, dpooled_p, grad_state, dparams, true, args.threads);
+    A* dstate = as<A>(args.dstate);
     std::fill_n(dstate, this->slots() * planes, A(0));
-    cell_backward<A>(this->cell, {summary.y, small(args.state), shape.batch}, grad_state, false, dy,
+    cell_backward<A>(this->cell, {summary.y, as<A>(args.state), shape.batch}, grad_state, false, dy,
                      dstate, dparams, !this->gated(), args.threads);
   }
 
@@ -358,8 +356,8 @@ struct BackwardStep : Step<A> {
       Doubles total{};
       for (int64_t unit = 0; unit < batch_units; ++unit)
         total += c.load(partial + (unit * 18 + tap) * shape.channels);
-      if (tap >= 9) total *= c.load(small(args.lam));
-      A* to = small(tap < 9 ? args.dv_weight : args.dprev_weight);
+      if (tap >= 9) total *= c.load(as<A>(args.lam));
+      A* to = as<A>(tap < 9 ? args.dv_weight : args.dprev_weight);
       if (to == nullptr) return;
       for (int i = 0; i < c.count; ++i)
         to[(c.first + i) * 9 + tap % 9] = static_cast<A>(total[i]);
@@ -399,10 +397,10 @@ struct BackwardStep : Step<A> {
                                     this->feature(args.dx),
                                     this->branch_norm(),
                                     args.branch_norm == Norm::batch,
-                                    small(args.branch_mean),
-                                    small(args.branch_var),
-                                    small(args.dbranch_weight),
-                                    small(args.dbranch_bias),
+                                    as<A>(args.branch_mean),
+                                    as<A>(args.branch_var),
+                                    as<A>(args.dbranch_weight),
+                                    as<A>(args.dbranch_bias),
                                     branch_sums,
                                     branch_sums + 2 * planes};
 
@@ -414,7 +412,7 @@ struct BackwardStep : Step<A> {
     std::fill_n(dpooled_p, planes, A(0));
     if (this->dynamic()) {
       if (args.grad_state != nullptr)
-        std::copy_n(small(args.grad_state), slots * planes, grad_state);
+        std::copy_n(as<A>(args.grad_state), slots * planes, grad_state);
       else
         std::fill_n(grad_state, slots * planes, A(0));
       cell_gradients(dd, dy, dpooled_p, grad_state);

@@ -7,6 +7,7 @@
 
 #include "common/args.h"
 #include "common/isa.h"
+#include "ops/cell/op.h"
 
 namespace dla {
 
@@ -24,7 +25,8 @@ struct LightAttentionInputs {
   const void* drop_scale;                             // [B]
   std::int64_t batch, channels, height, width, head_dim, kernel_size, hidden;
   DType dtype;
-  int cell, activation;  // CellKind and Activation of ops/cell
+  CellKind cell;
+  Activation activation;
   Norm norm, branch_norm;
   bool channels_last, sigmoid_gate, first_sample, residual;
   bool join;  // ReLU(branch_norm(x) + p) takes the place of x
@@ -56,10 +58,10 @@ struct LightAttentionBackward : LightAttentionInputs {
 
 }  // namespace dla
 
-DLA_CPU_ENTRY(light_attention_forward, dla::LightAttentionForward)
-DLA_CPU_ENTRY(light_attention_backward, dla::LightAttentionBackward)
-DLA_CUDA_ENTRY(light_attention_forward, dla::LightAttentionForward)
-DLA_CUDA_ENTRY(light_attention_backward, dla::LightAttentionBackward)
+DLA_CPU_ENTRY(light_attention_forward, LightAttentionForward)
+DLA_CPU_ENTRY(light_attention_backward, LightAttentionBackward)
+DLA_CUDA_ENTRY(light_attention_forward, LightAttentionForward)
+DLA_CUDA_ENTRY(light_attention_backward, LightAttentionBackward)
 
 namespace dla::cuda {
 

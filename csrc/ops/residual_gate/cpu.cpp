@@ -7,11 +7,10 @@
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sizes.h"
 
 namespace dla::DLA_ISA {
 namespace {
-
-using Size = std::int64_t;
 
 // Gradients of h are summed in the compute type within a block and in double over the blocks.
 constexpr Size kBlock = 1024;       // elements of a plane (NCHW)
@@ -38,9 +37,8 @@ struct Join {
 template <class T>
 void forward(const ResidualGateForward& args) {
   using A = Compute<T>;
-  const Join<T> join{static_cast<const T*>(args.u), static_cast<const T*>(args.shortcut),
-                     static_cast<T*>(args.out)};
-  const A* h = static_cast<const A*>(args.h);
+  const Join<T> join{as<T>(args.u), as<T>(args.shortcut), as<T>(args.out)};
+  const A* h = as<A>(args.h);
   if (in_rows(args)) {
     parallel_for(args.threads, args.batch * args.area, [&](Size pixel) {
       const A* factors = h + pixel / args.area * args.channels;
@@ -79,7 +77,7 @@ template <class T>
 void planes_backward(const ResidualGateBackward& args, const Gradients<T>& gradients) {
   using A = Compute<T>;
   parallel_for(args.threads, args.batch * args.channels, [&](Size plane) {
-    const Vec<A> h = splat(static_cast<const A*>(args.h)[plane]);
+    const Vec<A> h = splat(as<A>(args.h)[plane]);
     const Size end = (plane + 1) * args.area;
     double total = 0;
     for (Size first = plane * args.area; first < end; first += kBlock) {
@@ -88,7 +86,7 @@ void planes_backward(const ResidualGateBackward& args, const Gradients<T>& gradi
                      [&](Size i, int n) { terms += gradients(first + i, n, h); });
       total += sum<A>(terms);
     }
-    static_cast<A*>(args.dh)[plane] = static_cast<A>(total);
+    as<A>(args.dh)[plane] = static_cast<A>(total);
   });
 }
 
@@ -109,26 +107,24 @@ void add_rows(const Gradients<T>& gradients, const Compute<T>* h, Size first, Si
 template <class T>
 void rows_backward(const ResidualGateBackward& args, const Gradients<T>& gradients) {
   using A = Compute<T>;
-  const Size tiles = (args.channels + kTile - 1) / kTile;
+  const Size tiles = ceil_div(args.channels, kTile);
   parallel_for(args.threads, args.batch * tiles, [&](Size task) {
     const Size b = task / tiles, channel = task % tiles * kTile;
     const Size width = std::min(kTile, args.channels - channel);
     const Size first = b * args.channels + channel;
     double totals[kTile] = {};
     for (Size pixel = 0; pixel < args.area; pixel += kBlockPixels)
-      add_rows(gradients, static_cast<const A*>(args.h) + first,
-               (b * args.area + pixel) * args.channels + channel,
+      add_rows(gradients, as<A>(args.h) + first, (b * args.area + pixel) * args.channels + channel,
                std::min(kBlockPixels, args.area - pixel), args.channels, width, totals);
     for (Size c = 0; c < width; ++c)
-      static_cast<A*>(args.dh)[first + c] = static_cast<A>(totals[c]);
+      as<A>(args.dh)[first + c] = static_cast<A>(totals[c]);
   });
 }
 
 template <class T>
 void backward(const ResidualGateBackward& args) {
-  const Gradients<T> gradients{static_cast<const T*>(args.grad), static_cast<const T*>(args.u),
-                               static_cast<const T*>(args.out), static_cast<T*>(args.du),
-                               static_cast<T*>(args.dshortcut)};
+  const Gradients<T> gradients{as<T>(args.grad), as<T>(args.u), as<T>(args.out),
+                               as<T>(args.du), as<T>(args.dshortcut)};
   in_rows(args) ? rows_backward(args, gradients) : planes_backward(args, gradients);
 }
 

@@ -21,11 +21,8 @@ struct Step {
       : shape{args.batch, args.channels, args.height, args.width, args.channels_last},
         grid(shape),
         units(Units<A>::of_whole_batches(grid)),
-        norm{small(args.weight), small(args.bias), args.eps},
+        norm{as<A>(args.weight), as<A>(args.bias), args.eps},
         threads(args.threads) {}
-
-  static const A* small(const void* p) { return static_cast<const A*>(p); }
-  static A* small(void* p) { return static_cast<A*>(p); }
 
   // Calls body(channels) for vectors of channels.
   template <class Body>
@@ -43,7 +40,7 @@ struct Step {
 
 template <class A>
 struct ForwardStep : Step<A> {
-  using Step<A>::grid, Step<A>::units, Step<A>::small;
+  using Step<A>::grid, Step<A>::units;
   const ResidualNormForward& args;
 
   explicit ForwardStep(const ResidualNormForward& args) : Step<A>(args), args(args) {}
@@ -77,11 +74,11 @@ struct ForwardStep : Step<A> {
     Buffers<A> buffers(size + 2 * channels);
     A *sums = buffers.take(size), *scale = buffers.take(channels), *shift = buffers.take(channels);
     const BranchStatistics<A> statistics{grid,  Feature{args.x, args.dtype}, this->norm,
-                                         small(args.mean), small(args.var), scale, shift, sums};
+                                         as<A>(args.mean), as<A>(args.var), scale, shift, sums};
     const bool of_batch = args.norm == Norm::batch, at_once = of_batch && units.have_whole_batches();
     if (!of_batch) {
       this->for_channels([&](const ChannelLanes& c) {
-        this->norm.coefficients(c, small(args.mean_in), small(args.var_in), scale, shift);
+        this->norm.coefficients(c, as<A>(args.mean_in), as<A>(args.var_in), scale, shift);
       });
     } else if (!at_once) {
       this->for_units([&](auto fixed, int64_t unit) {
@@ -98,7 +95,7 @@ struct ForwardStep : Step<A> {
 
 template <class A>
 struct BackwardStep : Step<A> {
-  using Step<A>::grid, Step<A>::units, Step<A>::small;
+  using Step<A>::grid, Step<A>::units;
   const ResidualNormBackward& args;
 
   explicit BackwardStep(const ResidualNormBackward& args) : Step<A>(args), args(args) {}
@@ -120,7 +117,7 @@ struct BackwardStep : Step<A> {
           const auto out = place.open(Feature{args.out, args.dtype}, 0, memory[1]);
           const auto x = place.open(Feature{args.x, args.dtype}, 0, memory[2]);
           const auto to_x = place.open(dx, memory[3]), to_shortcut = place.open(dshortcut, memory[4]);
-          const V mean = channel_vector(small(args.mean), grid, place.group);
+          const V mean = channel_vector(as<A>(args.mean), grid, place.group);
           if (place.strip.first == 0) totals[slot][0] = totals[slot][1] = V{};
           V alone{}, with_x{};
           for_strip_vectors(place, [&](int64_t row, int64_t k, Mask<A> own) {
@@ -152,10 +149,10 @@ struct BackwardStep : Step<A> {
                                        OutFeature{args.dx, args.dtype},
                                        this->norm,
                                        args.norm == Norm::batch,
-                                       small(args.mean),
-                                       small(args.var),
-                                       small(args.dweight),
-                                       small(args.dbias),
+                                       as<A>(args.mean),
+                                       as<A>(args.var),
+                                       as<A>(args.dweight),
+                                       as<A>(args.dbias),
                                        sums,
                                        factors};
     const bool at_once = units.have_whole_batches();
