@@ -310,10 +310,13 @@ def covering(
     axes: Mapping[str, Sequence[Any]],
     valid: Callable[[dict[str, Any]], bool] = lambda case: True,
     seed: int = 0,
+    meet: Callable[[str, str], bool] = lambda one, other: True,
 ) -> list[dict[str, Any]]:
     """Few cases in which every (valid) pair of values of any two axes occurs; always the same ones.
 
     Greedy: each case is the best of some random candidates that contain a pair still missing.
+
+    meet: whether it matters that the values of two axes occur together, the first one named first.
     """
     rng = random.Random(seed)
 
@@ -329,6 +332,7 @@ def covering(
     missing = {
         pair
         for one, two in itertools.combinations(numbered, 2)
+        if meet(one[0][0], two[0][0])
         for pair in itertools.product(one, two)
     }
     cases = []
