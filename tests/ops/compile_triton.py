@@ -41,6 +41,7 @@ RARE = (
     {"dtype": torch.float16, "capability": 90, "layout": "nhwc"},
 )
 
+
 class Driver:
     """Stands for a GPU of some compute capability, which is also its number."""
 
@@ -96,8 +97,8 @@ def op_of(function: Any) -> str | None:
 
 
 def cases(op: str) -> list[dict[str, Any]]:
-    """Every pair of dtype, format, GPU, setting and shape occurs; with each variant of the op, every
-    dtype and format. And what is rare, once or twice."""
+    """Every pair of dtype, format, GPU, setting and shape occurs; with each variant of the op,
+    every dtype and format. And what is rare, once or twice."""
     variants = list(SAMPLES[op])
     found = covering(
         {"variant": variants, **FORM, **PLACE},

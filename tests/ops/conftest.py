@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import build_emulation
-from op_cases import EMULATED, ON_GPU, device_of
+from op_cases import EMULATED, INTERPRETED, ON_GPU, device_of
+
+if INTERPRETED and importlib.util.find_spec("triton"):
+    import fast_interpreter
+
+    fast_interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)
