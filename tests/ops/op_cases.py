@@ -75,14 +75,8 @@ def each_backend(op: str, but: str = "", interpreted: bool = True) -> pytest.Mar
 
     but: leaves this one out. interpreted: False for a test that is too slow for the interpreter.
     """
-    slow = pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too slow for Triton's interpreter")
-    chosen = [
-        pytest.param(*one.values, marks=[*one.marks, slow])
-        if one.values == ("triton",) and not interpreted
-        else one
-        for one in backends(op)
-        if one.values != (but,)
-    ]
+    left_out = {but, "triton"} if INTERPRETED and not interpreted else {but}
+    chosen = [one for one in backends(op) if one.values[0] not in left_out]
     return pytest.mark.parametrize("backend", chosen)
 
 
