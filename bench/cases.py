@@ -21,6 +21,7 @@ from dla.nn import DLALayer, DLAState
 from dla_kernels.backend import implementations
 from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.cell.reference import cell as reference_cell
+from dla_kernels.ops.common import compute_dtype
 from dla_kernels.ops.gate.reference import gate as reference_gate
 from dla_kernels.ops.global_pool.reference import global_pool as reference_global_pool
 from dla_kernels.ops.residual_gate.reference import residual_gate as reference_residual_gate
@@ -52,7 +53,7 @@ class Settings:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of parameters and pooled values, by the rule of `dla_kernels`."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.dtype)
 
     def autocast(self) -> AbstractContextManager:
         """Layers and models keep their parameters in float32 when features are in a half dtype."""

@@ -3,6 +3,7 @@
 # the stages of ResNet-50, looks for bad memory accesses.
 #
 #     bench/gpu_check.sh [FOLDER]       # default: gpu-check; PYTHON names another python3
+#     STEPS="build layer_bfloat16 dispatch" bench/gpu_check.sh     # these steps only
 #
 # FOLDER then holds the logs of all steps, of the benchmark JSON and PNG, and the dispatch.json that
 # follows (bench/README.md says how to adopt it). The exit status is 0 if every step passed. Needs
@@ -20,14 +21,23 @@ deadline=530 # seconds; the last step gets what is left
 }
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 # this checkout, installed or not
+# For this GPU alone: the build is serial in the number of targets.
+export DLA_CUDA_ARCHS=${DLA_CUDA_ARCHS:-$("$python" -c \
+  'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
 failed=()
 
 # step NAME SECONDS COMMAND...: runs it for so long at most, keeps what it says, shows the end.
 step() {
   local name=$1 limit=$2 left=$((deadline - SECONDS))
   shift 2
+  [[ " ${STEPS:-$name} " == *" $name "* ]] || return 0
   printf '\n==== %s (%d s)\n' "$name" "$SECONDS"
-  timeout -k 5 $((left < limit ? (left > 1 ? left : 1) : limit)) "$@" >"$out/$name.log" 2>&1
+  ((left >= 10)) || {
+    failed+=("$name (no time left; run it by STEPS=$name)")
+    return
+  }
+  # Interrupted, pytest still says what it has found.
+  timeout -s INT -k 15 $((left < limit ? left : limit)) "$@" >"$out/$name.log" 2>&1
   local status=$?
   tail -n 25 "$out/$name.log"
   ((status == 0)) || failed+=("$name (exit status $status)")
@@ -39,8 +49,11 @@ build() {
 export -f build
 export python
 
-tests=(-q -p no:cacheprovider tests/ops -k "triton or cuda")
-"$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
+# What is compiled only, for three generations of GPUs, is tested without a GPU as well.
+tests=(-q -p no:cacheprovider tests/ops --ignore tests/ops/test_triton_compile.py
+  --ignore tests/ops/test_cuda_compile.py)
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)")
 "$python" -c 'import expecttest' 2>/dev/null || {
   echo "expecttest is not installed: the schemas go untested (pip install expecttest)"
   tests+=(--deselect tests/ops/test_every_op.py::test_schema_fake_and_autograd)
@@ -53,20 +66,26 @@ bench() {
 }
 
 step build 120 bash -c build
-step report 60 "$python" -m dla_kernels
-step tests 240 "$python" -m pytest "${tests[@]}"
+step report 120 "$python" -m dla_kernels # compiles Triton kernels of every op
+step tests_cuda 120 "$python" -m pytest "${tests[@]}" "${parallel[@]}" \
+  -k "cuda and not triton and not 32_bits"
+step tests_large 90 "$python" -m pytest "${tests[@]}" -k "32_bits and (cuda or triton)"
 bench ops_bfloat16 --suite ops --no-compile --dtype bfloat16
 bench layer_bfloat16 --suite layer --dtype bfloat16 # with torch.compile, which takes its time
 bench float32 --suite layer,ops --no-compile --dtype float32
-bench first --suite first --dtype bfloat16 # compiles everything anew
 step dispatch 30 "$python" bench/dispatch.py --output "$out/dispatch.json" \
   "$out"/{ops_bfloat16,layer_bfloat16,float32}.json
+step tests_triton 300 "$python" -m pytest "${tests[@]}" "${parallel[@]}" \
+  -k "triton and not 32_bits" # thousands of kernels to compile
+bench first --suite first --dtype bfloat16 # compiles everything anew
 if command -v compute-sanitizer >/dev/null; then
   # The report's self-check is one small call of every op. Without torch's cache of memory, every
   # tensor is an allocation of its own, whose bounds are seen.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  # torch itself asks CUDA for things that fail, harmlessly.
   for tool in memcheck racecheck; do
-    step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 "$python" -m dla_kernels
+    step $tool 90 compute-sanitizer --tool $tool --error-exitcode 1 --report-api-errors no \
+      "$python" -m dla_kernels
   done
 else
   echo "no compute-sanitizer here: memory accesses go unchecked"

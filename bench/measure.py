@@ -59,7 +59,7 @@ class Sample:
         return row | {"page_faults": memory}
 
 
-SLEEP = 2_000_000  # cycles of a GPU, about a millisecond
+SLEEP = 20_000_000  # cycles of a GPU, about ten milliseconds
 
 
 def timed(step: Callable[[], object], device: torch.device) -> tuple[float, float, int]:

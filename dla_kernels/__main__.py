@@ -57,10 +57,12 @@ def facts() -> dict[str, str]:
         return found | {"native module": problem}
     module = native.load()
     build = module.build_info()
+    cap = os.environ.get("DLA_SIMD")
+    capped = f" (DLA_SIMD={cap} caps it)" if cap else ""
     return found | {
         "native module": str(module.__file__),
         "compiler": build["compiler"] + ("" if build["openmp"] else ", without OpenMP: one thread"),
-        "SIMD level": f"{module.simd_level()} of {', '.join(build['isas'])} (capped by DLA_SIMD)",
+        "SIMD level": f"{module.simd_level()} of {', '.join(build['isas'])}{capped}",
     }
 
 

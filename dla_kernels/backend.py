@@ -60,6 +60,10 @@ class use_backend(ContextDecorator):
         self.name = name
         self._tokens: list[Token[str]] = []
 
+    def _recreate_cm(self) -> use_backend:
+        """For a decorator: each call of the function has its own, in whatever thread."""
+        return use_backend(self.name)
+
     def __enter__(self) -> use_backend:
         self._tokens.append(_requested.set(self.name))
         return self
@@ -150,17 +154,17 @@ def _class_of(x: Tensor, args: Sequence[Any]) -> str:
 
 
 @functools.cache
-def _automatic_order(op: str, on_gpu: str | None) -> Sequence[str]:
+def _automatic_order(op: str, gpu_class: str | None) -> Sequence[str]:
     """Backends by speed. On CPU tensors Triton's interpreter would be slower than anything.
 
-    on_gpu: shape class of the call; None on a CPU.
+    gpu_class: shape class of the call; None on a CPU.
     """
-    if on_gpu is None:
+    if gpu_class is None:
         return ("cpp", "reference")
     text = importlib.resources.files("dla_kernels").joinpath("dispatch.json").read_text()
     order = json.loads(text)["order"]
     of_op = order.get(op, order)
-    return (*of_op.get(on_gpu, of_op["default"]), "reference")
+    return (*of_op.get(gpu_class, of_op["default"]), "reference")
 
 
 @functools.cache

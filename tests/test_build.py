@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ REASONS = {
     "of CUDA 11.4": ["CUDA 11.4", "12.0"],
     "of CUDA 12.4": ["CUDA 12.4", "capability 100", "DLA_CUDA_ARCHS", "12.8"],
 }
-needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 
 
 def script(folder: Path, name: str, body: str) -> None:
@@ -48,7 +46,6 @@ def decide(folder: Path, nvcc: str, **env: str) -> tuple[int, str]:
     return run(["cmake", "-P", ROOT / "csrc" / "cuda.cmake"], folder, **env)
 
 
-@needs_cmake
 @pytest.mark.parametrize("nvcc", REASONS)
 @pytest.mark.parametrize("must", ["", "1"])
 def test_nvcc_that_will_not_do(tmp_path: Path, nvcc: str, must: str) -> None:
@@ -60,7 +57,6 @@ def test_nvcc_that_will_not_do(tmp_path: Path, nvcc: str, must: str) -> None:
         assert word in said, f"does not say {word!r}: {said}"
 
 
-@needs_cmake
 def test_nvcc_that_will_do(tmp_path: Path) -> None:
     assert "CUDA kernels for 75;80;90;100, by" in decide(tmp_path, "of CUDA 13.0")[1]
     archs = {"DLA_CUDA_ARCHS": "120, 90"}
@@ -69,7 +65,6 @@ def test_nvcc_that_will_do(tmp_path: Path) -> None:
     assert "kernels for 90, by" in decide(tmp_path, "of CUDA 12.4", DLA_CUDA_ARCHS="90")[1]
 
 
-@needs_cmake
 def test_cuda_not_wanted(tmp_path: Path) -> None:
     status, said = decide(tmp_path, "of CUDA 13.0", DLA_BUILD_CUDA="0")
     assert status == 0 and "No CUDA kernels: DLA_BUILD_CUDA was 0" in said
@@ -89,7 +84,6 @@ esac
 @pytest.mark.parametrize("without", ["true", "false"])
 def test_nvcc_that_fails_to_compile(tmp_path: Path, must: str, without: str) -> None:
     """Tried again without CUDA, unless CUDA is a must; a second failure is no fault of nvcc's."""
-    pytest.importorskip("setuptools")
     script(tmp_path, "cmake", CMAKE.format(folder=tmp_path, without=without))
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from torch import Tensor
@@ -101,7 +102,6 @@ def test_attention_matrix() -> None:
 
 
 def test_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     stage = DLAStage([torch.nn.Identity()] * 4, 8, "base", head_dim=4)
     with record_attention() as records:

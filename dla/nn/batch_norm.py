@@ -73,7 +73,8 @@ def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, x: Tensor)
             factor = tracked.to(running_mean.dtype).reciprocal()
     running_mean.lerp_(cast(mean, running_mean.dtype), factor)
     count = x.numel() // x.shape[1]
-    unbiased = var * (count / (count - 1))
+    # var * count / (count - 1). In a product, torch makes a tensor of the number first.
+    unbiased = var.add(var, alpha=1 / (count - 1))
     running_var.lerp_(cast(unbiased, running_var.dtype), factor)
 
 
@@ -98,7 +99,8 @@ def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) 
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does no more than its class's forward."""
+    """Whether calling ``module`` does what its class's forward does, hooks of all modules aside
+    (``register_module_forward_hook``)."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

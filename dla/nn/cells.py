@@ -9,11 +9,11 @@ from torch import Tensor, nn
 import dla_kernels
 from dla.nn.checks import hidden_width
 from dla.nn.tensors import parameter
+from dla_kernels.ops.cell import ACTIVATIONS
 from dla_kernels.ops.checks import one_of
 from dla_kernels.ops.common import compute_dtype
 
 INITIAL_STATES = ("zeros", "normal", "learned")
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
 
 
 class Cell(nn.Module):

@@ -5,18 +5,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dla.nn.cells import CELLS, Cell
+from dla.nn.cells import CELLS, INITIAL_STATES, Cell
 from dla.nn.checks import boolean
+from dla_kernels.ops.base_attention import GATED
+from dla_kernels.ops.cell import ACTIVATIONS
 from dla_kernels.ops.checks import one_of
 from dla_kernels.ops.common import describe
+from dla_kernels.ops.step_checks import GATES, STATIC
 
 VARIANTS = ("light", "base")
 SPECS = ("paper", "official")
-GATES = ("identity", "sigmoid")
-CONTEXTS = ("per_sample", "first_sample")
 SOURCES = ("output", "shortcut")
-GATED = ("projections", "features")
-STATIC = "none"
 
 
 class Form(NamedTuple):
@@ -108,6 +107,8 @@ def shared_parts(
     initial_state: str,
 ) -> tuple[Cell | None, nn.Conv2d | None]:
     """What the layers of a stage share: the cell and prev_conv, as far as ``form`` has them."""
+    one_of("activation", activation, ACTIVATIONS)
+    one_of("initial_state", initial_state, INITIAL_STATES)
     cell = None
     if form.cell != STATIC:
         cell = CELLS[form.cell](channels, reduction, activation, initial_state)

@@ -17,12 +17,10 @@ from dla.nn.batch_norm import (
     track_statistics,
 )
 from dla.nn.batch_norm import join as join_parts
-from dla.nn.cells import ACTIVATIONS, INITIAL_STATES, Cell
+from dla.nn.cells import Cell
 from dla.nn.checks import boolean, check_features, match_autocast, positive_int
 from dla.nn.drop import DropPath
 from dla.nn.form import (
-    CONTEXTS,
-    STATIC,
     channel_kernel_size,
     check_kind,
     depthwise_conv,
@@ -36,6 +34,7 @@ from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.checks import one_of, strided
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
+from dla_kernels.ops.step_checks import CONTEXTS, STATIC
 
 
 class DLALayer(nn.Module):
@@ -144,8 +143,6 @@ class DLALayer(nn.Module):
         self.fused, self.shared = boolean("fused", fused), boolean("shared", shared)
         self.form = resolve_form(variant, spec, cell, gate, prev_conv, prev_from, gated)
         self.context = one_of("context", context, CONTEXTS)
-        self.activation = one_of("activation", activation, ACTIVATIONS)
-        one_of("initial_state", initial_state, INITIAL_STATES)
         self.cell = self.prev_conv = None
         if not shared:
             self.cell, self.prev_conv = shared_parts(
@@ -186,7 +183,8 @@ class DLALayer(nn.Module):
             prev: p, like x. Default under ``prev_from="output"``: the output in ``state``. None
                 under ``variant="base"``.
             state: what the layer before returned; None for the first layer of a stage.
-            cell, prev_conv: the stage's, for a layer made with ``shared=True``.
+            cell, prev_conv: the stage's, for a layer made with ``shared=True``. Of prev_conv, a
+                depthwise convolution without bias, only the weight [C, 1, 3, 3] is read.
             keep_output: False if no later layer will read what this one adds to the state: it may
                 then be left out of it, which spares writing it.
             join: x is the residual branch of the layer's block and ``prev`` its shortcut, not yet
@@ -203,31 +201,32 @@ class DLALayer(nn.Module):
         check_features("x", x, self.channels, self.v_conv.weight)
         cell, prev_conv = self._parts(cell, prev_conv)
         state = self._start(x, cell) if state is None else self._check_state(x, prev, state, cell)
-        weights = cell.weights(state.context.dtype) if cell else []
+        if branch_norm is not None and not join:
+            raise ValueError(f"branch_norm: expected None without join, got {branch_norm}")
         if self.variant == "base":
-            if prev is not None or join:
+            if join:
+                raise ValueError("join: expected False under variant='base', which has no p")
+            if prev is not None:
                 raise ValueError(
                     "prev: expected None under variant='base', which attends to the layers in "
                     f"state, got {describe(prev)}"
                 )
-            return self._base_step(x, state, weights, keep_output)
-        prev = self._previous(x, prev, state)
+            return self._base_step(x, state, cell, keep_output)
         if join and prev is None:
             raise ValueError("prev: expected the shortcut that x is joined with, got None")
-        if branch_norm is not None and not join:
-            raise ValueError(f"branch_norm: expected None without join, got {branch_norm}")
+        prev = self._previous(x, prev, state)
         if join and not self._joins(branch_norm):
             x = join_parts(x, branch_norm, prev, self.fused)
             join, branch_norm = False, None
         keep_output = keep_output and self.form.prev_from == "output"
-        return self._light_step(x, prev, state, weights, prev_conv, keep_output, join, branch_norm)
+        return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
 
     def _light_step(
         self,
         x: Tensor,
         prev: Tensor | None,
         state: DLAState,
-        cell_weights: list[Tensor],
+        cell: Cell | None,
         prev_conv: nn.Conv2d | None,
         keep_output: bool,
         join: bool,
@@ -235,6 +234,7 @@ class DLALayer(nn.Module):
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else light_reference).light_attention
         dtype = state.context.dtype
+        cell_weights = cell.weights(dtype) if cell else []
         branch = batch_norm_arguments(branch_norm, x, dtype)
         q_weight, k_weight, v_weight = self._filters(dtype)
         has_conv = prev_conv is not None and prev is not None
@@ -253,6 +253,7 @@ class DLALayer(nn.Module):
             branch_bias=branch.bias,
             branch_mean_in=branch.mean,
             branch_var_in=branch.var,
+            **self._flags(cell),
             join=join,
             branch_norm=branch.mode,
             branch_eps=branch.eps,
@@ -276,10 +277,12 @@ class DLALayer(nn.Module):
         return out, DLAState(context, o if keep_output else None, state.size, state.cell)
 
     def _base_step(
-        self, x: Tensor, state: DLAState, cell_weights: list[Tensor], keep_output: bool
+        self, x: Tensor, state: DLAState, cell: Cell | None, keep_output: bool
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else base_reference).base_attention
-        q_weight, k_weight, v_weight = self._filters(state.context.dtype)
+        dtype = state.context.dtype
+        cell_weights = cell.weights(dtype) if cell else []
+        q_weight, k_weight, v_weight = self._filters(dtype)
         attend = functools.partial(
             attend,
             x,
@@ -293,11 +296,12 @@ class DLALayer(nn.Module):
             k_weight,
             list(state.key_weights),
             v_weight,
+            **self._flags(cell),
             gated=self.form.gated,
             return_v=keep_output,
         )
         if self._norm_and_drop_path_are_fused():
-            norm = batch_norm_arguments(self.norm, x, state.context.dtype)
+            norm = batch_norm_arguments(self.norm, x, dtype)
             results = self._finished_by_op(x, norm, attend, relu=True)
             out = results[0]
             if norm.mode == "batch":
@@ -329,11 +333,11 @@ class DLALayer(nn.Module):
         q_weight, k_weight, v_weight = (parameter(conv, "weight", dtype) for conv in convs)
         return q_weight, k_weight, v_weight
 
-    def _flags(self) -> dict[str, Any]:
+    def _flags(self, cell: Cell | None) -> dict[str, Any]:
         """Of both ops."""
         return {
             "cell": self.form.cell,
-            "activation": self.activation,
+            "activation": cell.activation if cell else "identity",
             "gate": self.form.gate,
             "context": self.context,
             "head_dim": self.head_dim,
@@ -354,7 +358,6 @@ class DLALayer(nn.Module):
             mean_in=norm.mean,
             var_in=norm.var,
             drop_scale=None if scale is None else scale.flatten(),
-            **self._flags(),
             norm=norm.mode,
             eps=norm.eps,
             residual=True,
@@ -366,7 +369,7 @@ class DLALayer(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Results of the op that stops at o, its first."""
         nothing = dict.fromkeys(("norm_weight", "norm_bias", "mean_in", "var_in", "drop_scale"))
-        return attend(**nothing, **self._flags(), norm="none", eps=0.0, residual=False, **flags)
+        return attend(**nothing, norm="none", eps=0.0, residual=False, **flags)
 
     def _finished_by_modules(self, x: Tensor, o: Tensor) -> Tensor:
         branch = o if self.norm is None else self.norm(o)

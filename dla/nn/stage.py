@@ -9,9 +9,10 @@ from dla.nn.batch_norm import is_unhooked, join
 from dla.nn.cells import CELLS
 from dla.nn.channel import DIALayer
 from dla.nn.checks import boolean, module_list
-from dla.nn.form import STATIC, shared_parts
+from dla.nn.form import shared_parts
 from dla.nn.layer import DLALayer
 from dla_kernels.ops.base_attention import MAX_LAYERS
+from dla_kernels.ops.step_checks import STATIC
 
 
 class DLAStage(nn.Module):
@@ -67,8 +68,6 @@ class DLAStage(nn.Module):
                 spec,
                 cell,
                 drop_path=rate,
-                activation=activation,
-                initial_state=initial_state,
                 shared=True,
                 **layer_options,
             )

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from dla.nn.cells import Cell
 from dla.nn.checks import match_autocast
-from dla.nn.form import STATIC, channel_kernel_size
+from dla.nn.form import channel_kernel_size
 from dla_kernels.ops.checks import like
 from dla_kernels.ops.common import describe
+from dla_kernels.ops.step_checks import STATIC
 
 
 class DLAState(NamedTuple):

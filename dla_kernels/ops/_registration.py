@@ -109,7 +109,11 @@ def _once_per_form(check: Callable[..., None], tensors: int) -> Callable[..., No
         return tuple(map(_metadata, value)) if type(value) in (list, tuple) else _metadata(value)
 
     def check_new(*args: Any) -> None:
-        forms = [None if value is None else form_of(value) for value in args[:tensors]]
+        try:
+            forms = [None if value is None else form_of(value) for value in args[:tensors]]
+        except RuntimeError:  # of a nested tensor, which has no shape
+            check(*args)
+            raise
         form = (*forms, *args[tensors:])
         if form in passed:
             return
@@ -179,7 +183,8 @@ def _are_plain_tensors(values: Sequence[Tensor]) -> bool:
 
 def _dispatches_plainly() -> bool:
     """Whether nothing but autograd is to see a call whose arguments are plain: no compiler, no
-    profiler, no mode of any kind (fake tensors, functorch, tracing, ...)."""
+    profiler, no dispatch mode (fake tensors, functorch, tracing, ...). Modes of torch functions,
+    among them ``with torch.device(..)``, are passed over, as by any extension's function."""
     return not (
         torch.compiler.is_compiling()
         or _C._autograd._profiler_enabled()

@@ -34,15 +34,9 @@ def features(name: str, x: Tensor) -> None:
 
 
 def like(
-    name: str,
-    x: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    index: int | None = None,
+    name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Exactly this shape, dtype and device; ``index`` is the place of x in a list."""
-    name = name if index is None else f"{name}[{index}]"
+    """Exactly this shape, dtype and device."""
     a_tensor(name, x)
     if x.shape != shape or x.dtype != dtype or x.device != device:
         kind = ValueError if x.dtype == dtype else TypeError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dla_kernels import native
 from dla_kernels.ops.cpp_common import misplaced
+from dla_kernels.ops.global_pool import cpp as global_pool
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -19,8 +21,21 @@ def unsupported(x: Tensor) -> str | None:
         return "the compiled CUDA kernels are for NVIDIA GPUs; this torch is for AMD's"
     missing = native.cuda_error()
     if x.is_cuda or (native.EMULATE_CUDA and x.is_cpu):
-        return missing
+        return missing or _unusable(x.device)
     return misplaced("the compiled CUDA kernels run on NVIDIA GPUs", x, missing)
+
+
+@functools.cache
+def _unusable(device: torch.device) -> str | None:
+    """Why no kernel starts on a device although the module loads, or None: the driver may be too old
+    for the compiler, or the kernels built for other GPUs. One launch shows it."""
+    x = torch.ones((1, 1, 1, 1), device=device)
+    try:
+        with torch.cuda.device(device) if x.is_cuda else nullcontext():
+            global_pool.forward(x, load=native.load_cuda)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:

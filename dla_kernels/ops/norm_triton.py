@@ -84,7 +84,8 @@ def ending(
 def normed(o, end, row, exists, channels, EPS: tl.constexpr):
     """norm(o), o less the mean, and per plane 1 / deviation and the norm's factor."""
     if end.mean is None:
-        result, deviation, rstd, factor = o, o, None, None
+        # Nobody uses the last two then, but Triton 3.6 returns no None.
+        result, deviation, rstd, factor = o, o, 1.0, 1.0
     else:
         middle, rstd, factor = channel_norm(
             end.mean, end.var, end.weight, row, exists, channels, EPS

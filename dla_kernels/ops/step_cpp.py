@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_kernels.ops.cell.cpp import ACTIVATIONS, KINDS
+from dla_kernels.ops.cell.cpp import ACTIVATION_NUMBERS, KINDS
 from dla_kernels.ops.cpp_common import DTYPES, NORMS, execution
 
 # Of (module, name of a function, its arguments, a tensor of the compute dtype): working memory.
@@ -45,7 +45,7 @@ def flags(
     """The options that both ops have."""
     return {
         "cell": KINDS.get(cell, 0),  # a static layer has no cell parameters and reads no kind
-        "activation": ACTIVATIONS[activation],
+        "activation": ACTIVATION_NUMBERS[activation],
         "sigmoid_gate": gate == "sigmoid",
         "first_sample": context == "first_sample",
         "head_dim": head_dim,

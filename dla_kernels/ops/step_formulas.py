@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, pad
 
 from dla_kernels.ops.cell.reference import cell as cell_step
+from dla_kernels.ops.step_checks import STATIC
 
 
 def forward_path(
     y: Tensor, state: Tensor, params: Sequence[Tensor], cell: str, activation: str
 ) -> Tensor:
     """c^l = Dyn(y, c^{l-1}) (Eq. 4-5); the static layer has an empty state [0, B, C]."""
-    if cell == "none":
+    if cell == STATIC:
         return torch.empty_like(state)
     return cell_step(y, state, params, cell, activation)
 
@@ -21,7 +22,7 @@ def forward_path(
 def context_of(state: Tensor, context: str) -> Tensor:
     """The state [S, B, C] that gates read."""
     if context == "first_sample":
-        # The defect of the official code (design 2.5): sample 0 lends its context to all.
+        # The defect of the official code: sample 0 lends its context to all.
         return state[:, :1].expand_as(state)
     return state
 

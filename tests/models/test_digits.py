@@ -8,8 +8,6 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_digits.py"
 
 

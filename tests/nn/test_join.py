@@ -183,6 +183,18 @@ def test_bad_results_of_blocks() -> None:
     assert_refused(lambda: layer(x, x, join=True, branch_norm=3), "branch_norm", "Module", "int 3")
 
 
+def test_layers_refuse_what_they_cannot_join() -> None:
+    """The shortcut of a block is not what the state has of the layer before."""
+    light, base = (DLALayer(CHANNELS, variant).double() for variant in ("light", "base"))
+    x = images()
+    _, state = light(x)
+    assert_refused(lambda: light(x, state=state, join=True), "prev", "shortcut", "None")
+    assert_refused(lambda: light(x, branch_norm=nn.Identity()), "branch_norm", "None", "Identity")
+    assert_refused(lambda: base(x, branch_norm=nn.Identity()), "branch_norm", "None", "Identity")
+    assert_refused(lambda: base(x, join=True), "join", "False", "base")
+    assert_refused(lambda: base(x, x), "prev", "None", "base")
+
+
 def test_one_value_per_channel_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         stage("base", "plain")(images()[:1, :, :1, :1])

@@ -597,6 +597,15 @@ def test_shared_layer_needs_its_owners_parts() -> None:
     assert_refused(lambda: layer(map_(), map_(), cell=cell), "prev_conv", "True", "NoneType")
 
 
+@each_fused
+def test_shared_layer_takes_the_cells_activation(fused: bool) -> None:
+    layer = DLALayer(CHANNELS, head_dim=4, activation="identity", fused=fused)
+    shared = DLALayer(CHANNELS, head_dim=4, shared=True, fused=fused)
+    shared.load_state_dict(layer.state_dict(), strict=False)
+    x = map_()
+    assert torch.equal(shared(x, cell=layer.cell)[1].context, layer(x)[1].context)
+
+
 def test_bad_shortcut_of_a_block() -> None:
     """A block that changes the resolution has to return its shortcut."""
     stage = DLAStage([nn.Conv2d(8, CHANNELS, 1)], CHANNELS, spec="official", head_dim=4)

@@ -1,4 +1,4 @@
-"""DLA-L in plain NumPy with explicit loops, written from the paper's and the design's formulas.
+"""DLA-L in plain NumPy with explicit loops, written from the paper's formulas.
 
 Shares no code and no idea with the package: what the reference is held to. float64 only.
 """

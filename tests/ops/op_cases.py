@@ -38,7 +38,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # plus a tail), 33 (odd, tail of one), 64 (whole vectors only). Maps: 1x1 and single rows or columns
 # (every stencil row or column is a border), 2x3 and 5x5 (narrower than a vector), 7x7 and 14x14
 # (ImageNet's last stages: tails), 8x8 (whole vectors, CIFAR's last stage), 17x31 (odd, rows in
-# blocks of eight leave one), 33x40 (more than 32 columns: blocks of four rows).
+# blocks of eight leave one), 33x40 (rows of several vectors and a tail, in blocks that leave one).
 CHANNELS = (1, 3, 5, 20, 33, 64)
 MAPS = ((1, 1), (1, 7), (7, 1), (2, 3), (5, 5), (7, 7), (8, 8), (14, 14), (17, 31), (33, 40))
 

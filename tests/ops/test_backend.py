@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import dla_kernels
-from dla_kernels import use_backend
+from dla_kernels import native, use_backend
 from dla_kernels.backend import BACKENDS, _automatic_order, _class_of, implementations
+from dla_kernels.ops import cuda_common
 from dla_kernels.ops.common import CLASS_SIZES, LAYOUTS
 from op_cases import op_names, python
 from op_samples import NAMES, SMALL, Call, sample
@@ -111,6 +112,24 @@ def test_choice_is_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["cpp"]
 
 
+def test_decorated_function_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call has a choice of its own, which ends with it."""
+    seen = serving("global_pool", monkeypatch)
+    barrier = threading.Barrier(2)
+
+    @use_backend("reference")
+    def decorated() -> None:
+        barrier.wait(10)
+        call("global_pool")
+        barrier.wait(10)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(decorated) for _ in range(2)]:
+            future.result()
+    call("global_pool")
+    assert seen == ["reference", "reference", "cpp"]
+
+
 def refusals(requested: str, prefix: str = "") -> dict[str, str]:
     """What each op says in a process of its own when CPU tensors are to be served by a backend."""
     done = python(
@@ -139,6 +158,19 @@ def test_request_that_cannot_be_served(requested: str) -> None:
     for op, message in said.items():
         assert op in message and requested in message
         assert "use_backend" in message, f"no remedy: {message}"
+
+
+def test_cuda_kernels_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module loads, but for other GPUs or a newer driver: another backend is taken."""
+
+    def load() -> None:
+        raise RuntimeError("install a newer NVIDIA driver")
+
+    monkeypatch.setattr(native, "EMULATE_CUDA", True)
+    monkeypatch.setattr(native, "cuda_error", lambda: None)
+    monkeypatch.setattr(native, "load_cuda", load)
+    monkeypatch.setattr(cuda_common, "_unusable", cuda_common._unusable.__wrapped__)
+    assert "newer NVIDIA driver" in cuda_common.unsupported(torch.ones(1, 1, 1, 1))
 
 
 def test_request_of_cuda_where_there_is_none() -> None:

@@ -227,7 +227,7 @@ def test_the_first_layer_sees_its_own_value_alone(backend: str, generator: torch
 @each_backend("base_attention")
 @pytest.mark.parametrize("gated", ["projections", "features"])
 def test_samples_do_not_mix(backend: str, gated: str, generator: torch.Generator) -> None:
-    """With running statistics a sample's result is the same alone and in company (design 2.5)."""
+    """With running statistics a sample's result is the same alone and in company."""
     case = Case(shape=(3, 6, 5, 4), gated=gated, norm="running", dtype=torch.float64)
     inputs = case.inputs(generator)
     with use_backend(backend):
@@ -248,7 +248,7 @@ def test_samples_do_not_mix(backend: str, gated: str, generator: torch.Generator
 def test_mean_a_thousand_times_the_deviation(
     backend: str, layout: str, generator: torch.Generator
 ) -> None:
-    """float32 sums of squares would lose the variance altogether (design 3.1)."""
+    """float32 sums of squares would lose the variance altogether."""
     case = Case(shape=(1, 6, 24, 21), x_layout=layout, value_layout=layout)
     inputs = case.inputs(generator)
     inputs["values"] = [value + 1e3 for value in inputs["values"]]

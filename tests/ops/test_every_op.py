@@ -388,6 +388,7 @@ def test_captured_in_a_cuda_graph(op: str, variant: str, backend: str) -> None:
 
 
 @pytest.mark.skipif(not enough_memory(), reason="needs a GPU with 80 GB")
+@pytest.mark.usefixtures("whole_memory")
 @pytest.mark.parametrize("layout", DENSE)
 @EACH_LARGE
 def test_more_elements_than_32_bits_count(op: str, variant: str, backend: str, layout: str) -> None:
@@ -488,6 +489,11 @@ def test_tensors_without_strides_are_refused(op: str, variant: str, backend: str
                 lambda key, t, name=name: t.to_sparse() if key == name else t, call.inputs
             )
             assert_refused(lambda call=call: run_call(call), name.split(".")[0], "dense", "sparse")
+
+
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 4, 4)], layout=torch.jagged)
+    assert_refused(lambda: dla_kernels.global_pool(nested), "x", "dense", "nested")
 
 
 @EACH_CPU_KERNEL

@@ -123,8 +123,8 @@ def test_transposed_and_expanded_gates(
 @each_backend("gate")
 @pytest.mark.parametrize("layout", DENSE)
 def test_long_list(backend: str, layout: str, generator: torch.Generator) -> None:
-    """More features than one launch of a GPU kernel takes."""
-    shapes = [(2, 3 + i % 4, 1 + i % 5, 4) for i in range(35)]
+    """More features of one shape than one launch of a GPU kernel takes, and of many shapes."""
+    shapes = 34 * [(2, 3, 2, 4)] + [(2, 3 + i % 4, 1 + i % 5, 4) for i in range(20)]
     features = [feature(s, torch.float32, layout, generator=generator) for s in shapes]
     gates = [random_small(*s[:2], generator=generator, dtype=torch.float32) for s in shapes]
     inputs = {"features": features, "gates": gates}

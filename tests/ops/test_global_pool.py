@@ -117,6 +117,7 @@ def test_half_sums_beyond_the_range_of_half(backend: str) -> None:
 
 # The reference takes minutes: nothing of it is ours.
 @each_backend("global_pool", but="reference", interpreted=False)
+@pytest.mark.usefixtures("whole_memory")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_more_elements_than_32_bits_count(backend: str, layout: str) -> None:
     """Memory that was never written costs nothing: the operating system maps pages of zeros."""

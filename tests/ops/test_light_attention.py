@@ -60,11 +60,11 @@ SHAPES = [
     ((2, 33, 7, 7), 11, 3, 8),  # ImageNet's last stage: tails in width; one channel beyond vectors
     ((2, 64, 8, 8), 32, 3, 16),  # CIFAR's last stage: whole vectors and blocks, two heads
     ((1, 64, 8, 8), 32, 5, 16),  # one sample: batch statistics within one plane
-    ((2, 16, 14, 14), 16, 3, 4),  # width 14: 8 + 4 + 2; whole vector of channels
+    ((2, 16, 14, 14), 16, 3, 4),  # width 14: less than a vector; whole vector of channels
     ((2, 6, 17, 31), 3, 3, 3),  # odd both ways: a row beyond blocks of 8, all tails in width
-    ((1, 5, 33, 40), 1, 5, 2),  # more than 32 columns: lower row blocks; heads of one channel
+    ((1, 5, 33, 40), 1, 5, 2),  # rows of several vectors and a tail; heads of one channel
     ((2, 24, 16, 32), 8, 3, 6),  # whole vectors in both directions, of any width
-    ((1, 3, 9, 70), 3, 1, 1),  # wide: several strips of columns
+    ((1, 3, 9, 70), 3, 1, 1),  # rows of many vectors
     ((2, 130, 3, 4), 26, 5, 32),  # more channels than one block of them
     ((33, 4, 4, 4), 4, 1, 1),  # more samples than channels
 ]
@@ -298,7 +298,7 @@ def test_any_case(backend: str, case: Case) -> None:
 def test_mean_a_thousand_times_the_deviation(
     backend: str, layout: str, cell: str, batch: int, generator: torch.Generator
 ) -> None:
-    """float32 sums of squares would lose the variance altogether (23% error, design 3.1)."""
+    """float32 sums of squares would lose the variance altogether (23% error)."""
     case = Case(
         shape=(batch, 6, 24, 21), cell=cell, has_prev=False, return_o=True,
         x_layout=layout, p_layout=layout, grad_layout=layout,
@@ -369,7 +369,7 @@ def test_saturated_scores(backend: str, generator: torch.Generator) -> None:
 
 @each_backend("light_attention")
 def test_samples_do_not_mix(backend: str, generator: torch.Generator) -> None:
-    """With running statistics a sample's result is the same alone and in company (design 2.5)."""
+    """With running statistics a sample's result is the same alone and in company."""
     case = Case(shape=(3, 6, 5, 4), norm="running", return_o=True, dtype=torch.float64)
     inputs = case.inputs(generator)
     with use_backend(backend):
@@ -462,10 +462,10 @@ def test_four_layers_against_numpy(backend: str, spec: str, generator: torch.Gen
     options = {"spec": spec, **case.flags()}
     with use_backend(backend):
         got = stage(layers, dla_kernels.light_attention, torch.tanh, **options)
-    arrays = mapped(lambda _, t: t.numpy(), layers)
+    arrays = mapped(lambda _, t: t.numpy(force=True), layers)
     want = stage(arrays, naive_dla.light_attention, np.tanh, **options)
     for name, actual, expected in zip(("out", "state"), got, want, strict=True):
-        assert_close(actual, torch.from_numpy(expected), name=name)
+        assert_close(actual.cpu(), torch.from_numpy(expected), name=name)
 
 
 @each_backend("light_attention", interpreted=False)

@@ -74,7 +74,7 @@ def test_full_rank_cells_are_those_of_torch(kind: str, generator: torch.Generato
 
 
 def test_official_cell_starts_from_zero_not_from_one_half() -> None:
-    """h = 0 in the first step although h' = sigmoid(c') would be 0.5 at c = 0 (design 2.1)."""
+    """h = 0 in the first step although h' = sigmoid(c') would be 0.5 at c = 0."""
     params = [torch.ones(s).double() for s in [(1, 2), (1,), (6, 1), (6,)] * 2]
     first = reference("cell")(
         torch.zeros(1, 2).double(), torch.zeros(2, 1, 2).double(), params, "dsu_split"
@@ -109,7 +109,7 @@ def test_global_pool_and_gate(generator: torch.Generator) -> None:
 
 
 def test_first_sample_is_the_context_of_row_zero(generator: torch.Generator) -> None:
-    """With one sample both contexts agree; with more, only row 0 agrees (design 2.5)."""
+    """With one sample both contexts agree; with more, only row 0 agrees."""
     case = Case(dtype=torch.float64, norm="none")
     inputs = case.inputs(generator)
     per_sample = reference("light_attention")(*inputs.values(), **case.flags())[0]

@@ -72,14 +72,27 @@ inline std::size_t most_shared_bytes(const Call& call) {
   return static_cast<std::size_t>(bytes);
 }
 
+// Without asking, a block has 48 KB of shared memory for what its kernel declares and what the launch
+// adds. Asks for all there is, once: a limit that followed each launch could fall below what another
+// host thread is about to use.
+inline void ask_for_shared_memory(const Call& call, const void* function, std::size_t bytes) {
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  cudaFuncAttributes kernel{};
+  check(cudaFuncGetAttributes(&kernel, function), call);
+  const std::size_t declared = kernel.sharedSizeBytes;
+  const auto allowed = static_cast<std::size_t>(kernel.maxDynamicSharedSizeBytes);
+  if (bytes <= allowed && declared + bytes <= kWithoutAsking) return;
+  const std::size_t most = most_shared_bytes(call) - declared;
+  if (allowed < most)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(most)),
+          call);
+}
+
 template <class... P>
 void start(const Call& call, void (*kernel)(P...), const Grid& grid, P... args) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  constexpr std::size_t kWithoutAsking = 48 * 1024;
-  if (grid.shared_bytes > kWithoutAsking)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_bytes)),
-          call);
+  if (grid.shared_bytes > 0) ask_for_shared_memory(call, function, grid.shared_bytes);
   void* addresses[] = {&args...};
   check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.blocks)),
                          dim3(static_cast<unsigned>(grid.threads)), addresses, grid.shared_bytes,

@@ -87,7 +87,8 @@ def base_attention(
         cell: a kind of ``dla_kernels.cell``, or "none": static (MRLA-B), all gates 1.
         activation: see ``dla_kernels.cell``.
         gate: "identity" or "sigmoid".
-        context: "per_sample"; or "first_sample": all gates read row 0 of state' (design 2.5).
+        context: "per_sample"; or "first_sample": all gates read row 0 of state', a defect of
+            the official code.
         gated: what the gates act on: "projections", keys and values each by their own gate, as
             the official code has it; or "features", from which both are made, as the paper has it.
         head_dim: channels per head; divides C.
@@ -183,8 +184,7 @@ def _check(
         raise ValueError(
             f"values: expected those of at most {MAX_LAYERS - 1} earlier layers, got {len(values)}"
         )
-    for index, value in enumerate(values):
-        checks.like(f"values[{index}]", value, x.shape, x.dtype, x.device)
+    checks.list_like("values", values, len(values), x.shape, x.dtype, x.device)
     check_cell(state, cell_params, cell, batch, channels, *rest)
     layers = len(values)
     means = 0 if cell == STATIC else layers
@@ -228,7 +228,7 @@ def _fake(
 
 def _fake_backward(*args: Any) -> list[Tensor | None]:
     grad_out, needs_values = args[0], args[-1]
-    x, values, _, *parameters = args[_GRADS : _GRADS + 3 + _PARAMETERS]
+    x, values, *parameters = args[_GRADS : _GRADS + 2 + _PARAMETERS]
     state = parameters[0]
     wanted = needs_values and grad_out is not None
     return [
@@ -243,12 +243,12 @@ def _save(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
     x, values, *parameters, mean, var, drop_scale = args[:_TENSORS]
     *ctx.flags, _ = args[_TENSORS:]
     *_, norm, _, _, _ = ctx.flags
-    _, v, *_, scores, batch_mean, batch_var, pooled_x = results
+    *_, scores, batch_mean, batch_var, pooled_x = results
     empty = [t for t in results if t.numel() == 0]
     ctx.mark_non_differentiable(scores, batch_mean, batch_var, pooled_x, *empty)
     if norm != "running":
         mean, var = batch_mean, batch_var
-    kept = [x, values, v, *parameters, drop_scale, mean, var, scores, pooled_x]
+    kept = [x, values, *parameters, drop_scale, mean, var, scores, pooled_x]
     ctx.save_for_backward(*flatten(kept))
     ctx.sizes = sizes_of(kept)
     ctx.by_layers = [_is_of_a_layer(value) for value in values]
@@ -265,7 +265,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> list[Any]:
     if isinstance(grad_v, WeightedSum):
         later, grad_v = grad_v.terms, None
     kept = unflatten(ctx.saved_tensors, ctx.sizes)
-    values, parameters = kept[1], kept[3 : 3 + _PARAMETERS]
+    values, parameters = kept[1], kept[2 : 2 + _PARAMETERS]
     needs_values = any(ctx.needs_input_grad[_VALUES : _VALUES + len(values)])
     dx, g, mix, *dparameters = _BACKWARD(
         grad_out,
@@ -310,7 +310,7 @@ _OPERATOR, _BACKWARD = define(
     "Tensor var, Tensor pooled_x)",
     "(Tensor? grad_out, Tensor? grad_v, Tensor? grad_state, Tensor? grad_keys, "
     "Tensor? grad_gates, Tensor? grad_pooled, Tensor[] later_grads, Tensor[] later_weights, "
-    f"Tensor x, Tensor[] values, Tensor v, {_PARAMETER_LIST} Tensor? drop_scale, Tensor mean, "
+    f"Tensor x, Tensor[] values, {_PARAMETER_LIST} Tensor? drop_scale, Tensor mean, "
     f"Tensor var, Tensor scores, Tensor pooled_x, {_FLAGS} bool needs_values) -> Tensor[]",
     check=_check,
     fake=_fake,

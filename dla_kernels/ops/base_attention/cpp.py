@@ -9,6 +9,7 @@ from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features
 from dla_kernels.ops.cpp_common import Loader
 from dla_kernels.ops.cpp_common import unsupported as unsupported
+from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
 
 
@@ -46,7 +47,7 @@ def forward(
     """Arguments and results of ``dla_kernels::base_attention``; the last two are for GPUs."""
     layout = dense_format(x)
     (batch, channels), layers = x.shape[:2], len(values) + 1
-    dynamic, features = cell != "none", gated == "features"
+    dynamic, features = cell != STATIC, gated == "features"
     maps = {"x": dense(x, layout)}
     small = contiguous(
         state=state,
@@ -85,7 +86,7 @@ def forward(
         *(load(), "base_attention_forward", state, prepare),
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
-        gated_features=gated == "features",
+        gated_features=features,
         relu=relu,
         **maps,
         **small,
@@ -108,7 +109,6 @@ def backward(
     later_weights: Sequence[Tensor],
     x: Tensor,
     values: Sequence[Tensor],
-    v: Tensor,
     state: Tensor,
     keys: Tensor,
     gates: Tensor,
@@ -194,7 +194,7 @@ def backward(
         *(load(), "base_attention_backward", state, prepare),
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
-        gated_features=gated == "features",
+        gated_features=features,
         relu=relu,
         **maps,
         **weights,
@@ -209,7 +209,7 @@ def backward(
     )
     if not needs_values:
         g = mix = None
-    dstate, dkeys, dgates, dq, dk, dv, *dnorm = dweights.values()
+    dstate, dkeys, dgates, dq_weight, dk_weight, dv_weight, *dnorm = dweights.values()
     dpooled, dcell_params, dkey_weights = dlists.values()
-    grads = [dstate, dkeys, dgates, *dpooled, *dcell_params, dq, dk, *dkey_weights, dv, *dnorm]
-    return [dx, g, mix, *grads]
+    dcell = [dstate, dkeys, dgates, *dpooled, *dcell_params]
+    return [dx, g, mix, *dcell, dq_weight, dk_weight, *dkey_weights, dv_weight, *dnorm]

@@ -12,6 +12,7 @@ from dla_kernels.ops._registration import flatten, sizes_of, unflatten
 from dla_kernels.ops.common import dense_format, without_autocast
 from dla_kernels.ops.differentiate import dense_as, differentiate
 from dla_kernels.ops.global_pool.reference import global_pool
+from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.step_formulas import (
     add_branch,
     depthwise,
@@ -85,7 +86,7 @@ def base_attention(
 
         if gated == "features":
             keys, own_mean = y.new_empty(0, *y.shape), y
-        elif cell != "none" and return_v:
+        elif cell != STATIC and return_v:
             own_mean = global_pool(v)
         else:
             own_mean = y.new_empty(0)
@@ -123,7 +124,7 @@ def attend(
     scores_of: a kernel may take the formula's place.
     """
     new_state = forward_path(y, state, cell_params, cell, activation)
-    if cell != "none":
+    if cell != STATIC:
         gate_path = new_state, cell_params, cell, activation, gate, context
         means = torch.stack(list(pooled)) if pooled else torch.empty_like(gates)
         keys = keys * gates_of(keys, *gate_path)
@@ -133,7 +134,7 @@ def attend(
         keys = torch.stack([filter_channels(u, weight) for u, weight in gated_means])
     keys = torch.cat([keys, filter_channels(y, k_weight).unsqueeze(0)])
     own_gate = torch.ones_like(y).unsqueeze(0)
-    gates = torch.cat([gates, own_gate]) if cell != "none" else torch.empty_like(gates)
+    gates = torch.cat([gates, own_gate]) if cell != STATIC else torch.empty_like(gates)
     return new_state, keys, gates, scores_of(filter_channels(y, q_weight), keys, head_dim)
 
 
@@ -192,7 +193,6 @@ def backward(
     later_weights: Sequence[Tensor],
     x: Tensor,
     values: Sequence[Tensor],
-    v: Tensor,
     state: Tensor,
     keys: Tensor,
     gates: Tensor,

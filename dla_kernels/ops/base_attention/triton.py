@@ -34,6 +34,7 @@ from dla_kernels.ops.norm_triton import (
     welford,
 )
 from dla_kernels.ops.stencil_triton import added, filtered, store_sums, through_filter, zeros
+from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.triton_common import (
     SMALL_TILE,
     finish,
@@ -128,7 +129,7 @@ def forward(
     out, v, sums_v = empty_features(x), None, None
     if return_v:
         v = empty_features(x)
-    if return_v and cell != "none" and not features:
+    if return_v and cell != STATIC and not features:
         sums_v = new_sums(x, plan)
     o, moments = None, None
     if norm == "batch":
@@ -162,7 +163,6 @@ def backward(
     later_weights: Sequence[Tensor],
     x: Tensor,
     values: Sequence[Tensor],
-    v: Tensor,
     state: Tensor,
     keys: Tensor,
     gates: Tensor,
@@ -416,7 +416,7 @@ def _mix_backward_kernel(
                 values,
             )  # fmt: skip
             change = tl.where(inside, change, 0.0)
-        elif factor is not None:
+        elif end.mean is not None:
             change = change * factor
         tl.store(g + first + offset, change.to(g.dtype.element_ty), inside)
         for t in tl.static_range(len(mix.maps)):

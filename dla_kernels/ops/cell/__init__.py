@@ -53,7 +53,7 @@ def check_params(
         width, came = shapes[0][1], list(params[0].shape)
         raise ValueError(f"{name}[0]: expected [h, {width}], got {came}")
     for index, (param, shape) in enumerate(zip(params, shapes, strict=True)):
-        checks.like(name, param, shape, dtype, device, index)
+        checks.like(f"{name}[{index}]", param, shape, dtype, device)
 
 
 def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> None:

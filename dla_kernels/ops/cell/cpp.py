@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.cell.reference import CELLS
+from dla_kernels.ops.cell.reference import ACTIVATIONS, CELLS
 from dla_kernels.ops.cpp_common import DTYPES, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
 # CellKind and Activation of csrc/ops/cell/op.h.
 KINDS = {kind: number for number, kind in enumerate(CELLS)}
-ACTIVATIONS = {"sigmoid": 0, "tanh": 1, "relu": 2, "identity": 3}
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def forward(
@@ -69,7 +69,7 @@ def _inputs(
         "channels": channels,
         "hidden": params[0].shape[0],
         "kind": KINDS[kind],
-        "activation": ACTIVATIONS[activation],
+        "activation": ACTIVATION_NUMBERS[activation],
         "dtype": DTYPES[y.dtype],
         **execution(y),
     }

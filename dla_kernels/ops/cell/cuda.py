@@ -13,6 +13,7 @@ from dla_kernels.ops.cell import cpp
 from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.cuda_common import on_cuda
 from dla_kernels.ops.cuda_common import unsupported as unsupported
+from dla_kernels.ops.step_checks import STATIC
 
 forward = on_cuda(cpp.forward)
 
@@ -52,7 +53,7 @@ def refuses_step(adapter: ModuleType) -> Callable[..., str | None]:
 
     def refuses(*args: Any) -> str | None:
         state, params, kind = (args[i] for i in places[len(args)])
-        if kind == "none":
+        if kind == STATIC:
             return None
         return too_wide(state, state.shape[2], params, kind, len(args) == of_backward)
 

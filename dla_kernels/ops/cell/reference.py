@@ -1,7 +1,9 @@
 """Recurrent cells ("Dyn", Eq. 5) in plain PyTorch.
 
 A cell is a function ``(y, state, params, activation) -> new state``. Slot 0 of a state is always
-the output of the cell. A new kind of cell is one function and one line in ``CELLS``.
+the output of the cell. A new kind of cell is one function and one line in ``CELLS``; a tail and its
+layout in ``csrc/ops/cell/tails.h``; a branch of ``_tail`` in ``triton.py``; a class in
+``dla/nn/cells.py``.
 """
 
 from collections.abc import Callable, Sequence
@@ -125,11 +127,13 @@ class Kind(NamedTuple):
     """A kind of cell; ``shapes(h, C)`` are those of its parameters.
 
     layers: how many hidden layers it has.
+    gates: gates per channel.
     """
 
     step: Callable[[Tensor, Tensor, Sequence[Tensor], Activation], Tensor]
     slots: int
     layers: int
+    gates: int
     shapes: Callable[[int, int], Shapes]
 
 
@@ -143,11 +147,11 @@ def _two_matrices(gates: int, c: int) -> Shapes:
 
 # The native kernels number them in this order (CellKind).
 CELLS = {
-    "dsu": Kind(dsu, 1, 1, lambda h, c: ((h, 2 * c), (3 * c, h), (3 * c,))),
-    "dsu_split": Kind(dsu_split, 2, 2, lambda h, c: _two_bottlenecks(3, h, c)),
-    "dia": Kind(dia, 2, 2, lambda h, c: _two_bottlenecks(4, h, c)),
-    "lstm": Kind(lstm, 2, 0, lambda h, c: _two_matrices(4, c)),
-    "rnn": Kind(rnn, 1, 0, lambda h, c: _two_matrices(1, c)),
+    "dsu": Kind(dsu, 1, 1, 3, lambda h, c: ((h, 2 * c), (3 * c, h), (3 * c,))),
+    "dsu_split": Kind(dsu_split, 2, 2, 3, lambda h, c: _two_bottlenecks(3, h, c)),
+    "dia": Kind(dia, 2, 2, 4, lambda h, c: _two_bottlenecks(4, h, c)),
+    "lstm": Kind(lstm, 2, 0, 4, lambda h, c: _two_matrices(4, c)),
+    "rnn": Kind(rnn, 1, 0, 1, lambda h, c: _two_matrices(1, c)),
 }
 
 

@@ -20,7 +20,6 @@ from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.triton_common import launch, pick
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
-GATES = {"dsu": 3, "dsu_split": 3, "dia": 4, "lstm": 4, "rnn": 1}
 TILE = tl.constexpr(16)  # side of a tile: the least that a product takes, for many programs
 WIDE = tl.constexpr(32)  # side of a tile of weights; terms per step of a long sum
 PARTS, PART = 8, 256  # into so many parts it is cut at most, of so many terms at least
@@ -96,7 +95,7 @@ class _Cell:
         self.precision = _precision()
         self.flags = {
             "KIND": kind,
-            "GATES": GATES[kind],
+            "GATES": CELLS[kind].gates,
             "ACTIVATION": self.activation,
             "PRECISION": self.precision,
             "maxnreg": REGISTERS,
@@ -119,15 +118,21 @@ class _Cell:
         parts = None
         if self.layers and self.sizes.channels > SMALL:
             weights = [side.w1 for side in self.sides]
-            parts = self.sums([side.x for side in self.sides], weights, self.activation)
+            inputs = [side.x for side in self.sides]
+            parts = self.sums(inputs, weights, activation=self.activation, transposed=True)
         return (*self.sides, parts, self.state[-1])
 
     def sums(
-        self, inputs: Sequence[Tensor], weights: Sequence[Tensor], activation: str | None = None
+        self,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        *,
+        activation: str = "identity",
+        transposed: bool = False,
     ) -> Parts:
-        """Products of inputs [B, n] with weights [n, h].
+        """Products of inputs [B, n] with weights [n, h], or [h, n] if transposed.
 
-        activation: of the second input, towards the hidden layer; then the weights are [h, n].
+        activation: of the second input.
         """
         depth, (batch, _, hidden) = inputs[0].shape[1], self.sizes
         cuts = min(PARTS, triton.cdiv(depth, PART))
@@ -138,8 +143,8 @@ class _Cell:
             (*_tiles(batch, hidden), len(values)),
             *(tuple(inputs), tuple(weights), weights[0].stride(0), values),
             *(depth, cuts, length, self.sizes),
-            ACTIVATION=activation or "identity",
-            TRANSPOSED=activation is not None,
+            ACTIVATION=activation,
+            TRANSPOSED=transposed,
             PRECISION=self.precision,
         )
         return Parts(values, len(values) // self.layers)
@@ -150,7 +155,7 @@ class _Cell:
         Writes to the last slot of ``grad_state`` what comes straight from the new memory.
         """
         batch, channels, hidden = self.sizes
-        dgates = self.y.new_empty((batch, GATES[self.kind] * channels))
+        dgates = self.y.new_empty((batch, CELLS[self.kind].gates * channels))
         layers = self.y.new_empty((self.layers, batch, hidden))
         launch(
             _gate_gradients_kernel,

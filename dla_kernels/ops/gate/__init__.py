@@ -40,8 +40,8 @@ def _check(features: Sequence[Tensor], gates: Sequence[Tensor]) -> None:
     dtype, device = features[0].dtype, features[0].device
     for index, (x, factor) in enumerate(zip(features, gates, strict=True)):
         checks.features(f"features[{index}]", x)
-        checks.like("features", x, x.shape, dtype, device, index)
-        checks.like("gates", factor, x.shape[:2], compute_dtype(dtype), device, index)
+        checks.like(f"features[{index}]", x, x.shape, dtype, device)
+        checks.like(f"gates[{index}]", factor, x.shape[:2], compute_dtype(dtype), device)
 
 
 def _fake(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:

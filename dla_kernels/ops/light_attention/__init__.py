@@ -80,7 +80,8 @@ def light_attention(
         cell: a kind of ``dla_kernels.cell``, or "none": static, d = 1.
         activation: see ``dla_kernels.cell``.
         gate: "identity" or "sigmoid".
-        context: "per_sample"; or "first_sample": all gates read row 0 of state' (design 2.5).
+        context: "per_sample"; or "first_sample": all gates read row 0 of state', a defect of
+            the official code.
         head_dim: channels per head; divides C.
         norm: "batch" (statistics of o), "running" (mean_in and var_in), or "none".
         eps: added to the variance.

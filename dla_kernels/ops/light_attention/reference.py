@@ -10,6 +10,7 @@ from torch import Tensor
 from dla_kernels.ops.common import compute_dtype, without_autocast
 from dla_kernels.ops.differentiate import dense_as, differentiate
 from dla_kernels.ops.global_pool.reference import global_pool
+from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.step_formulas import (
     add_branch,
     depthwise,
@@ -64,9 +65,9 @@ def light_attention(
     norm: str,
     eps: float,
     residual: bool,
-    join: bool = False,
-    branch_norm: str = "none",
-    branch_eps: float = 1e-5,
+    join: bool,
+    branch_norm: str,
+    branch_eps: float,
     return_o: bool,
 ) -> tuple[Tensor, ...]:
     """Arguments, shapes and results are those of ``dla_kernels.light_attention``.
@@ -91,7 +92,7 @@ def light_attention(
             # the gradient of lam is zero.
             o = scale(attention + 0.0 * lam, depthwise(x, v_weight))
         else:
-            if cell != "none":
+            if cell != STATIC:
                 pooled_p = global_pool(p)
                 context_and_cell = new_state, cell_params, cell, activation, gate, context
                 gates = gates_of(pooled_p.unsqueeze(0), *context_and_cell)[0]

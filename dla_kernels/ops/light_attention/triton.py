@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from dla_kernels.ops import triton_tuning
-from dla_kernels.ops.cell import triton as cell
+from dla_kernels.ops.cell import triton as cell_triton
 from dla_kernels.ops.common import (
     compute_dtype,
     contiguous,
@@ -42,6 +42,7 @@ from dla_kernels.ops.light_attention.triton_kernels import (
 )
 from dla_kernels.ops.norm_triton import Ending, ending
 from dla_kernels.ops.residual_norm.triton import moments, through_norm
+from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.step_formulas import context_of
 from dla_kernels.ops.triton_common import (
     Setting,
@@ -80,13 +81,13 @@ class _Cell(NamedTuple):
         self, y: Tensor, pooled_p: Tensor | None, state: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """New state, and d if there is a pooled p."""
-        if self.kind == "none":
+        if self.kind == STATIC:
             return torch.empty_like(state), None
-        new_state = cell.forward(y, state, self.params, self.kind, self.activation)
+        new_state = cell_triton.forward(y, state, self.params, self.kind, self.activation)
         if pooled_p is None:
             return new_state, None
         context = context_of(new_state, self.context)
-        output = cell.forward(pooled_p, context, self.params, self.kind, self.activation)[0]
+        output = cell_triton.forward(pooled_p, context, self.params, self.kind, self.activation)[0]
         return new_state, torch.sigmoid(output) if self.gate == "sigmoid" else output
 
     def backward(
@@ -105,16 +106,16 @@ class _Cell(NamedTuple):
             grad = torch.zeros_like(new_state)
             grad[0] = dd * d * (1 - d) if self.gate == "sigmoid" else dd
             context = context_of(new_state, self.context)
-            dpooled_p, dcontext, *dparams = cell.backward(
+            dpooled_p, dcontext, *dparams = cell_triton.backward(
                 grad, pooled_p, context, self.params, self.kind, self.activation
             )
             if self.context == "first_sample":
                 of_all = dcontext.sum(1)
                 dcontext.zero_()[:, 0] = of_all
             grad_state = dcontext if grad_state is None else grad_state + dcontext
-        if grad_state is None or self.kind == "none":
+        if grad_state is None or self.kind == STATIC:
             return None, dpooled_p, torch.zeros_like(state), dparams
-        dy, dstate, *of_y = cell.backward(
+        dy, dstate, *of_y = cell_triton.backward(
             grad_state, y, state, self.params, self.kind, self.activation
         )
         return dy, dpooled_p, dstate, list(torch._foreach_add(of_y, dparams))
@@ -139,7 +140,7 @@ def forward(
     branch_mean_in: Tensor | None,
     branch_var_in: Tensor | None,
     drop_scale: Tensor | None,
-    kind: str,
+    cell: str,
     activation: str,
     gate: str,
     context: str,
@@ -164,7 +165,7 @@ def forward(
         *(branch_weight, branch_bias, branch_eps),
     )
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
-    gated = p is not None and kind != "none"
+    gated = p is not None and cell != STATIC
     if norm == "batch":
         found = _moments(inputs, Gradients(None, None))
         y = found.sums[X.value] / area
@@ -173,7 +174,7 @@ def forward(
         y, pooled_p = _means(inputs, gated)
     with without_autocast(x):
         attention = scores_of(y, q_weight, k_weight, head_dim)
-    step = _Cell(kind, activation, gate, context, cell_params)
+    step = _Cell(cell, activation, gate, context, cell_params)
     new_state, d = step.forward(y, pooled_p, state)
     pooled_p = torch.zeros_like(y) if pooled_p is None else pooled_p
     summary = torch.stack([y, pooled_p, attention, torch.ones_like(y) if d is None else d])
@@ -226,7 +227,7 @@ def backward(
     branch_var: Tensor,
     new_state: Tensor,
     summary: Tensor,
-    kind: str,
+    cell: str,
     activation: str,
     gate: str,
     context: str,
@@ -254,8 +255,8 @@ def backward(
     dy, dq, dk = differentiate(
         lambda *given: scores_of(*given, head_dim), [y, q_weight, k_weight], [da]
     )
-    gated = p is not None and kind != "none"
-    step = _Cell(kind, activation, gate, context, cell_params)
+    gated = p is not None and cell != STATIC
+    step = _Cell(cell, activation, gate, context, cell_params)
     of_cell, dpooled_p, dstate, dparams = step.backward(
         dd, grad_state, y, pooled_p if gated else None, d, state, new_state
     )
