@@ -19,6 +19,7 @@ def example() -> ModuleType:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_digits(fused: bool, record_property: pytest.RecordProperty) -> None:
     accuracy = example().run(

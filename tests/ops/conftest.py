@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,12 @@ import torch
 from filelock import FileLock
 
 import build_emulation
-from op_cases import EMULATED, ON_GPU, device_of
+from op_cases import EMULATED, INTERPRETED, ON_GPU, device_of
+
+if INTERPRETED and importlib.util.find_spec("triton"):
+    import fast_interpreter
+
+    fast_interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -75,14 +75,8 @@ def each_backend(op: str, but: str = "", interpreted: bool = True) -> pytest.Mar
 
     but: leaves this one out. interpreted: False for a test that is too slow for the interpreter.
     """
-    slow = pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too slow for Triton's interpreter")
-    chosen = [
-        pytest.param(*one.values, marks=[*one.marks, slow])
-        if one.values == ("triton",) and not interpreted
-        else one
-        for one in backends(op)
-        if one.values != (but,)
-    ]
+    left_out = {but, "triton"} if INTERPRETED and not interpreted else {but}
+    chosen = [one for one in backends(op) if one.values[0] not in left_out]
     return pytest.mark.parametrize("backend", chosen)
 
 
@@ -310,10 +304,13 @@ def covering(
     axes: Mapping[str, Sequence[Any]],
     valid: Callable[[dict[str, Any]], bool] = lambda case: True,
     seed: int = 0,
+    meet: Callable[[str, str], bool] = lambda one, other: True,
 ) -> list[dict[str, Any]]:
     """Few cases in which every (valid) pair of values of any two axes occurs; always the same ones.
 
     Greedy: each case is the best of some random candidates that contain a pair still missing.
+
+    meet: whether it matters that the values of two axes occur together, the first one named first.
     """
     rng = random.Random(seed)
 
@@ -329,6 +326,7 @@ def covering(
     missing = {
         pair
         for one, two in itertools.combinations(numbered, 2)
+        if meet(one[0][0], two[0][0])
         for pair in itertools.product(one, two)
     }
     cases = []

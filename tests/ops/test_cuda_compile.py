@@ -70,11 +70,15 @@ needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdum
 
 @pytest.fixture(scope="module", params=[pytest.param(op, marks=needs_nvcc) for op in OPS])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, Path, str]:
-    """Name of an op, its object file for all capabilities, and what ptxas said about it."""
+    """Name of an op, its object file for all capabilities, and what ptxas said about it.
+
+    One PTX for all: no kernel has code of its own for a newer capability than 8.0.
+    """
     op = request.param
     out = tmp_path_factory.mktemp(op) / "cuda.o"
-    targets = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in CAPABILITIES]
-    command = [nvcc(), "-std=c++20", "-O3", f"-I{CSRC}", *targets, "-Xptxas", "-v"]
+    code = ",".join(f"sm_{capability}" for capability in CAPABILITIES)
+    target = f"-gencode=arch=compute_{CAPABILITIES[0]},code=[{code}]"
+    command = [nvcc(), "-std=c++20", "-O1", f"-I{CSRC}", target, "-Xptxas", "-v"]
     command += ["-c", CSRC / "ops" / op / "cuda.cu", "-o", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
