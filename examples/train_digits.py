@@ -1,7 +1,7 @@
 """Train a small DLA network on real images in a minute, offline.
 
 The data are the 1797 handwritten digits that scikit-learn brings along (8x8 pixels), enlarged to
-16x16; every fourth is held out.
+32x32; every fourth is held out.
 
     python examples/train_digits.py --model resnet20_dla_l --steps 200
 """
@@ -21,7 +21,7 @@ from dla.models import create_model
 
 
 class Split(NamedTuple):
-    """Images [N, 3, 16, 16] float32, normalised, and labels [N] int64."""
+    """Images [N, 3, 32, 32] float32, normalised, and labels [N] int64."""
 
     images: Tensor
     labels: Tensor
@@ -33,7 +33,7 @@ def load_digits() -> tuple[Split, Split]:
 
     data = load()
     images = torch.from_numpy(data.images).float().unsqueeze(1)
-    images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
     images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)  # CPUs convolve faster so
     labels = torch.from_numpy(data.target).long()
