@@ -78,7 +78,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, Pat
     out = tmp_path_factory.mktemp(op) / "cuda.o"
     code = ",".join(f"sm_{capability}" for capability in CAPABILITIES)
     target = f"-gencode=arch=compute_{CAPABILITIES[0]},code=[{code}]"
-    command = [nvcc(), "-std=c++20", "-O1", f"-I{CSRC}", target, "-Xptxas", "-v"]
+    command = [nvcc(), "-std=c++17", "-O1", f"-I{CSRC}", target, "-Xptxas", "-v"]
     command += ["-c", CSRC / "ops" / op / "cuda.cu", "-o", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

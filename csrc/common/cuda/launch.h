@@ -105,7 +105,7 @@ void start(const Call& call, void (*kernel)(P...), const Grid& grid, P... args) 
 // Starts kernel(args...) with grid.blocks times grid.threads threads.
 template <class... P>
 void launch(const Call& call, void (*kernel)(P...), const Grid& grid,
-            std::type_identity_t<P>... args) {
+            std::common_type_t<P>... args) {
   constexpr std::int64_t kMostBlocks = 0x7fffffff;
   if (grid.blocks < 1 || grid.blocks > kMostBlocks)
     throw std::runtime_error(call.text() + ": too large for one launch; split the batch");

@@ -270,6 +270,12 @@ __device__ inline void make_factors(const Cut& cut, const Part<T>& part,
     factors[e] = part.width > 0 ? value(channel + part.plane_of(e) - part.plane) : Compute<T>(0);
 }
 
+// Of an array that need not be there.
+template <class A>
+__device__ inline A value_or_zero(const A* values, Size i) {
+  return values == nullptr ? A(0) : values[i];
+}
+
 // ---- device: sums -------------------------------------------------------------------------------
 
 // Adds up what all threads of a block have summed, element by element of their packs, and calls

@@ -12,6 +12,31 @@ __device__ inline Size own_number() {
   return static_cast<Size>(blockIdx.x) * kThreads + threadIdx.x;
 }
 
+// Where sums go: element i of field f, times a factor.
+template <class A>
+struct Multiples {
+  double factor;
+  A* to;  // [fields, size]
+
+  __device__ void put(int field, Size size, Size i, double sum) const {
+    to[field * size + i] = static_cast<A>(factor * sum);
+  }
+};
+
+// Adds up the pieces of partial [fields, size / channels, pieces, channels] to to.put(field, size,
+// i, sum), for every i < size.
+template <class A, class To>
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(Size fields, Size size, Size channels, Size pieces, const A* partial,
+                const __grid_constant__ To to) {
+  const Size number = own_number();
+  if (number >= fields * size) return;
+  const A* first = partial + number / channels * pieces * channels + number % channels;
+  double sum = 0;
+  for (Size piece = 0; piece < pieces; ++piece) sum += first[piece * channels];
+  to.put(static_cast<int>(number / size), size, number % size, sum);
+}
+
 // A filter along the channels of a sample, with zeros around these. Channel c of it is line(c).
 template <class A>
 struct LineFilter {

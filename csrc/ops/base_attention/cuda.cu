@@ -2,7 +2,6 @@
 // (cuda_memory.h) with the cell (ops/cell). Sums of pieces of maps are added up in small launches.
 #include "ops/base_attention/op.h"
 
-#include "common/cuda/scratch.h"
 #include "ops/base_attention/cuda_memory.h"
 #include "ops/base_attention/cuda_passes.h"
 
@@ -11,29 +10,6 @@ namespace base {
 namespace {
 
 constexpr Size kPixels = 256;  // of a channels_last map, that a block sums up
-
-// out[i] = factor * the sum of the pieces of plane i % planes; `fields` sums of each.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    fold_kernel(Cut cut, int fields, const A* sums, A factor, A* out) {
-  const Size i = own_number();
-  if (i >= fields * cut.planes) return;
-  const Size row = i / cut.channels * cut.chunks, channel = i % cut.channels;
-  double sum = 0;
-  for (Size piece = 0; piece < cut.chunks; ++piece)
-    sum += sums[(row + piece) * cut.channels + channel];
-  out[i] = static_cast<A>(factor * sum);
-}
-
-// Gradient of v_weight [C, 3, 3] from sums [9, rows, C].
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    weight_gradients_kernel(Size rows, Size channels, const A* sums, A* dv_weight) {
-  const Size tap = field_of_block(channels), c = own_channel(channels);
-  const A* of_tap = sums + tap * rows * channels;
-  const double sum = add_rows(rows, channels, [&](Size, Size i) { return of_tap[i]; });
-  if (writes_channel(channels)) dv_weight[c * kTaps + tap] = static_cast<A>(sum);
-}
 
 // One of the maps that are not aligned to packs, if there is any.
 const void* least_aligned(const std::vector<const void*>& maps) {
@@ -49,26 +25,26 @@ std::vector<const void*> joined(std::vector<const void*> one, const std::vector<
 
 // What forward and backward steps share.
 template <class T>
-struct Step {
+struct Step : AttentionStep<T, BaseAttentionInputs> {
+  using Base = AttentionStep<T, BaseAttentionInputs>;
   using A = Compute<T>;
-  const BaseAttentionInputs& args;
-  const Call call;
-  Scratch<A> scratch{args.scratch};
-  const Size area = args.height * args.width, planes = args.batch * args.channels;
-  const int layers = static_cast<int>(args.values.size());
-  const Size with_own = (layers + 1) * planes;
+  using Base::args, Base::planes, Base::area, Base::call, Base::scratch, Base::small, Base::map;
+  const int layers, slots;
+  const Size with_own;
   Memory<A> memory = {};
-  int slots = 0;
   A *inputs, *repeated_state, *outputs;  // of the cell, for all rows
 
-  Step(const BaseAttentionInputs& args, const char* op, const void* y)
-      : args(args), call{op, args.batch, args.channels, args.height * args.width, args.stream} {
+  Step(const char* op, const BaseAttentionInputs& args, const void* y)
+      : Base(op, args),
+        layers(static_cast<int>(args.values.size())),
+        slots(Base::slots()),
+        with_own((layers + 1) * planes) {
     memory.layers = layers;
     memory.batch = static_cast<int>(args.batch);
     memory.channels = static_cast<int>(args.channels);
     memory.head_dim = static_cast<int>(args.head_dim);
     memory.taps = static_cast<int>(args.kernel_size);
-    memory.dynamic = !args.cell_params.empty();
+    memory.dynamic = this->dynamic();
     memory.features = args.gated_features;
     memory.sigmoid = args.sigmoid_gate;
     memory.first_sample = args.first_sample;
@@ -80,20 +56,11 @@ struct Step {
     for (std::size_t t = 0; t < args.pooled.size(); ++t) memory.pooled[t] = small(args.pooled[t]);
     for (std::size_t t = 0; t < args.key_weights.size(); ++t)
       memory.key_weights[t] = small(args.key_weights[t]);
-    if (memory.dynamic)
-      slots = with_tail(kind(), [](auto tail) { return decltype(tail)::layout.slots; });
     inputs = scratch.take(asked());
     repeated_state = scratch.take(slots * asked());
     outputs = scratch.take(slots * asked());
   }
 
-  static const A* small(const void* p) { return static_cast<const A*>(p); }
-  static A* small(void* p) { return static_cast<A*>(p); }
-  static const T* map(const void* p) { return static_cast<const T*>(p); }
-  static T* map(void* p) { return static_cast<T*>(p); }
-  CellKind kind() const { return static_cast<CellKind>(args.cell); }
-  Activation activation() const { return static_cast<Activation>(args.activation); }
-  DType compute_dtype() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
   Size asked() const { return memory.rows() * args.channels; }
   Grid heads_grid() const { return grid_of(args.batch * memory.heads() * kWarp); }
 
@@ -122,27 +89,24 @@ struct Step {
   }
 
   OutputNorm<A> norm(const void* mean, const void* var) const {
-    const bool none = args.norm == Norm::none;
-    return {small(args.norm_weight), small(args.norm_bias), none ? nullptr : small(mean),
-            none ? nullptr : small(var), small(args.drop_scale), static_cast<A>(args.eps),
-            args.relu};
-  }
-
-  void evaluate_cell(const void* y, const void* state, Size rows, void* out) const {
-    const CellForward cell{y, state, args.cell_params, out, rows, args.channels, args.hidden,
-                           kind(), activation(), compute_dtype(), args.threads, args.stream};
-    cell_forward(cell);
+    return {this->channel_norm(mean, var), small(args.drop_scale), args.relu};
   }
 
   // The new state, and keys and gates of all layers under it.
   void recall(A* state, const Recall<A>& to) const {
-    if (memory.dynamic) evaluate_cell(memory.y, args.state, args.batch, state);
+    if (memory.dynamic) this->evaluate_cell(memory.y, args.state, args.batch, state);
     if (asked() > 0) {
       launch(call, cell_inputs_kernel<A>, grid_of(asked()), memory, slots, state, inputs,
              repeated_state);
-      evaluate_cell(inputs, repeated_state, memory.rows(), outputs);
+      this->evaluate_cell(inputs, repeated_state, memory.rows(), outputs);
     }
     launch(call, recall_kernel<A>, grid_of(with_own), memory, outputs, to);
+  }
+
+  // to[i] = factor * the sum of the pieces of plane i % planes; `fields` sums of each.
+  void fold(Size fields, const Cut& cut, const A* sums, double factor, A* to) const {
+    launch(call, fold_kernel<A, Multiples<A>>, grid_of(fields * planes), fields, planes,
+           args.channels, cut.chunks, sums, Multiples<A>{factor, to});
   }
 
   void weigh(const A* scores, const A* gates, A* weights) const {
@@ -162,7 +126,7 @@ struct ForwardStep : Step<T> {
   A *weights, *sums[2], *kept_o;
 
   explicit ForwardStep(const BaseAttentionForward& args)
-      : Step<T>(args, "base_attention", args.pooled_x), args(args) {
+      : Step<T>("base_attention", args, args.pooled_x), args(args) {
     recalled = {small(args.keys_out), small(args.gates_out)};
     if (args.keys_out == nullptr) recalled.keys = this->scratch.take(this->with_own);
     weights = this->scratch.take(this->with_own);
@@ -183,8 +147,7 @@ struct ForwardStep : Step<T> {
     void* const means[] = {args.pooled_x, args.pooled_v};
     for (int i = 0; i < 2; ++i)
       if (means[i] != nullptr)
-        launch(call, fold_kernel<A>, grid_of(this->planes), cut, 1, sums[i], A(1) / area,
-               small(means[i]));
+        this->fold(1, cut, sums[i], 1.0 / static_cast<double>(area), small(means[i]));
   }
 
   void batch_statistics(const Mix<T>& mix) const {
@@ -229,7 +192,7 @@ struct BackwardStep : Step<T> {
   Factors<A> factors;
 
   explicit BackwardStep(const BaseAttentionBackward& args)
-      : Step<T>(args, "base_attention_backward", args.pooled_x),
+      : Step<T>("base_attention_backward", args, args.pooled_x),
         args(args),
         tile_bytes(static_cast<int>(3 * sizeof(T))),
         tiles(tile_map<T>(args.channels_last, args.batch, args.channels, args.height, args.width, 1,
@@ -281,17 +244,15 @@ struct BackwardStep : Step<T> {
       const Cut cut = this->cut_sums(maps());
       launch(call, norm_sums_kernel<T>, {cut.blocks, kThreads}, cut, mix, norm, map(args.grad_out),
              sums[0], sums[1]);
-      const ChannelNorm<A> by_channel{norm.weight, norm.bias, norm.mean, norm.var, args.eps};
       launch(call, factors_kernel<A>, channel_grid(args.channels), piece_rows(cut), args.channels,
-             static_cast<double>(args.batch * area), sums[0], sums[1], by_channel,
+             static_cast<double>(args.batch * area), sums[0], sums[1], norm.norm,
              args.norm == Norm::batch, factors, small(args.dnorm_weight), small(args.dnorm_bias));
     }
     const Cut cut = product_cut();
     launch(call, mix_gradients_kernel<T>, {cut.blocks, kThreads}, cut, mix, norm,
            map(args.grad_out), normed ? factors.of_x : nullptr, normed ? factors.added : nullptr,
            map(args.g), products);
-    launch(call, fold_kernel<A>, grid_of(this->with_own), cut, layers + 1, products, A(1),
-           dweights);
+    this->fold(layers + 1, cut, products, 1, dweights);
   }
 
   // From dweights and the gradients of the results, those of all inputs but the maps; dy.
@@ -313,13 +274,13 @@ struct BackwardStep : Step<T> {
   }
 
   void filter_gradients() const {
-    FilterGradients<A> to{filters(), {small(args.dq_weight), small(args.dk_weight)}};
+    FilterGradients<A> to{{small(args.dq_weight), small(args.dk_weight)}};
     for (std::size_t t = 0; t < args.dkey_weights.size(); ++t)
       to.of[kEarlierKeys + t] = small(args.dkey_weights[t]);
-    launch(call, filter_sums_kernel<A>, grid_of(to.filters * args.batch * kWarp), memory,
-           to.filters, recalled.gates, dqueries, grads.keys, filter_sums);
-    launch(call, filter_gradients_kernel<A>, grid_of(to.filters * args.kernel_size), memory.batch,
-           memory.taps, filter_sums, to);
+    launch(call, filter_sums_kernel<A>, grid_of(filters() * args.batch * kWarp), memory, filters(),
+           recalled.gates, dqueries, grads.keys, filter_sums);
+    launch(call, fold_kernel<A, FilterGradients<A>>, grid_of(filters() * args.kernel_size),
+           filters(), args.kernel_size, args.kernel_size, args.batch, filter_sums, to);
   }
 
   // Of all evaluations: those of the gates, then the step's own, which receives what the gates
@@ -327,22 +288,15 @@ struct BackwardStep : Step<T> {
   void cell_gradients(const MemoryGradients<A>& to) const {
     const bool gated = this->asked() > 0;
     if (gated) {
-      differentiate_cell(doutputs, this->inputs, this->repeated_state, memory.rows(), dinputs,
-                         drepeated_state, false);
+      this->differentiate_cell(doutputs, this->inputs, this->repeated_state, memory.rows(),
+                               dinputs, drepeated_state, args.dcell_params, cell_scratch, false);
       launch(call, input_gradients_kernel<A>, grid_of(layers * planes), memory, dinputs, to);
     }
-    launch(call, state_gradients_kernel<A>, grid_of(slots * planes), memory, slots,
-           small(args.grad_state), drepeated_state, grad_state);
-    differentiate_cell(grad_state, memory.y, args.state, args.batch, of_cell, args.dstate, gated);
-  }
-
-  void differentiate_cell(const void* grad, const void* y, const void* state, Size rows,
-                          void* grad_y, void* grad_of_state, bool add_params) const {
-    const CellBackward cell{grad, y, state, args.cell_params, grad_y, grad_of_state,
-                            args.dcell_params, cell_scratch, rows, args.channels, args.hidden,
-                            this->kind(), this->activation(), this->compute_dtype(), args.threads,
-                            args.stream, false, add_params};
-    cell_backward(cell);
+    launch(call, state_gradients_kernel<A>, grid_of(slots * planes), slots * planes, args.batch,
+           args.channels, small(args.grad_state), memory.rows(), drepeated_state,
+           args.first_sample, grad_state);
+    this->differentiate_cell(grad_state, memory.y, args.state, args.batch, of_cell, args.dstate,
+                             args.dcell_params, cell_scratch, gated);
   }
 
   // Maps of which the gradient of v may be read.
@@ -378,7 +332,8 @@ struct BackwardStep : Step<T> {
              map(args.dx), taps);
     });
     launch(call, weight_gradients_kernel<A>, channel_grid(args.channels, kTaps),
-           args.batch * tiles.pieces(), args.channels, taps, small(args.dv_weight));
+           args.batch * tiles.pieces(), args.channels, taps, small(args.dv_weight), nullptr,
+           nullptr);
   }
 
   void run() const {

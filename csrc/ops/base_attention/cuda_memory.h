@@ -4,9 +4,8 @@
 
 #include <cmath>
 
-#include "common/cuda/numbers.h"
+#include "common/cuda/attention_step.h"
 #include "ops/base_attention/op.h"
-#include "ops/cell/tails.h"
 
 namespace dla::cuda::base {
 
@@ -64,11 +63,6 @@ struct Element {
     c = static_cast<int>(plane % memory.channels);
   }
 };
-
-template <class A>
-__device__ inline A value_or_zero(const A* values, Size i) {
-  return values == nullptr ? A(0) : values[i];
-}
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -316,23 +310,6 @@ __global__ void __launch_bounds__(kThreads)
   if (memory.gates_keys()) to.keys[i] += dinputs[memory.earlier() + i];
 }
 
-// The gradient of the new state [slots, B, C]: what arrives (may be null), and what the cell's rows
-// leave, [slots, rows, C].
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    state_gradients_kernel(const __grid_constant__ Memory<A> memory, int slots, const A* arriving,
-                           const A* of_rows, A* to) {
-  const Size i = own_number(), size = memory.planes();
-  if (i >= slots * size) return;
-  const Element at(memory, i);
-  const A* rows = of_rows + at.t * memory.rows() * memory.channels;
-  const Size step = memory.first_sample ? memory.channels : size;
-  A sum = value_or_zero(arriving, i);
-  if (!memory.first_sample || at.b == 0)
-    for (Size row = at.plane; row < memory.rows() * memory.channels; row += step) sum += rows[row];
-  to[i] = sum;
-}
-
 // dy, the gradient of the mean of x: what arrives there, what comes from the cell (both may be
 // null), and what query and own key pass on.
 template <class A>
@@ -355,8 +332,11 @@ constexpr int kQuery = 0, kOwnKey = 1, kEarlierKeys = 2;
 
 template <class A>
 struct FilterGradients {
-  int filters;
   A* of[kEarlierKeys + kMostLayers];
+
+  __device__ void put(int filter, Size, Size tap, double sum) const {
+    of[filter][tap] = static_cast<A>(sum);
+  }
 };
 
 // The share of a sample, [filters, B, taps], from a warp.
@@ -383,19 +363,6 @@ __global__ void __launch_bounds__(kThreads)
     sum = sum_lanes(sum, kWarp);
     if (lane == 0) sums[number * memory.taps + tap] = sum;
   }
-}
-
-// The sum over the samples, a thread for a tap.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    filter_gradients_kernel(int batch, int taps, const A* sums,
-                            const __grid_constant__ FilterGradients<A> to) {
-  const Size i = own_number();
-  if (i >= static_cast<Size>(to.filters) * taps) return;
-  const int filter = static_cast<int>(i / taps), tap = static_cast<int>(i % taps);
-  double sum = 0;
-  for (int b = 0; b < batch; ++b) sum += sums[(static_cast<Size>(filter) * batch + b) * taps + tap];
-  to.of[filter][tap] = static_cast<A>(sum);
 }
 
 }  // namespace dla::cuda::base

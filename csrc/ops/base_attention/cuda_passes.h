@@ -2,7 +2,7 @@
 // and the values of the earlier layers, in the compute type; the layer's own value is never read.
 #pragma once
 
-#include "common/cuda/norm_gradient.h"
+#include "common/cuda/attention_step.h"
 #include "common/cuda/statistics.h"
 #include "common/cuda/tile.h"
 
@@ -38,14 +38,6 @@ struct Mix {
   const T* x;
   const Compute<T>*v_weight, *own_weight;  // [C, 3, 3]; [B, C]
   int height, width;
-};
-
-// What lies between o and out; pointers null where there is nothing.
-template <class A>
-struct OutputNorm {
-  const A *weight, *bias, *mean, *var, *drop_scale;
-  A eps;
-  bool relu;
 };
 
 // Packs first, first + stride, ... of a part.
@@ -275,36 +267,28 @@ __device__ inline void form_mix(const Mix<T>& mix, const OwnValue<T>& value, con
 
 // ---- the branch behind o ------------------------------------------------------------------------
 
-// Of the elements of a thread's packs: m [relu](scale (o - mean) + bias). Backward passes find the
-// same numbers: the gradient goes where this is positive.
+// Of the elements of a thread's packs: m [relu](norm(o)). Backward passes find the same numbers: the
+// gradient goes where this is positive.
 template <class T>
 struct PackBranch {
   using A = Compute<T>;
-  A mean[kPack<T>], scale[kPack<T>], bias[kPack<T>], drop = 1;
-  bool relu;
+  const PackNorm<T> norm;
+  const A drop;
+  const bool relu;
 
-  __device__ PackBranch(const OutputNorm<A>& norm, const Cut& cut, const Part<T>& part)
-      : relu(norm.relu) {
-    make_factors(cut, part, mean, [&](Size c) { return value_or(norm.mean, c, A(0)); });
-    make_factors(cut, part, bias, [&](Size c) { return value_or(norm.bias, c, A(0)); });
-    make_factors(cut, part, scale, [&](Size c) {
-      const A rstd = norm.var == nullptr ? A(1) : inverse_sqrt(norm.var[c] + norm.eps);
-      return rstd * value_or(norm.weight, c, A(1));
-    });
-    if (part.width > 0) drop = value_or(norm.drop_scale, part.plane / cut.channels, A(1));
-  }
+  __device__ PackBranch(const OutputNorm<A>& end, const Cut& cut, const Part<T>& part)
+      : norm(end.norm, cut, part),
+        drop(part.width > 0 ? end.drop(part.plane / cut.channels) : A(1)),
+        relu(end.relu) {}
 
-  __device__ static A value_or(const A* values, Size i, A other) {
-    return values == nullptr ? other : values[i];
-  }
-  __device__ A normed(A o, int e) const { return (o - mean[e]) * scale[e] + bias[e]; }
+  __device__ A centred(A o, int e) const { return o - norm.centre[e]; }
   __device__ A forward(A o, int e) const {
-    const A z = normed(o, e);
+    const A z = norm(o, e);
     return drop * (relu && z < A(0) ? A(0) : z);  // NaN stays
   }
   // Gradient of the normed o from that of out.
   __device__ A backward(A o, A grad, int e) const {
-    return relu && !(normed(o, e) > A(0)) ? A(0) : drop * grad;
+    return relu && !(norm(o, e) > A(0)) ? A(0) : drop * grad;
   }
 };
 
@@ -349,22 +333,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   using A = Compute<T>;
   const Part<T> part(cut, blockIdx.x);
   const OwnValue<T> value(mix, cut, part);
-  A start[kPack<T>];
-  {
-    const Group<T> group{part, 0, 1};
-    Elements<T> o, own;
-    form_mix(mix, value, group, o, own);
-    A found = 0;
-    const int begin = group.place(0).begin;
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) found = e == begin ? o[0][e] : found;
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) start[e] = cut.rows ? o[0][e] : found;
-  }
+  A start[kPack<T>] = {};
   Values<T, 2> sums = {};
-  for_groups(part, [&](const Group<T>& group) {
+  // Before its own packs a thread forms the plane's first.
+  const Size step = kTogether * part.stride, before = part.first - step;
+  for (Size i = before; i < part.count; i += step) {
+    const Group<T> group{part, i == before ? 0 : i, i == before ? 1 : kTogether};
     Elements<T> o, own;
     form_mix(mix, value, group, o, own);
+    if (i == before) {
+      A found = 0;
+      const int begin = group.place(0).begin;
+#pragma unroll
+      for (int e = 0; e < kPack<T>; ++e) found = e == begin ? o[0][e] : found;
+#pragma unroll
+      for (int e = 0; e < kPack<T>; ++e) start[e] = cut.rows ? o[0][e] : found;
+      continue;
+    }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const Place place = group.place(j);
@@ -376,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sums[1][e] += centred * centred;
       }
     }
-  });
+  }
   // The thread that finishes a plane's sums has the plane's start, too.
   if (threadIdx.x % static_cast<unsigned>(cut.rows ? kThreads : cut.lanes) <
       (cut.rows ? kRowLanes : 1u))
@@ -441,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int e = 0; e < kPack<T>; ++e) {
         const A passed = end.backward(o[j][e], other[j][e], e);
         sums[0][e] += passed;
-        sums[1][e] += passed * (o[j][e] - end.mean[e]);
+        sums[1][e] += passed * end.centred(o[j][e], e);
       }
   });
   finish_sums<T, 2>(cut, part, sums, [&](Size plane, const A(&totals)[2]) {
@@ -523,8 +508,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   {
     const PackBranch<T> end(norm, cut, part);
     A slope[kPack<T>], offset[kPack<T>];
-    make_factors(cut, part, slope, [&](Size c) { return end.value_or(of_o, c, A(0)); });
-    make_factors(cut, part, offset, [&](Size c) { return end.value_or(added, c, A(0)); });
+    make_factors(cut, part, slope, [&](Size c) { return value_or_zero(of_o, c); });
+    make_factors(cut, part, offset, [&](Size c) { return value_or_zero(added, c); });
     Elements<T> given;
     load_elements(grad, group, given);
 #pragma unroll
@@ -532,8 +517,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Place place = group.place(j);
 #pragma unroll
       for (int e = 0; e < kPack<T>; ++e) {
-        const A passed = end.scale[e] * end.backward(o[j][e], given[j][e], e);
-        const A found = passed + (slope[e] * (o[j][e] - end.mean[e]) + offset[e]);
+        const A passed = end.norm.factor[e] * end.backward(o[j][e], given[j][e], e);
+        const A found = passed + (slope[e] * end.centred(o[j][e], e) + offset[e]);
         o[j][e] = group.holds(place, e) ? found : A(0);
       }
     }

@@ -4,10 +4,7 @@
 
 #include <algorithm>
 
-#include "common/cuda/norm_gradient.h"
-#include "common/cuda/scratch.h"
 #include "common/cuda/statistics.h"
-#include "ops/cell/tails.h"
 #include "ops/light_attention/cuda_small.h"
 
 namespace dla::cuda {
@@ -25,52 +22,34 @@ struct Summary {
 };
 
 template <class T>
-struct Step {
+struct Step : AttentionStep<T, LightAttentionInputs> {
+  using Base = AttentionStep<T, LightAttentionInputs>;
   using A = Compute<T>;
-  const LightAttentionInputs& args;
-  const Call call;
-  Scratch<A> scratch{args.scratch};
-  const Size planes, area;
+  using Base::args, Base::planes, Base::area, Base::call, Base::small, Base::map, Base::dynamic;
   const Summary<const A> summary;
 
   Step(const char* name, const LightAttentionInputs& args, const void* summary)
-      : args(args),
-        call{name, args.batch, args.channels, args.height * args.width, args.stream},
-        planes(args.batch * args.channels),
-        area(args.height * args.width),
-        summary(small(summary), planes) {}
+      : Base(name, args), summary(small(summary), planes) {}
 
-  static const A* small(const void* p) { return static_cast<const A*>(p); }
-  static A* small(void* p) { return static_cast<A*>(p); }
-  static const T* map(const void* p) { return static_cast<const T*>(p); }
-  static T* map(void* p) { return static_cast<T*>(p); }
-
-  bool dynamic() const { return !args.cell_params.empty(); }
   bool gated() const { return dynamic() && args.p != nullptr; }
-  int slots() const {
-    if (!dynamic()) return 0;
-    return with_tail(cell(), [](auto tail) { return decltype(tail)::layout.slots; });
-  }
-  CellKind cell() const { return static_cast<CellKind>(args.cell); }
   // For a pass with `bytes` of shared memory for every pixel.
   Tiling tiling(int halo, int bytes, std::initializer_list<const void*> maps) const {
     return tile_map<T>(args.channels_last, args.batch, args.channels, args.height, args.width, halo,
                        bytes, maps);
   }
-  DType compute_type() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
 
   Features<T> features(const void* branch_mean, const void* branch_var) const {
-    return {map(args.x), map(args.p), args.join, args.branch_norm != Norm::none,
-            small(args.branch_weight), small(args.branch_bias), small(branch_mean),
-            small(branch_var), static_cast<A>(args.branch_eps)};
+    const bool none = args.branch_norm == Norm::none;
+    return {map(args.x), map(args.p), args.join,
+            {small(args.branch_weight), small(args.branch_bias),
+             none ? nullptr : small(branch_mean), none ? nullptr : small(branch_var),
+             args.branch_eps}};
   }
   Mixture<A> mixture() const {
     return {small(args.v_weight), small(args.prev_weight), summary.a, summary.d, small(args.lam)};
   }
   OutputNorm<A> norm(const void* mean, const void* var) const {
-    const bool none = args.norm == Norm::none;
-    return {small(args.norm_weight), small(args.norm_bias), none ? nullptr : small(mean),
-            none ? nullptr : small(var), small(args.drop_scale), args.eps};
+    return {this->channel_norm(mean, var), small(args.drop_scale)};
   }
   ScoreWeights<A> scores() const {
     return {small(args.q_weight), small(args.k_weight), static_cast<int>(args.kernel_size),
@@ -83,8 +62,8 @@ struct Step {
 
   template <class To>
   void fold(Size fields, Size pieces, const A* partial, const To& to) const {
-    launch(call, fold_kernel<A, To>, grid_of(fields * planes), fields, args.channels, pieces,
-           partial, to);
+    launch(call, fold_kernel<A, To>, grid_of(fields * planes), fields, planes, args.channels,
+           pieces, partial, to);
   }
 };
 
@@ -138,7 +117,7 @@ struct ForwardStep : Step<T> {
              table + kShiftU * planes);
     });
     this->fold(kG, moments.pieces(), partial,
-               ToTable<A>{planes, pixels, table, found.y, gated() ? found.pooled_p : nullptr});
+               ToTable<A>{pixels, table, found.y, gated() ? found.pooled_p : nullptr});
   }
 
   void pool_alone(const Features<T>& in) const {
@@ -147,22 +126,17 @@ struct ForwardStep : Step<T> {
     launch(call, means_kernel<T>, {cut.blocks, kThreads}, cut, in, partial,
            partial + piece_rows(cut) * args.channels);
     this->fold(gated() ? 2 : 1, cut.chunks, partial,
-               ToMeans<A>{planes, static_cast<double>(area), found.y});
-  }
-
-  void evaluate_cell(const void* y, const void* state, void* out, bool first_sample) const {
-    CellForward cell{y, state, args.cell_params, out, args.batch, args.channels, args.hidden,
-                     this->cell(), static_cast<Activation>(args.activation), this->compute_type(),
-                     args.threads, args.stream, first_sample};
-    cell_forward(cell);
+               Multiples<A>{1.0 / static_cast<double>(area), found.y});
   }
 
   // From the pooled values: scores, new state, gates.
   void small_part() const {
     const Size heads = planes / args.head_dim;
     launch(call, scores_kernel<A>, grid_of(heads * kWarp), heads, this->scores(), found.y, found.a);
-    if (dynamic()) evaluate_cell(found.y, args.state, args.new_state, false);
-    if (gated()) evaluate_cell(found.pooled_p, args.new_state, gate_state, args.first_sample);
+    if (dynamic()) this->evaluate_cell(found.y, args.state, args.batch, args.new_state);
+    if (gated())
+      this->evaluate_cell(found.pooled_p, args.new_state, args.batch, gate_state,
+                          args.first_sample);
     launch(call, gates_kernel<A>, grid_of(planes), planes, gated() ? gate_state : nullptr,
            args.sigmoid_gate, found.d, found.pooled_p);
   }
@@ -254,55 +228,30 @@ struct BackwardStep : Step<T> {
     });
     if (partial != table)
       this->fold(kSums, moments.pieces(), partial,
-                 ToTable<A>{planes, static_cast<double>(area), table, nullptr, nullptr});
+                 ToTable<A>{static_cast<double>(area), table, nullptr, nullptr});
     launch(call, channel_gradients_kernel<A>, channel_grid(args.channels), this->planes_of(table),
            this->norm(args.mean, args.var), args.norm == Norm::batch, args.sigmoid_gate, found);
   }
 
-  // What the cell's two evaluations share; the gates' comes first.
-  CellBackward cell_backward_of(bool of_gates) const {
-    CellBackward cell{};
-    cell.params = args.cell_params;
-    cell.grad_params = args.dcell_params;
-    cell.scratch = cell_scratch;
-    cell.batch = args.batch;
-    cell.channels = args.channels;
-    cell.hidden = args.hidden;
-    cell.kind = this->cell();
-    cell.activation = static_cast<Activation>(args.activation);
-    cell.dtype = this->compute_type();
-    cell.stream = args.stream;
-    cell.first_sample = of_gates && args.first_sample;
-    cell.add_params = !of_gates && gated();
-    return cell;
-  }
-
+  // Of both evaluations, the gates' first.
   void cell_gradients() const {
-    if (gated()) {
-      CellBackward cell = cell_backward_of(true);
-      cell.grad_out = found.dgate;
-      cell.y = summary.pooled_p;
-      cell.state = args.new_state;
-      cell.grad_y = dpooled_p;
-      cell.grad_state = of_gates;
-      cell_backward(cell);
-    }
+    if (gated())
+      this->differentiate_cell(found.dgate, summary.pooled_p, args.new_state, args.batch,
+                               dpooled_p, of_gates, args.dcell_params, cell_scratch, false,
+                               args.first_sample);
     launch(call, state_gradients_kernel<A>, grid_of(state_size), state_size, args.batch,
-           args.channels, small(args.grad_state), of_gates, args.first_sample, grad_state);
-    CellBackward cell = cell_backward_of(false);
-    cell.grad_out = grad_state;
-    cell.y = summary.y;
-    cell.state = args.state;
-    cell.grad_y = dy_of_cell;
-    cell.grad_state = args.dstate;
-    cell_backward(cell);
+           args.channels, small(args.grad_state), gated() ? args.batch : 0, of_gates,
+           args.first_sample, grad_state);
+    this->differentiate_cell(grad_state, summary.y, args.state, args.batch, dy_of_cell,
+                             args.dstate, args.dcell_params, cell_scratch, gated());
   }
 
   void score_gradients() const {
     launch(call, score_gradients_kernel<A>, {args.batch, kThreads}, args.batch, this->scores(),
            summary.y, summary.a, found.da, dy_of_cell, score_grads, dy, dfilters);
-    launch(call, filter_gradients_kernel<A>, grid_of(2 * args.kernel_size), args.batch,
-           args.kernel_size, dfilters, small(args.dq_weight), small(args.dk_weight));
+    const FilterGradients<A> to{small(args.dq_weight), small(args.dk_weight)};
+    launch(call, fold_kernel<A, FilterGradients<A>>, grid_of(2 * args.kernel_size), 2,
+           args.kernel_size, args.kernel_size, args.batch, dfilters, to);
   }
 
   void map_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
@@ -318,24 +267,23 @@ struct BackwardStep : Step<T> {
       launch(call, gradients_kernel<T, last.value>, tile_grid(gradients, map_bytes), pass);
     });
     const Size fields = args.prev_weight == nullptr ? 9 : 18;
-    launch(call, weights_kernel<A>, channel_grid(args.channels, fields),
-           args.batch * gradients.pieces(), args.channels, partial, small(args.lam),
-           small(args.dv_weight), small(args.dprev_weight));
+    launch(call, weight_gradients_kernel<A>, channel_grid(args.channels, fields),
+           args.batch * gradients.pieces(), args.channels, partial, small(args.dv_weight),
+           small(args.dprev_weight), small(args.lam));
   }
 
   void branch_gradients(const Features<T>& in) const {
     const Size rows = args.batch * gradients.pieces(), size = rows * args.channels;
     const bool of_batch = args.branch_norm == Norm::batch;
-    const ChannelNorm<A> norm{in.weight, in.bias, in.mean, in.var, args.branch_eps};
     launch(call, factors_kernel<A>, channel_grid(args.channels), rows, args.channels,
            static_cast<double>(args.batch * area), partial + kBranch * size,
-           partial + kBranchWithZ * size, norm, of_batch, branch_factors,
+           partial + kBranchWithZ * size, in.norm, of_batch, branch_factors,
            small(args.dbranch_weight), small(args.dbranch_bias));
     if (!of_batch) return;
     const Cut cut = cut_map<T>(args.batch, args.channels, area, args.channels_last, false,
                                {normed_dx, args.x, args.dx});
-    launch(call, norm_gradient_kernel<T>, {cut.blocks, kThreads}, cut, normed_dx, in.x, in.mean,
-           branch_factors, map(args.dx));
+    launch(call, norm_gradient_kernel<T>, {cut.blocks, kThreads}, cut, normed_dx, in.x,
+           in.norm.mean, branch_factors, map(args.dx));
   }
 
   void run() const {

@@ -3,6 +3,7 @@
 // made where they are needed, never stored unless asked for.
 #pragma once
 
+#include "common/cuda/attention_step.h"
 #include "common/cuda/tile.h"
 #include "ops/light_attention/plane_sums.h"
 
@@ -13,9 +14,8 @@ template <class T>
 struct Features {
   using A = Compute<T>;
   const T *x, *p;  // p may be null
-  bool join, normed;
-  const A *weight, *bias, *mean, *var;  // of the branch's norm; weight and bias null: 1 and 0
-  A eps;
+  bool join;
+  ChannelNorm<A> norm;  // of the branch
 };
 
 // o = a u + lam (d p + e), u = DW_v(x), e = DW_prev(p).
@@ -71,7 +71,7 @@ struct Maps {
   const Tile<T, channels_last>& tile;
   const bool join, has_p, has_prev;
   Buffer x, p;
-  A mean = 0, scale = 1, bias = 0;
+  const A mean, scale, bias;  // of the branch's norm
 
   // Puts them on their way. The first free buffer is then `next`.
   __device__ Maps(const Features<T>& in, const Tile<T, channels_last>& tile, bool has_prev,
@@ -81,17 +81,14 @@ struct Maps {
         has_p(in.p != nullptr),
         has_prev(has_prev),
         x(buffers),
-        p(buffers + tile.plan.buffer) {
+        p(buffers + tile.plan.buffer),
+        mean(in.norm.centre(tile.channel)),
+        scale(in.norm.factor(tile.channel)),
+        bias(in.norm.shift(tile.channel)) {
     tile.fetch(in.x, x, tile.plan.halo);
     tile.clear(x);
     if (has_p) tile.fetch(in.p, p, tile.plan.halo);
     if (has_p) tile.clear(p);
-    if (!in.normed) return;
-    const Size c = tile.channel;
-    mean = in.mean[c];
-    scale = inverse_sqrt(in.var[c] + in.eps);
-    if (in.weight != nullptr) scale *= in.weight[c];
-    if (in.bias != nullptr) bias = in.bias[c];
   }
   __device__ Buffer next() const { return has_p ? p + tile.plan.buffer : p; }
 
@@ -150,19 +147,13 @@ __global__ void __launch_bounds__(kThreads)
     means_kernel(Cut cut, Features<T> in, Compute<T>* of_x, Compute<T>* of_p) {
   using A = Compute<T>;
   const Part<T> part(cut, blockIdx.x);
-  A mean[kPack<T>], scale[kPack<T>], bias[kPack<T>];
-  make_factors(cut, part, mean, [&](Size c) { return in.normed ? in.mean[c] : A(0); });
-  make_factors(cut, part, bias, [&](Size c) { return in.bias == nullptr ? A(0) : in.bias[c]; });
-  make_factors(cut, part, scale, [&](Size c) {
-    const A rstd = in.normed ? inverse_sqrt(in.var[c] + in.eps) : A(1);
-    return in.weight == nullptr ? rstd : rstd * in.weight[c];
-  });
+  const PackNorm<T> normed(in.norm, cut, part);
   Values<T, 2> sums = {};
   const T* const p = in.p == nullptr ? in.x : in.p;
   for_packs<T, 2>(part, {in.x, p}, [&](const Place& place, const Values<T, 2>& values) {
 #pragma unroll
     for (int e = 0; e < kPack<T>; ++e) {
-      const A joined = (values[0][e] - mean[e]) * scale[e] + (bias[e] + values[1][e]);
+      const A joined = normed(values[0][e], e, values[1][e]);
       const A x = in.join ? (joined < A(0) ? A(0) : joined) : values[0][e];
       if (e >= place.begin && e < place.end) sums[0][e] += x;
       sums[1][e] += values[1][e];
@@ -279,26 +270,14 @@ __global__ void __launch_bounds__(kTileThreads, 3)
 
 // ---- output -------------------------------------------------------------------------------------
 
-// The norm of o; pointers null where there is nothing.
-template <class A>
-struct OutputNorm {
-  const A *weight, *bias, *mean, *var, *drop_scale;
-  double eps;
-};
-
 // out = scale o + added, of one plane.
 template <class A>
 struct PlaneNorm {
   A scale, added;
 
-  __device__ PlaneNorm(const OutputNorm<A>& norm, Size c, Size sample) {
-    const A drop = norm.drop_scale == nullptr ? A(1) : norm.drop_scale[sample];
-    const A mean = norm.mean == nullptr ? A(0) : norm.mean[c];
-    const A rstd =
-        norm.mean == nullptr ? A(1) : inverse_sqrt(norm.var[c] + static_cast<A>(norm.eps));
-    scale = drop * (norm.weight == nullptr ? rstd : rstd * norm.weight[c]);
-    added = (norm.bias == nullptr ? A(0) : drop * norm.bias[c]) - mean * scale;
-  }
+  __device__ PlaneNorm(const OutputNorm<A>& end, Size c, Size sample)
+      : scale(end.drop(sample) * end.norm.factor(c)),
+        added(end.drop(sample) * end.norm.shift(c) - end.norm.centre(c) * scale) {}
 };
 
 // out = [x] + m (gamma (o - mean) rstd + beta), and o if it is not null. If o is not wanted, norm
@@ -459,6 +438,7 @@ struct GradientsOfTile {
 
   // dx and dp of a row, and its share in the sums; around: g of the three rows about it.
   __device__ void spread(int row, const ThreeRows<A>& around) {
+    const bool normed = pass.in.norm.mean != nullptr;
     Row<A> x, p = {}, of_out = {};
     tile.read(maps.x, row, x, false);
     if (maps.has_p) tile.read(maps.p, row, p, false);
@@ -478,7 +458,7 @@ struct GradientsOfTile {
         to_p[e] += filters.p[4] * around.rows[1][e + 1];
       if (maps.join && own_x <= A(0)) to_x[e] = 0;
       if (maps.join) to_p[e] += to_x[e];
-      if (pass.in.normed && counts) {
+      if (normed && counts) {
         sums[kBranch] += to_x[e];
         sums[kBranchWithZ] += to_x[e] * (raw - maps.mean);
       }

@@ -4,53 +4,24 @@
 
 #include <cmath>
 
-#include "common/cuda/numbers.h"
 #include "ops/light_attention/cuda_passes.h"
 
 namespace dla::cuda::light {
 
-// ---- sums of strips -----------------------------------------------------------------------------
-
-// Where the sums of planes go: to means.
-template <class A>
-struct ToMeans {
-  Size planes;
-  double pixels;
-  A* means;  // [fields, batch, channels]
-
-  __device__ void put(int field, Size i, double sum) const {
-    means[field * planes + i] = static_cast<A>(sum / pixels);
-  }
-};
-
-// To the table of the planes' numbers; its shifts are there already.
+// Where the sums of strips go: the table of the planes' numbers, whose shifts are there already.
 template <class A>
 struct ToTable {
-  Size planes;
   double pixels;
   A *table;         // [kPlaneFields, batch, channels]
   A *y, *pooled_p;  // means of x and p; null: not wanted
 
-  __device__ void put(int field, Size i, double sum) const {
+  __device__ void put(int field, Size planes, Size i, double sum) const {
     table[field * planes + i] = static_cast<A>(sum);
     if (field == kX && y != nullptr) y[i] = static_cast<A>(sum / pixels);
     if (field == kP && pooled_p != nullptr)
       pooled_p[i] = static_cast<A>(table[kShiftP * planes + i] + sum / pixels);
   }
 };
-
-// Adds up the strips of every plane in partial [fields, batch, strips, channels].
-template <class A, class To>
-__global__ void __launch_bounds__(kThreads)
-    fold_kernel(Size fields, Size channels, Size strips, const A* partial, To to) {
-  const Size number = own_number();
-  if (number >= fields * to.planes) return;
-  const Size i = number % to.planes, row = number / channels;
-  double sum = 0;
-  for (Size strip = 0; strip < strips; ++strip)
-    sum += partial[(row * strips + strip) * channels + i % channels];
-  to.put(static_cast<int>(number / to.planes), i, sum);
-}
 
 // ---- scores -------------------------------------------------------------------------------------
 
@@ -102,7 +73,7 @@ __device__ inline A sum_block(A value) {
 }
 
 // Backward of the scores, a block for a sample. dy is what reaches y from da and from the cell
-// (null: nothing). Leaves the sample's share in the filters' gradients, [batch, 2, taps]. grads
+// (null: nothing). Leaves the sample's share in the filters' gradients, [2, batch, taps]. grads
 // [2, batch, channels] is working memory: of queries and keys.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
@@ -130,27 +101,25 @@ __global__ void __launch_bounds__(kThreads)
                   weights.transposed(weights.q, grad_query, c) +
                   weights.transposed(weights.k, grad_key, c);
   for (int t = 0; t < 2 * taps; ++t) {
-    const A* grad = t < taps ? grad_query : grad_key;
-    const int shift = (t < taps ? t : t - taps) - taps / 2;
+    const int filter = t / taps, tap = t % taps, shift = tap - taps / 2;
+    const A* grad = filter == 0 ? grad_query : grad_key;
     A sum = 0;
     for (int c = thread; c < channels; c += kThreads)
       if (c + shift >= 0 && c + shift < channels) sum += grad[c] * line[c + shift];
     sum = sum_block(sum);
-    if (thread == 0) dfilters[static_cast<Size>(blockIdx.x) * 2 * taps + t] = sum;
+    if (thread == 0) dfilters[(filter * batch + blockIdx.x) * taps + tap] = sum;
   }
 }
 
-// Their gradients, from the shares of the samples; a thread for a tap.
+// Where the sums of these shares go.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    filter_gradients_kernel(Size batch, Size taps, const A* dfilters, A* dq_weight, A* dk_weight) {
-  const Size t = own_number();
-  if (t >= 2 * taps) return;
-  double sum = 0;
-  for (Size b = 0; b < batch; ++b) sum += dfilters[b * 2 * taps + t];
-  A& to = t < taps ? dq_weight[t] : dk_weight[t - taps];
-  to = static_cast<A>(sum);
-}
+struct FilterGradients {
+  A *q, *k;
+
+  __device__ void put(int filter, Size, Size tap, double sum) const {
+    (filter == 0 ? q : k)[tap] = static_cast<A>(sum);
+  }
+};
 
 // ---- gates --------------------------------------------------------------------------------------
 
@@ -166,21 +135,6 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     d[i] = sigmoid ? A(1) / (A(1) + std::exp(-output[i])) : output[i];
   }
-}
-
-// The gradient of the new state [slots, batch, channels]: what arrives, and what comes from the
-// gates (either may be null); with `first_sample` the first row feeds the gates of all.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    state_gradients_kernel(Size count, Size batch, Size channels, const A* arriving,
-                           const A* of_gates, bool first_sample, A* to) {
-  const Size i = own_number();
-  if (i >= count) return;
-  A sum = arriving == nullptr ? A(0) : arriving[i];
-  if (of_gates != nullptr && !first_sample) sum += of_gates[i];
-  if (of_gates != nullptr && first_sample && i / channels % batch == 0)
-    for (Size b = 0; b < batch; ++b) sum += of_gates[i + b * channels];
-  to[i] = sum;
 }
 
 // ---- statistics and gradients of channels -------------------------------------------------------
@@ -247,28 +201,25 @@ struct ChannelGradients {
 
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    channel_gradients_kernel(Planes<A> planes, OutputNorm<A> norm, bool of_batch, bool sigmoid_gate,
+    channel_gradients_kernel(Planes<A> planes, OutputNorm<A> end, bool of_batch, bool sigmoid_gate,
                              ChannelGradients<A> to) {
   const Size channels = planes.channels, c = own_channel(channels);
-  const bool exists = c < channels, normed = norm.mean != nullptr && exists;
-  const double rstd = normed ? 1 / std::sqrt(norm.var[c] + norm.eps) : 1;
-  const double weight = norm.weight != nullptr && exists ? norm.weight[c] * rstd : rstd;
-  const auto drop = [&](Size b) {
-    return norm.drop_scale == nullptr ? 1.0 : static_cast<double>(norm.drop_scale[b]);
-  };
+  const bool exists = c < channels;
+  const double rstd = exists ? end.norm.rstd(c) : 1;
+  const double weight = exists ? end.norm.scale(c, rstd) : 1;
   // Not the mean that was rounded: it is multiplied by sums of gradients over whole planes.
-  const double mean = of_batch ? planes.mean() : normed ? norm.mean[c] : 0;
+  const double mean = of_batch ? planes.mean() : exists ? end.norm.centre(c) : 0;
   GradientOfO<double> g{weight, mean};
   const double dweight = rstd * add_rows(planes.batch, channels, [&](Size b, Size i) {
-    return drop(b) * planes[i].with_out(mean);
+    return end.drop(b) * planes[i].with_out(mean);
   });
   const double dbias = add_rows(planes.batch, channels, [&](Size b, Size i) {
-    return drop(b) * planes[i].at(kG);
+    return end.drop(b) * planes[i].at(kG);
   });
   if (of_batch) g.pass_norm(rstd, dweight, dbias, planes.count());
   const double dlam = add_rows(planes.batch, channels, [&](Size b, Size i) {
     const auto plane = planes[i];
-    const double out_scale = weight * drop(b), d = planes.d[i];
+    const double out_scale = weight * end.drop(b), d = planes.d[i];
     const auto found = plane.with_g(g, out_scale);
     to.out_scale[i] = static_cast<A>(out_scale);
     to.da[i] = static_cast<A>(found.u);
@@ -283,22 +234,6 @@ __global__ void __launch_bounds__(kThreads)
   to.dlam[c] = static_cast<A>(dlam);
   if (to.dnorm_weight != nullptr) to.dnorm_weight[c] = static_cast<A>(dweight);
   if (to.dnorm_bias != nullptr) to.dnorm_bias[c] = static_cast<A>(dbias);
-}
-
-// Gradients of the filters [channels, 3, 3], from the correlations of all pieces, [18, rows,
-// channels] (GradientSum).
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    weights_kernel(Size rows, Size channels, const A* partial, const A* lam, A* dv_weight,
-                   A* dprev_weight) {
-  const Size field = field_of_block(channels), c = own_channel(channels);
-  const A* of_field = partial + field * rows * channels;
-  const double sum = add_rows(rows, channels, [&](Size, Size i) { return of_field[i]; });
-  if (!writes_channel(channels)) return;
-  if (field < kPrevWeight)
-    dv_weight[c * 9 + field] = static_cast<A>(sum);
-  else
-    dprev_weight[c * 9 + field - kPrevWeight] = static_cast<A>(lam[c] * sum);
 }
 
 }  // namespace dla::cuda::light

@@ -3,7 +3,7 @@
 // dshortcut and x and writes dx. In between a small launch adds up the sums of pieces, in double.
 #include "ops/residual_norm/op.h"
 
-#include "common/cuda/norm_gradient.h"
+#include "common/cuda/norm.h"
 #include "common/cuda/statistics.h"
 
 namespace dla::cuda {
@@ -16,19 +16,12 @@ __global__ void __launch_bounds__(kThreads)
     join_kernel(Cut cut, const T* x, const T* shortcut, ChannelNorm<Compute<T>> norm, T* out) {
   using A = Compute<T>;
   const Part<T> part(cut, blockIdx.x);
-  A mean[kPack<T>], scale[kPack<T>], bias[kPack<T>];
-  const A eps = static_cast<A>(norm.eps);
-  make_factors(cut, part, mean, [&](Size c) { return norm.mean[c]; });
-  make_factors(cut, part, bias, [&](Size c) { return norm.bias == nullptr ? A(0) : norm.bias[c]; });
-  make_factors(cut, part, scale, [&](Size c) {
-    const A rstd = inverse_sqrt(norm.var[c] + eps);
-    return norm.weight == nullptr ? rstd : norm.weight[c] * rstd;
-  });
+  const PackNorm<T> normed(norm, cut, part);
   for_packs<T, 2>(part, {x, shortcut}, [&](const Place& place, const Values<T, 2>& values) {
     A joined[kPack<T>];
 #pragma unroll
     for (int e = 0; e < kPack<T>; ++e) {
-      const A sum = (values[0][e] - mean[e]) * scale[e] + (bias[e] + values[1][e]);
+      const A sum = normed(values[0][e], e, values[1][e]);
       joined[e] = sum < A(0) ? A(0) : sum;  // NaN stays
     }
     store(out, place, joined);

@@ -1,19 +1,45 @@
-// The gradient of x where batch norm(x) was taken, from that of the norm's result and its sums.
+// Norms by channel: their factors for passes over maps, and the gradient of x where batch norm(x)
+// was taken, from that of the norm's result and its sums.
 #pragma once
 
 #include "common/cuda/map.h"
 
 namespace dla::cuda {
 
-// Of every channel; weight and bias null: 1 and 0.
+// (x - mean) / sqrt(var + eps) * weight + bias; weight and bias null: 1 and 0. Mean and variance
+// null: as if these were 0 and 1, and eps 0.
 template <class A>
 struct ChannelNorm {
   const A *weight, *bias, *mean, *var;
   double eps;
 
-  __device__ double rstd(Size c) const { return 1 / std::sqrt(var[c] + eps); }
-  __device__ double scale(Size c) const {
-    return weight == nullptr ? rstd(c) : weight[c] * rstd(c);
+  __device__ double rstd(Size c) const { return var == nullptr ? 1 : 1 / std::sqrt(var[c] + eps); }
+  __device__ double scale(Size c, double rstd) const {
+    return weight == nullptr ? rstd : weight[c] * rstd;
+  }
+  // (x - centre) factor + shift, in the type that maps are computed in.
+  __device__ A centre(Size c) const { return value_or_zero(mean, c); }
+  __device__ A factor(Size c) const {
+    const A rstd = var == nullptr ? A(1) : inverse_sqrt(var[c] + static_cast<A>(eps));
+    return weight == nullptr ? rstd : rstd * weight[c];
+  }
+  __device__ A shift(Size c) const { return value_or_zero(bias, c); }
+};
+
+// The same of the elements of a thread's packs.
+template <class T>
+struct PackNorm {
+  using A = Compute<T>;
+  A centre[kPack<T>], factor[kPack<T>], shift[kPack<T>];
+
+  __device__ PackNorm(const ChannelNorm<A>& norm, const Cut& cut, const Part<T>& part) {
+    make_factors(cut, part, centre, [&](Size c) { return norm.centre(c); });
+    make_factors(cut, part, factor, [&](Size c) { return norm.factor(c); });
+    make_factors(cut, part, shift, [&](Size c) { return norm.shift(c); });
+  }
+  // Of element e, with `other` added.
+  __device__ A operator()(A x, int e, A other = 0) const {
+    return (x - centre[e]) * factor[e] + (shift[e] + other);
   }
 };
 
@@ -34,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   const double sum_with_x = add_rows(rows, channels, [&](Size, Size i) { return with_x[i]; });
   if (!writes_channel(channels)) return;
   const Size c = own_channel(channels);
-  const double rstd = norm.rstd(c), scale = norm.scale(c);
+  const double rstd = norm.rstd(c), scale = norm.scale(c, rstd);
   factors.scale[c] = static_cast<A>(scale);
   factors.of_x[c] = static_cast<A>(of_batch ? -scale * rstd * rstd * sum_with_x / count : 0);
   factors.added[c] = static_cast<A>(of_batch ? -scale * sum / count : 0);
