@@ -2,6 +2,7 @@
 // could not be captured in a CUDA graph.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -82,10 +83,10 @@ inline void ask_for_shared_memory(const Call& call, const void* function, std::s
   const std::size_t declared = kernel.sharedSizeBytes;
   const auto allowed = static_cast<std::size_t>(kernel.maxDynamicSharedSizeBytes);
   if (bytes <= allowed && declared + bytes <= kWithoutAsking) return;
-  const std::size_t most = most_shared_bytes(call) - declared;
-  if (allowed < most)
+  const std::size_t rest = most_shared_bytes(call) - declared;
+  if (allowed < rest || allowed < bytes)
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(most)),
+                               static_cast<int>(std::max(rest, bytes))),
           call);
 }
 
