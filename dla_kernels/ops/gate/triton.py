@@ -48,7 +48,8 @@ def backward(
         plan = tiles(x, summing=True)
         sums = [new_sums(x, plan) for _ in alike]
         lists = [padded([tensors[i] for i in alike]) for tensors in (grads, features, gates, dx)]
-        launch_tiles(plan, _backward_kernel, *lists, padded(sums), maps=len(alike))
+        # With a limit, ptxas does not spill to get below it.
+        launch_tiles(plan, _backward_kernel, *lists, padded(sums), maps=len(alike), maxnreg=128)
         dgates |= zip(alike, finish(sums), strict=True)
     return dx + [dgates[i] for i in range(len(gates))]
 
