@@ -108,7 +108,7 @@ class DLALayer(nn.Module):
         gated: "projections" or "features", see above; None: the spec's. "base" only.
 
     The convolutions and the cell are never called: the layer reads their weights. Of hooks on them
-    those run that make a weight (``torch.nn.utils.prune``, parametrizations), no others; those of
+    those run that make a weight (``torch.nn.utils.prune``, ``weight_norm``), no others; those of
     ``norm`` and ``drop_path`` do.
 
     Raises:
@@ -205,7 +205,8 @@ class DLALayer(nn.Module):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         check_features("x", x, self.channels, self.v_conv.weight)
-        boolean("keep_output", keep_output), boolean("join", join)
+        boolean("keep_output", keep_output)
+        boolean("join", join)
         cell, prev_conv = self._parts(cell, prev_conv)
         state = self._start(x, cell) if state is None else self._check_state(x, prev, state, cell)
         if branch_norm is not None and not join:

@@ -70,12 +70,10 @@ struct AttentionStep {
   static T* map(void* p) { return static_cast<T*>(p); }
 
   bool dynamic() const { return !args.cell_params.empty(); }
-  CellKind kind() const { return static_cast<CellKind>(args.cell); }
-  Activation activation() const { return static_cast<Activation>(args.activation); }
   DType compute_type() const { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
   int slots() const {
     if (!dynamic()) return 0;
-    return with_tail(kind(), [](auto tail) { return decltype(tail)::layout.slots; });
+    return with_tail(args.cell, [](auto tail) { return decltype(tail)::layout.slots; });
   }
 
   ChannelNorm<A> channel_norm(const void* mean, const void* var) const {
@@ -87,7 +85,7 @@ struct AttentionStep {
   void evaluate_cell(const void* y, const void* state, Size rows, void* out,
                      bool first_sample = false) const {
     const CellForward cell{y, state, args.cell_params, out, rows, args.channels, args.hidden,
-                           kind(), activation(), compute_type(), args.threads, args.stream,
+                           args.cell, args.activation, compute_type(), args.threads, args.stream,
                            first_sample};
     cell_forward(cell);
   }
@@ -97,7 +95,7 @@ struct AttentionStep {
                           void* grad_y, void* grad_of_state, const std::vector<void*>& grad_params,
                           void* memory, bool add_params, bool first_sample = false) const {
     const CellBackward cell{grad, y, state, args.cell_params, grad_y, grad_of_state, grad_params,
-                            memory, rows, args.channels, args.hidden, kind(), activation(),
+                            memory, rows, args.channels, args.hidden, args.cell, args.activation,
                             compute_type(), args.threads, args.stream, first_sample, add_params};
     cell_backward(cell);
   }

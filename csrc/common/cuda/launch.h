@@ -73,20 +73,18 @@ inline std::size_t most_shared_bytes(const Call& call) {
   return static_cast<std::size_t>(bytes);
 }
 
-// Without asking, a block has 48 KB of shared memory for what its kernel declares and what the launch
-// adds. Asks for all there is, once: a limit that followed each launch could fall below what another
-// host thread is about to use.
+// Without asking, a block has 48 KB of shared memory for what its kernel declares and what the
+// launch adds. Asks for all there is, once: a limit that followed each launch could fall below what
+// another host thread is about to use.
 inline void ask_for_shared_memory(const Call& call, const void* function, std::size_t bytes) {
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   cudaFuncAttributes kernel{};
   check(cudaFuncGetAttributes(&kernel, function), call);
   const std::size_t declared = kernel.sharedSizeBytes;
-  const auto allowed = static_cast<std::size_t>(kernel.maxDynamicSharedSizeBytes);
-  if (bytes <= allowed && declared + bytes <= kWithoutAsking) return;
-  const std::size_t rest = most_shared_bytes(call) - declared;
-  if (allowed < rest || allowed < bytes)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(std::max(rest, bytes))),
+  if (declared + bytes <= kWithoutAsking) return;
+  const auto wanted = static_cast<int>(std::max(most_shared_bytes(call) - declared, bytes));
+  if (kernel.maxDynamicSharedSizeBytes < wanted)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, wanted),
           call);
 }
 
