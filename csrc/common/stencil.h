@@ -83,6 +83,14 @@ inline __attribute__((always_inline)) void correlate_block(const Window<const A,
                            });
 }
 
+// acc[r] += factor * row r.
+template <int R, class A>
+inline __attribute__((always_inline)) void add_rows(RowCursor<const A> rows, Mask<A> own,
+                                                    Vec<A> factor, Vec<A> (&acc)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) acc[r] += factor * load_masked<A>(rows.next(), own);
+}
+
 // A block of zeros (or of another value); an initialiser would be one slow instruction.
 template <int R, class V>
 inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {

@@ -71,7 +71,7 @@ def _refuse(variant: str, **choices: Any) -> None:
 
 def check_kind(cell: Cell | None, kind: str, channels: int) -> None:
     """Raises unless ``cell`` is what the layer was made for; None is of the kind "none"."""
-    if not isinstance(cell, Cell | None):
+    if cell is not None and not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a Cell or None, got {describe(cell)}")
     found = STATIC if cell is None else cell.kind
     if found != kind:

@@ -424,7 +424,7 @@ class DLALayer(nn.Module):
         cell = self.cell if cell is None else cell
         prev_conv = self.prev_conv if prev_conv is None else prev_conv
         check_kind(cell, self.form.cell, self.channels)
-        if not isinstance(prev_conv, nn.Module | None):
+        if prev_conv is not None and not isinstance(prev_conv, nn.Module):
             raise TypeError(f"prev_conv: expected a Conv2d or None, got {describe(prev_conv)}")
         if (prev_conv is not None) != bool(self.form.prev_conv):
             raise ValueError(

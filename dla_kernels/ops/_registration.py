@@ -26,6 +26,7 @@ Operator = Callable[..., Any]
 # Dispatch keys that matter to an op below autograd; the op makes no views and writes in no input.
 _BELOW_AUTOGRAD = _C._after_autograd_keyset.remove(_C.DispatchKey.ADInplaceOrView)
 _DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+_AUTOGRAD = _C.DispatchKey.AutogradCPU  # excluded with those of all other devices
 # What a thread adds to the keys of the arguments while no mode is active.
 _EVERYDAY_KEYS = (
     _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
@@ -189,7 +190,7 @@ def _dispatches_plainly() -> bool:
         torch.compiler.is_compiling()
         or _C._autograd._profiler_enabled()
         or _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS
-        or _C._dispatch_tls_local_exclude_set().has(_C.DispatchKey.AutogradCPU)
+        or _C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
     )
 
 

@@ -396,6 +396,29 @@ def test_first_sample_mixes_them_and_says_so(backend: str, generator: torch.Gene
 
 
 @each_backend("light_attention")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("width", [4, 17])
+def test_without_prev_conv_pixels_of_p_stay_apart(
+    backend: str, width: int, layout: str, generator: torch.Generator
+) -> None:
+    """No filter of zeros may make NaN of the neighbours of what is infinite."""
+    case = Case((1, 6, 5, width), cell="none", norm="running", has_prev=False, p_layout=layout)
+    case = case.with_(x_layout=layout)
+    inputs = case.inputs(generator)
+    infinite = torch.zeros(case.shape, dtype=torch.bool)
+    infinite[0, 2, 3, 1] = True
+    arriving = torch.ones(case.shape).masked_fill(infinite, float("inf"))
+    p = inputs["p"].requires_grad_()
+    with use_backend(backend):
+        out = dla_kernels.light_attention(*inputs.values(), **case.flags())[0]
+        (gradient,) = torch.autograd.grad(out, p, arriving.to(p.device))
+        p.data.masked_fill_(infinite.to(p.device), float("inf"))
+        out = dla_kernels.light_attention(*inputs.values(), **case.flags())[0]
+    for name, found in {"out": out, "dp": gradient}.items():
+        assert torch.equal(found.isfinite().cpu(), ~infinite), name
+
+
+@each_backend("light_attention")
 def test_statistics_are_not_differentiable(backend: str, generator: torch.Generator) -> None:
     inputs = Case().inputs(generator)
     inputs["x"].requires_grad_()

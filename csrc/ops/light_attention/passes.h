@@ -229,6 +229,10 @@ struct MomentsPass {
     }
   }
 
+  In open_p(const Place& place, A* memory) const {
+    return prev_weight != nullptr ? place.open_bordered(p, 1, memory) : place.open(p, 1, memory);
+  }
+
   void run(int threads) const {
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
@@ -246,8 +250,7 @@ struct MomentsPass {
         In in[kInputs] = {};
         for (int f = 0; f < kInputs; ++f)
           if (features[f])
-            in[f] = f == kP_ ? place.open_bordered(features[f], 1, memory[f])
-                             : place.open(features[f], 0, memory[f]);
+            in[f] = f == kP_ ? open_p(place, memory[f]) : place.open(features[f], 0, memory[f]);
         in[kX_] = x.open_bordered(place, in[kP_], 1, memory[kX_]);
         for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
@@ -265,6 +268,9 @@ template <class A>
 struct Mixture {
   const A *v_weight, *prev_weight;  // [C, 3, 3]; prev_weight may be null
   const A *a, *d, *lam;             // d null: 1
+
+  // Whether there is more to p's filter than its centre.
+  bool convolves_p() const { return prev_weight != nullptr; }
 
   // The two filters of o = x_filter * x + p_filter * p.
   template <bool kPixelLanes>
@@ -322,7 +328,10 @@ struct StencilPass {
         V acc[R];
         fill_block(acc, V{});
         stencil_block<R, A>(x_in, row, k, taps, x_filter, acc);
-        if (p) stencil_block<R, A>(p_in, row, k, taps, p_filter, acc);
+        if (p && mixture.convolves_p())
+          stencil_block<R, A>(p_in, row, k, taps, p_filter, acc);
+        else if (p)
+          add_rows<R, A>(p_in.rows(row, k), own, p_filter.at[4], acc);
         auto x_rows = x_in.rows(row, k);
         auto out_rows = to.rows(row, k);
 #pragma GCC unroll 8
@@ -338,6 +347,10 @@ struct StencilPass {
       }
   }
 
+  In open_p(const Place& place, A* memory) const {
+    return mixture.convolves_p() ? place.open_bordered(p, 1, memory) : place.open(p, 1, memory);
+  }
+
   void run(int threads) const {
     const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
@@ -350,7 +363,7 @@ struct StencilPass {
       for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
-        In p_in = p ? place.open_bordered(p, 1, memory[1]) : In{};
+        In p_in = p ? open_p(place, memory[1]) : In{};
         const In x_in = x.open_bordered(place, p_in, 1, memory[0]);
         const Out to = place.open(out, memory[2]);
         const Out o_to = o ? place.open(o, memory[3]) : Out{};
@@ -434,22 +447,19 @@ struct GradientsPass {
         fill_block(g, V{});
         if (o_scale != nullptr) {
           stencil_block<R, A>(in[kX_], row, k, taps, x_filter, g);
-          if (p) stencil_block<R, A>(in[kP_], row, k, taps, p_filter, g);
+          if (p && mixture.convolves_p())
+            stencil_block<R, A>(in[kP_], row, k, taps, p_filter, g);
+          else if (p)
+            add_rows<R, A>(in[kP_].rows(row, k), own, p_filter.at[4], g);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) g[r] = c.o_scale * g[r] + c.offset;
         }
-        if (grad_out) add<R>(in[kOut_].rows(row, k), own, c.out_scale, g);
-        if (grad_o) add<R>(in[kO_].rows(row, k), own, splat(A(1)), g);
+        if (grad_out) add_rows<R, A>(in[kOut_].rows(row, k), own, c.out_scale, g);
+        if (grad_o) add_rows<R, A>(in[kO_].rows(row, k), own, splat(A(1)), g);
         auto to = g_out.rows(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) store_masked<A>(to.next(), g[r], own);
       }
-  }
-
-  template <int R>
-  static void add(RowCursor<const A> rows, Mask<A> own, V scale, V (&sum)[R]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] += scale * load_masked<A>(rows.next(), own);
   }
 
   // Adds the correlations of g with a feature over rows [first, last).
@@ -472,11 +482,11 @@ struct GradientsPass {
     for (int tap = 0; tap < 9; ++tap) sums[tap] = acc[tap];
   }
 
-  // Gradient of a feature over rows [first, last): what `passed` holds is added if it is not null;
-  // then it is zero where a not null `rectified` is not positive, and joins not null `sums`.
+  // Gradient of a feature over rows [first, last), through its whole filter or, unless `convolved`,
+  // through the centre alone: what `passed` holds is added if it is not null; then it is zero where a not null `rectified` is not positive, and joins not null `sums`.
   template <int R>
   void spread(int64_t first, int64_t last, const In& g_in, const Filter<A, kPixelLanes>& flipped,
-              V offset, const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
+              bool convolved, V offset, const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
               const Out& to) const {
     const FilterVectors<A> filter(flipped);
     for (int64_t row = first; row < last; row += R)
@@ -485,8 +495,11 @@ struct GradientsPass {
         const Mask<A> own = taps.own();
         V acc[R];
         fill_block(acc, offset);
-        stencil_block<R, A>(g_in, row, k, taps, filter, acc);
-        if (passed != nullptr) add<R>(passed->rows(row, k), own, splat(A(1)), acc);
+        if (convolved)
+          stencil_block<R, A>(g_in, row, k, taps, filter, acc);
+        else
+          add_rows<R, A>(g_in.rows(row, k), own, filter.at[4], acc);
+        if (passed != nullptr) add_rows<R, A>(passed->rows(row, k), own, splat(A(1)), acc);
         if (rectified != nullptr) {
           auto x_rows = rectified->rows(row, k);
 #pragma GCC unroll 8
@@ -511,12 +524,12 @@ struct GradientsPass {
       }
   }
 
-  void spread_rows(const Strip& strip, const In& g, const Filter<A, kPixelLanes>& filter, V offset,
-                   const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
+  void spread_rows(const Strip& strip, const In& g, const Filter<A, kPixelLanes>& filter,
+                   bool convolved, V offset, const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
                    const Out& to) const {
     const Filter<A, kPixelLanes> flipped = filter.flipped();
     for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
-      spread<R>(first, last, g, flipped, offset, passed, rectified, sums, c, to);
+      spread<R>(first, last, g, flipped, convolved, offset, passed, rectified, sums, c, to);
     });
   }
 
@@ -539,13 +552,17 @@ struct GradientsPass {
     return m;
   }
 
+  In open_p(const Place& place, A* memory) const {
+    return mixture.convolves_p() ? place.open_bordered(p, 2, memory) : place.open(p, 2, memory);
+  }
+
   void visit(const Place& place, Plane& c, const Memory& memory, V* weight_sums) const {
     const Strip& strip = place.strip;
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     In in[kInputs] = {};
     for (int f = 0; f < kInputs; ++f)
       if (features[f])
-        in[f] = f == kP_ ? place.open_bordered(features[f], 2, memory.inputs[f])
+        in[f] = f == kP_ ? open_p(place, memory.inputs[f])
                          : place.open(features[f], 1, memory.inputs[f]);
     in[kX_] = x.open_bordered(place, in[kP_], 2, memory.inputs[kX_]);
     // g is needed one row beyond the strip.
@@ -562,7 +579,7 @@ struct GradientsPass {
     fill_block(p_sums, V{});
     for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
       correlate<R>(first, last, g, in[kX_], c, x_sums);
-      if (p) correlate<R>(first, last, g, in[kP_], c, p_sums);
+      if (p && mixture.convolves_p()) correlate<R>(first, last, g, in[kP_], c, p_sums);
     });
     for (int tap = 0; tap < 9; ++tap) {
       weight_sums[tap] += c.a * x_sums[tap];
@@ -571,7 +588,7 @@ struct GradientsPass {
     const Out x_to = place.open(dx, memory.dx);
     const In dx_in = x_to;
     if (branch != nullptr) c.branch.z = place.open(x.feature, 0, memory.z);
-    spread_rows(strip, g, c.x_filter, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr,
+    spread_rows(strip, g, c.x_filter, true, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr,
                 x.join ? &in[kX_] : nullptr, branch == nullptr ? nullptr : &c.branch, c, x_to);
     place.close(dx, memory.dx);
     if (branch != nullptr && strip.last == grid.shape.height) {
@@ -580,7 +597,7 @@ struct GradientsPass {
       store_channel_sums(sums + grid.shape.planes(), c.branch.with_z, grid, place.group);
     }
     if (!dp) return;
-    spread_rows(strip, g, c.p_filter, c.p_offset, x.join ? &dx_in : nullptr, nullptr, nullptr, c,
+    spread_rows(strip, g, c.p_filter, mixture.convolves_p(), c.p_offset, x.join ? &dx_in : nullptr, nullptr, nullptr, c,
                 place.open(dp, memory.dp));
     place.close(dp, memory.dp);
   }
