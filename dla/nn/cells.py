@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import hidden_width
+from dla.nn.checks import check_rows, hidden_width
 from dla.nn.tensors import parameter
 from dla_kernels.ops.cell import ACTIVATIONS
-from dla_kernels.ops.checks import a_tensor, one_of
-from dla_kernels.ops.common import compute_dtype, describe
+from dla_kernels.ops.checks import one_of
+from dla_kernels.ops.common import compute_dtype
 
 INITIAL_STATES = ("zeros", "normal", "learned")
 
@@ -46,13 +46,16 @@ class Cell(nn.Module):
         initial_state: str = "zeros",
     ) -> None:
         super().__init__()
+        if not hasattr(self, "kind"):
+            raise TypeError(f"{type(self).__name__}: expected a kind of cell, such as DSUCell")
         self.channels, self.hidden = channels, hidden_width(channels, reduction)
         self.activation = one_of("activation", activation, ACTIVATIONS)
         self.start = one_of("initial_state", initial_state, INITIAL_STATES)
-        self._names: list[str] = []
-        learned = nn.Parameter(torch.zeros(self.slots, channels))
+        self._bounds: dict[str, float] = {}
+        learned = nn.Parameter(torch.empty(self.slots, channels))
         self.initial = learned if initial_state == "learned" else None
         self._add_weights(channels, self.hidden)
+        self.reset_parameters()
 
     def _add_weights(self, channels: int, hidden: int) -> None:
         """Calls ``_add_weight`` for every parameter of the kind."""
@@ -60,13 +63,19 @@ class Cell(nn.Module):
 
     def _add_weight(self, name: str, *shape: int, fan_in: int) -> None:
         """The order of the calls is the order in which the op takes the weights."""
-        bound = 1.0 / math.sqrt(fan_in)
-        setattr(self, name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
-        self._names.append(name)
+        setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self._bounds[name] = 1.0 / math.sqrt(fan_in)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        for name, bound in self._bounds.items():
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+        if self.initial is not None:
+            nn.init.zeros_(self.initial)
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
         """The parameters in the order that ``dla_kernels.cell`` takes them, in ``dtype``."""
-        return [parameter(self, name, dtype) for name in self._names]
+        return [parameter(self, name, dtype) for name in self._bounds]
 
     def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """State [S, B, C] before the first layer of a stage."""
@@ -82,9 +91,7 @@ class Cell(nn.Module):
 
         Both are of the compute dtype (float64 or float32). Slot 0 of a state is the cell's output.
         """
-        a_tensor("y", y)
-        if y.dim() != 2 or y.shape[1] != self.channels:
-            raise ValueError(f"y: expected [B, {self.channels}], got {describe(y)}")
+        check_rows("y", y, self.channels)
         if state is None:
             state = self.initial_state(y.shape[0], compute_dtype(y.dtype), y.device)
         return dla_kernels.cell(y, state, self.weights(y.dtype), self.kind, self.activation)

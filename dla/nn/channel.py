@@ -8,6 +8,7 @@ from dla.nn.cells import CELLS, Cell
 from dla.nn.checks import (
     boolean,
     check_features,
+    check_rows,
     hidden_width,
     match_autocast,
     positive_int,
@@ -40,6 +41,7 @@ class SEGate(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Means of a branch [B, C] -> gates [B, C]."""
+        check_rows("y", y, self.fc2.out_features)
         hidden = torch.relu(self.fc1(y.to(self.fc1.weight.dtype)))
         return torch.sigmoid(self.fc2(hidden).to(y.dtype))
 
@@ -56,11 +58,13 @@ class ECAGate(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        size = channel_kernel_size(positive_int("channels", channels))
+        self.channels = positive_int("channels", channels)
+        size = channel_kernel_size(channels)
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """Means of a branch [B, C] -> gates [B, C]."""
+        check_rows("y", y, self.channels)
         rows = y.to(self.conv.weight.dtype).unsqueeze(1)
         return torch.sigmoid(self.conv(rows).squeeze(1).to(y.dtype))
 

@@ -62,6 +62,13 @@ def hidden_width(channels: int, reduction: int) -> int:
     return hidden
 
 
+def check_rows(name: str, y: Any, channels: int) -> None:
+    """Raises unless ``y`` is [B, channels]."""
+    a_tensor(name, y)
+    if y.dim() != 2 or y.shape[1] != channels:
+        raise ValueError(f"{name}: expected [B, {channels}], got {describe(y)}")
+
+
 def check_features(name: str, x: Any, channels: int, weight: Tensor) -> None:
     """Raises unless ``x`` is [B, channels, H, W] and goes with ``weight``, the layer's own."""
     a_tensor(name, x)

@@ -89,15 +89,19 @@ def channel_kernel_size(channels: int) -> int:
     return size if size % 2 else size + 1
 
 
-def depthwise_conv(channels: int, spec: str) -> nn.Conv2d:
-    """Depthwise 3x3 convolution; weights from N(0, 2 / 9), its fan being 9.
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3x3 convolution without bias; weights from N(0, 2 / 9), its fan being 9.
 
     ``spec="official"`` takes their N(0, 2 / (9 C)), the rule for dense convolutions.
     """
-    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-    fan = 9 * channels if spec == "official" else 9
-    nn.init.normal_(conv.weight, std=math.sqrt(2.0 / fan))
-    return conv
+
+    def __init__(self, channels: int, spec: str) -> None:
+        self._fan = 9 * channels if spec == "official" else 9  # Conv2d resets the parameters
+        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        nn.init.normal_(self.weight, std=math.sqrt(2.0 / self._fan))
 
 
 def shared_parts(
@@ -114,4 +118,4 @@ def shared_parts(
     cell = None
     if form.cell != STATIC:
         cell = CELLS[form.cell](channels, reduction, activation, initial_state)
-    return cell, depthwise_conv(channels, spec) if form.prev_conv else None
+    return cell, DepthwiseConv(channels, spec) if form.prev_conv else None

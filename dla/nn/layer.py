@@ -22,9 +22,9 @@ from dla.nn.cells import Cell
 from dla.nn.checks import boolean, check_features, match_autocast, positive_int
 from dla.nn.drop import DropPath
 from dla.nn.form import (
+    DepthwiseConv,
     channel_kernel_size,
     check_kind,
-    depthwise_conv,
     resolve_form,
     shared_parts,
 )
@@ -157,10 +157,16 @@ class DLALayer(nn.Module):
         size = channel_kernel_size(channels)
         self.q_conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.k_conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
-        self.v_conv = depthwise_conv(channels, spec)
-        self.lam = nn.Parameter(torch.randn(channels)) if variant == "light" else None
+        self.v_conv = DepthwiseConv(channels, spec)
+        self.lam = nn.Parameter(torch.empty(channels)) if variant == "light" else None
         self.norm = batch_norm(channels, eps, momentum) if boolean("norm", norm) else None
         self.drop_path = DropPath(drop_path)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws lam, the layer's own parameter, anew; its modules reset theirs."""
+        if self.lam is not None:
+            nn.init.normal_(self.lam)
 
     def extra_repr(self) -> str:
         choices = self.form._asdict().items()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dla.nn import DIALayer, DIAStage, DLALayer, DSUCell, ECAGate, SEGate
+from dla.nn import Cell, DIALayer, DIAStage, DLALayer, DSUCell, ECAGate, SEGate
 from refusals import assert_refused
 from tolerances import MODELS, assert_close, assert_gradients_close
 
@@ -149,3 +149,6 @@ def test_bad_options() -> None:
     assert_refused(lambda: DIAStage([nn.ReLU()], CHANNELS), "blocks[0]", "parts(x)", "ReLU")
     assert_refused(lambda: SEGate(8), "reduction", "8", "16")
     assert_refused(lambda: ECAGate(0), "channels", "1", "0")
+    for gate in (SEGate(32), ECAGate(32)):
+        assert_refused(lambda gate=gate: gate(torch.ones(2, 32, 1, 1)), "y", "[B, 32]", "1, 1]")
+    assert_refused(lambda: Cell(32), "Cell", "DSUCell")

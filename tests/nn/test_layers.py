@@ -334,6 +334,26 @@ def test_initialisation() -> None:
     assert paper.q_conv.kernel_size == (5,) and DLALayer(64).q_conv.kernel_size == (3,)
 
 
+@pytest.mark.parametrize("spec", ["paper", "official"])
+def test_parameters_drawn_anew_are_like_fresh_ones(spec: str) -> None:
+    """As after the meta device: ``to_empty``, then ``reset_parameters`` of every module."""
+    options = {"spec": spec, "reduction": 1, "initial_state": "learned"}
+    with torch.device("meta"):
+        stage = DLAStage([nn.Identity()], 512, **options)
+    stage.to_empty(device="cpu")
+    for tensor in (*stage.parameters(), *stage.buffers()):
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 7)
+    stage.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    fresh = DLAStage([nn.Identity()], 512, **options).state_dict()
+    for name, tensor in stage.state_dict().items():
+        if tensor.numel() < 500:  # of q_conv and k_conv
+            assert tensor.isfinite().all(), name
+        else:
+            for statistic in (torch.mean, torch.std):
+                expected = statistic(fresh[name])
+                assert torch.allclose(statistic(tensor), expected, rtol=0.2, atol=0.1), name
+
+
 def test_one_layer_of_the_paper_form_uses_all_that_it_can() -> None:
     """lam of a first layer has a gradient, zero: DistributedDataParallel waits for one."""
     for fused in (True, False):
