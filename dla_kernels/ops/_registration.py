@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from dla_kernels import backend
 
@@ -59,6 +60,8 @@ def define(
     tensors: int,
     save: Callable[[Any, tuple[Any, ...], Any], None],
     gradients: Callable[..., Nested],
+    flops: Callable[..., int] | None = None,
+    backward_flops: Callable[..., int] | None = None,
 ) -> tuple[Operator, Operator]:
     """Defines ``op`` and its backward op.
 
@@ -73,6 +76,10 @@ def define(
         save: ``save(ctx, arguments, results)`` keeps what backward needs.
         gradients: ``gradients(ctx, *grads)`` gives one gradient (or None, or a list of these) per
             leading tensor argument. A gradient that never arrived is None.
+        flops, backward_flops: take the arguments of the two; give what FlopCounterMode counts by
+            torch's convention: two for each multiply-add of the reference's matrix products and
+            convolutions, and of their gradients, all taken for wanted. None: there are none. (Of
+            the gradient of a depthwise weight torch's own formula counts C times too many.)
 
     Returns:
         The two operators.
@@ -93,9 +100,13 @@ def define(
         check(*args)
         return fake(*args)
 
-    overload = _register(op, schema, run, checked_fake)
+    overload = _register(op, schema, run, checked_fake, flops)
     backward = _register(
-        f"{op}_backward", backward_schema, _whole(run_backward), _whole(backward_fake)
+        f"{op}_backward",
+        backward_schema,
+        _whole(run_backward),
+        _whole(backward_fake),
+        backward_flops,
     )
     autograd = _register_autograd(op, overload, run, tensors, save, gradients)
     operator = _with_shortcut(overload, functools.partial(autograd, None))
@@ -195,12 +206,19 @@ def _dispatches_plainly() -> bool:
 
 
 def _register(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None,
 ) -> torch._ops.OpOverload:
     LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dla_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.dla_kernels, name).default
+    operator = getattr(torch.ops.dla_kernels, name)
+    if flops is not None:
+        register_flop_formula(operator, get_raw=True)(lambda *args, out_val: flops(*args))
+    return operator.default
 
 
 def _register_autograd(

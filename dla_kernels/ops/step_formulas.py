@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, pad
 
+from dla_kernels.ops.cell import cell_flops
 from dla_kernels.ops.cell.reference import cell as cell_step
 from dla_kernels.ops.step_checks import STATIC
 
@@ -56,6 +57,17 @@ def filter_channels(y: Tensor, weight: Tensor) -> Tensor:
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """[B, C, H, W] with a 3x3 filter per channel [C, 1, 3, 3], zeros beyond the borders."""
     return conv2d(x, weight, padding=1, groups=x.shape[1])
+
+
+def step_flops(
+    x: Tensor, convolutions: int, params: Sequence[Tensor], cell: str, runs: Sequence[int]
+) -> int:
+    """FLOPs of depthwise convolutions of maps like x [B, C, H, W], and of runs of the cell of so
+    many steps each (none of a static layer). All else is pointwise, `filter_channels` too."""
+    of_cell = 0
+    if cell != STATIC:
+        of_cell = sum(cell_flops(params, cell, x.shape[0], steps) for steps in runs)
+    return convolutions * 2 * 9 * x.numel() + of_cell
 
 
 def scale(factor: Tensor, x: Tensor) -> Tensor:

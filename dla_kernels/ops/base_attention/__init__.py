@@ -18,6 +18,7 @@ from dla_kernels.ops.step_checks import (
     check_map,
     check_norm,
 )
+from dla_kernels.ops.step_formulas import step_flops
 
 GATED = ("projections", "features")
 MAX_LAYERS = 64  # of a stage: the kernels take the addresses of all values as one argument
@@ -288,6 +289,25 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> list[Any]:
     return [dx, dvalues, *dparameters, None, None, None]
 
 
+def _flops(
+    x: Tensor,
+    values: Sequence[Tensor],
+    state: Tensor,
+    keys: Tensor,
+    gates: Tensor,
+    pooled: Sequence[Tensor],
+    cell_params: Sequence[Tensor],
+    *rest: Any,
+) -> int:
+    cell, _, _, _, gated, *_ = rest[-11:]
+    gated_rows = [len(gates)] if gated == "features" else [len(keys), len(gates)]
+    return step_flops(x, 1, cell_params, cell, [1, *gated_rows])
+
+
+def _backward_flops(*args: Any) -> int:
+    return 2 * _flops(*args[_GRADS:])  # a product has two gradients
+
+
 _TENSORS = 16  # leading arguments
 _PARAMETERS = 11  # of these, the small differentiable ones, from state to norm_bias
 _VALUES = 3  # place of values in ctx.needs_input_grad, after the two of the registration and x
@@ -319,4 +339,6 @@ _OPERATOR, _BACKWARD = define(
     tensors=_TENSORS,
     save=_save,
     gradients=_gradients,
+    flops=_flops,
+    backward_flops=_backward_flops,
 )

@@ -127,7 +127,8 @@ def attend(
     if cell != STATIC:
         gate_path = new_state, cell_params, cell, activation, gate, context
         means = torch.stack(list(pooled)) if pooled else torch.empty_like(gates)
-        keys = keys * gates_of(keys, *gate_path)
+        if gated == "projections":
+            keys = keys * gates_of(keys, *gate_path)
         gates = gates * gates_of(gates * means, *gate_path)
     if gated == "features" and pooled:
         gated_means = zip(gates * means, key_weights, strict=True)

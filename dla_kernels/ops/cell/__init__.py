@@ -56,6 +56,17 @@ def check_params(
         checks.like(f"{name}[{index}]", param, shape, dtype, device)
 
 
+def cell_flops(params: Sequence[Tensor], kind: str, batch: int, steps: int = 1) -> int:
+    """FLOPs of the matrix products of so many steps of a batch, all from one state [S, B, C].
+
+    The part of the state is computed once.
+    """
+    weights = sum(param.numel() for param in params if param.dim() == 2)
+    # One hidden layer reads y and the state; else each has half of the matrices to itself.
+    of_state = (params[0].numel() if CELLS[kind].layers == 1 else weights) // 2
+    return 2 * batch * (of_state + steps * (weights - of_state))
+
+
 def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> None:
     checks.one_of("kind", kind, CELLS)
     checks.one_of("activation", activation, ACTIVATIONS)
@@ -90,6 +101,14 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | list[Tensor]]:
     return [dy, dstate, dparams]
 
 
+def _flops(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> int:
+    return cell_flops(params, kind, y.shape[0])
+
+
+def _backward_flops(grad: Tensor, *args: Any) -> int:
+    return 2 * _flops(*args)  # a product has two gradients
+
+
 _OPERATOR, _BACKWARD = define(
     "cell",
     "(Tensor y, Tensor state, Tensor[] params, str kind, str activation) -> Tensor",
@@ -100,4 +119,6 @@ _OPERATOR, _BACKWARD = define(
     tensors=3,
     save=_save,
     gradients=_gradients,
+    flops=_flops,
+    backward_flops=_backward_flops,
 )

@@ -10,6 +10,7 @@ from dla_kernels.ops._registration import define
 from dla_kernels.ops.common import compute_dtype, empty_features
 from dla_kernels.ops.step_checks import (
     NORMS,
+    STATIC,
     check_cell,
     check_convolutions,
     check_drop,
@@ -17,6 +18,7 @@ from dla_kernels.ops.step_checks import (
     check_map,
     check_norm,
 )
+from dla_kernels.ops.step_formulas import step_flops
 
 
 def light_attention(
@@ -280,6 +282,30 @@ def _gradients(
     return [dx, dp if needs_p else None, dstate, dparams, *dweights, *constants]
 
 
+def _flops(
+    x: Tensor,
+    p: Tensor | None,
+    state: Tensor,
+    cell_params: Sequence[Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    prev_weight: Tensor | None,
+    *rest: Any,
+) -> int:
+    convolutions = 1 if prev_weight is None else 2
+    return step_flops(x, convolutions, cell_params, rest[-12], [1] if p is None else [1, 1])
+
+
+def _backward_flops(
+    grad_out: Tensor | None, grad_o: Tensor | None, grad_state: Tensor | None, *args: Any
+) -> int:
+    x, p = args[:2]
+    if p is None and grad_state is None:  # the cell had no influence
+        return 2 * step_flops(x, 1, (), STATIC, [])
+    return 2 * _flops(*args)  # a product has two gradients
+
+
 _WEIGHTS = 9  # from q_weight to branch_bias
 _CONSTANTS = 5  # statistics and drop_scale
 _FOUND = 7  # what forward keeps for backward beside its inputs
@@ -310,4 +336,6 @@ _OPERATOR, _BACKWARD = define(
     tensors=_TENSORS,
     save=_save,
     gradients=_gradients,
+    flops=_flops,
+    backward_flops=_backward_flops,
 )
