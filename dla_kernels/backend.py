@@ -2,8 +2,8 @@
 
 The implementations of an op are the modules of its package that bear a backend's name. Each has
 ``unsupported(x) -> reason | None``, ``forward`` and ``backward`` with the arguments of the op; and,
-where calls on tensors that it supports may still ask too much, ``refuses(*args) -> reason | None``
-for the arguments of either.
+where calls on tensors that it supports may still ask too much, ``refuses(backward, *args) ->
+reason | None`` for the arguments of either.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def requested() -> str:
     return _requested.get()
 
 
-def select(op: str, x: Tensor, args: Sequence[Any]) -> Implementation:
+def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:
     """The module that serves a call of ``op`` or its backward; ``x``: the first tensor of ``args``.
 
     Raises:
@@ -85,13 +85,13 @@ def select(op: str, x: Tensor, args: Sequence[Any]) -> Implementation:
     """
     name = _requested.get()
     if name != AUTO:
-        return _demand(op, name, x, args)
+        return _demand(op, name, x, args, backward)
     refusals = []
     available = implementations(op)
     for name in _automatic_order(op, _class_of(x, args) if x.is_cuda else None):
         if name not in available:
             continue
-        reason = _refusal(available[name], x, args)
+        reason = _refusal(available[name], x, args, backward)
         if reason is None:
             _report(op, name, tuple(refusals))
             return available[name]
@@ -99,17 +99,17 @@ def select(op: str, x: Tensor, args: Sequence[Any]) -> Implementation:
     raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
 
 
-def _refusal(module: Implementation, x: Tensor, args: Sequence[Any]) -> str | None:
+def _refusal(module: Implementation, x: Tensor, args: Sequence[Any], backward: bool) -> str | None:
     """Why an implementation cannot serve a call, or None."""
     refuses = getattr(module, "refuses", None)
-    return module.unsupported(x) or (refuses(*args) if refuses else None)
+    return module.unsupported(x) or (refuses(backward, *args) if refuses else None)
 
 
-def _demand(op: str, name: str, x: Tensor, args: Sequence[Any]) -> Implementation:
+def _demand(op: str, name: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:
     available = implementations(op)
     if name not in available:
         problem = f"{op} has no such implementation (it has {', '.join(available)})"
-    elif reason := _refusal(available[name], x, args):
+    elif reason := _refusal(available[name], x, args, backward):
         problem = reason
     else:
         return available[name]

@@ -90,11 +90,11 @@ def define(
     def run(*args: Any) -> Any:
         check_new(*args)
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x, args).forward, args)
+        return _on_device_of(x, backend.select(op, x, args, backward=False).forward, args)
 
     def run_backward(*args: Any) -> Any:
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x, args).backward, args)
+        return _on_device_of(x, backend.select(op, x, args, backward=True).backward, args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)

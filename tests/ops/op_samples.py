@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 import base_cases
 import dla_kernels
-from light_cases import CONSTANT, SLOTS, Case, cell_params
+import light_cases
 from op_cases import compute_dtype, feature, random_small
+from step_cases import SLOTS, StepCase, cell_params
 
 Shape = tuple[int, int, int, int]
 SMALL: Shape = (2, 4, 3, 5)  # for gradcheck
@@ -94,43 +96,25 @@ def residual_norm(norm: str) -> Make:
     return make
 
 
-def light_attention(**changes: Any) -> Make:
+def step(kind: type[StepCase], **changes: Any) -> Make:
     def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
         channels = shape[1]
-        case = Case(
-            shape=shape, head_dim=channels // (3 if channels % 3 == 0 else 2),
-            hidden=max(1, channels // 4), dtype=dtype,
-            x_layout=layout, p_layout=layout, grad_layout=layout,
-        ).with_(**changes)  # fmt: skip
+        heads = 3 if channels % 3 == 0 else 2
+        sizes = {"head_dim": channels // heads, "hidden": max(1, channels // 4)}
+        case = kind(shape=shape, dtype=dtype, **sizes, **changes).in_layout(layout)
         return Call(
-            dla_kernels.light_attention,
+            getattr(dla_kernels, case.op),
             case.inputs(generator),
             case.cotangents(generator),
             case.flags(),
-            CONSTANT,
+            case.constant,
         )
 
     return make
 
 
-def base_attention(**changes: Any) -> Make:
-    def make(shape: Shape, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Call:
-        channels = shape[1]
-        case = base_cases.Case(
-            shape=shape, head_dim=channels // (3 if channels % 3 == 0 else 2),
-            hidden=max(1, channels // 4), dtype=dtype,
-            x_layout=layout, value_layout=layout, grad_layout=layout,
-        ).with_(**changes)  # fmt: skip
-        return Call(
-            dla_kernels.base_attention,
-            case.inputs(generator),
-            case.cotangents(generator),
-            case.flags(),
-            base_cases.CONSTANT,
-        )
-
-    return make
-
+light_attention = partial(step, light_cases.Case)
+base_attention = partial(step, base_cases.Case)
 
 # op -> variant -> how to make a call
 SAMPLES: dict[str, dict[str, Make]] = {

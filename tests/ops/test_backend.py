@@ -274,7 +274,10 @@ def test_call_that_is_refused_goes_to_the_next_backend(
     seen = serving("global_pool", monkeypatch)
     cpp = implementations("global_pool")["cpp"]
     monkeypatch.setattr(
-        cpp, "refuses", lambda x: "it is too wide" if x.shape[3] > 9 else None, raising=False
+        cpp,
+        "refuses",
+        lambda backward, x: "it is too wide" if x.shape[3] > 9 else None,
+        raising=False,
     )
     wide, narrow = torch.ones(1, 2, 3, 10), torch.ones(1, 2, 3, 4)
     with caplog.at_level(logging.DEBUG, "dla_kernels"):

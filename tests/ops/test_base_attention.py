@@ -12,15 +12,14 @@ from torch import Tensor
 
 import dla_kernels
 import dla_kernels.ops.base_attention as base_attention
-from base_cases import CONSTANT, OUTPUTS, Case
+import step_cases
+from base_cases import Case
 from dla_kernels import use_backend
 from dla_kernels.ops.base_attention.deferred import WeightedSum
 from op_cases import (
     DTYPES,
     LAYOUTS,
-    assert_dense,
     compare,
-    compute_dtype,
     each_backend,
     each_case,
     feature,
@@ -28,12 +27,13 @@ from op_cases import (
     reference,
 )
 from refusals import assert_refused
+from step_cases import check, zeros
 from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 NORMS = ["batch", "running", "none"]
-ARRIVES = [OUTPUTS[:6], ("out",), ("v",), ("keys",), ("gates", "pooled"), ("out", "v"), ("state",)]
+ARRIVES = [Case.arrives, ("out",), ("v",), ("keys",), ("gates", "pooled"), ("out", "v"), ("state",)]
 WANTS = [
     None, (), ("x",), ("values",), ("x", "values"), ("values.1",), ("state",), ("keys",),
     ("gates",), ("pooled",), ("cell_params",), ("q_weight",), ("key_weights",), ("v_weight",),
@@ -76,47 +76,10 @@ AXES: dict[str, Any] = {
 }
 
 
-def make_case(where: tuple[Any, ...], **rest: Any) -> Case:
-    shape, head_dim, kernel, hidden = where
-    return Case(shape=shape, head_dim=head_dim, kernel=kernel, hidden=hidden, **rest)
-
-
-def is_valid(axes: dict[str, Any]) -> bool:
-    return make_case(**axes).valid
-
-
-def check(backend: str, case: Case) -> None:
-    """Forward and gradients against the reference; dtypes and formats of all results."""
-    generator = torch.Generator().manual_seed(sum(case.shape))
-    inputs = case.inputs(generator)
-    cotangents = case.cotangents(generator)
-    outputs, gradients = compare(
-        "base_attention",
-        backend,
-        inputs,
-        cotangents,
-        case=case.dtype,
-        names=OUTPUTS,
-        key=case,
-        constant=CONSTANT,
-        wants=case.wants,
-        **case.flags(),
-    )
-    named = dict(zip(OUTPUTS, outputs, strict=True))
-    for name, output in named.items():
-        is_feature = name in ("out", "v")
-        assert output.dtype == (case.dtype if is_feature else compute_dtype(case.dtype)), name
-    assert_dense(named["out"], case.x_layout, "out")
-    if case.return_v:
-        assert_dense(named["v"], case.x_layout, "v")
-    if gradients.get("x") is not None:
-        assert_dense(gradients["x"], case.x_layout, "gradient of x")
-
-
 @each_case(
     "base_attention",
     AXES,
-    is_valid,
+    lambda axes: Case().with_(**axes).valid,
     interpreted={
         "where": [*SHAPES[1:4], SHAPES[5]],
         "layers": [0, 1, 3, 8],
@@ -128,10 +91,10 @@ def check(backend: str, case: Case) -> None:
         "arrives": ARRIVES[:3],
         "wants": [None, ("x",)],
     },
-    ids=lambda case: str(make_case(**case)),
+    ids=lambda axes: str(Case().with_(**axes)),
 )
 def test_any_combination(backend: str, case: dict[str, Any]) -> None:
-    check(backend, make_case(**case))
+    check(backend, Case().with_(**case))
 
 
 # What the layers really ask for.
@@ -157,9 +120,8 @@ PRESETS = {
 @pytest.mark.simd
 def test_presets_in_every_dtype(backend: str, preset: str, dtype: torch.dtype, layout: str) -> None:
     """One awkward shape, in the full product."""
-    layouts = {"x_layout": layout, "value_layout": layout, "grad_layout": layout}
-    where = {"shape": (2, 33, 9, 11), "head_dim": 11, "hidden": 8}
-    check(backend, PRESETS[preset].with_(dtype=dtype, **where, **layouts))
+    case = PRESETS[preset].with_(((2, 33, 9, 11), 11, 3, 8), dtype=dtype)
+    check(backend, case.in_layout(layout))
 
 
 @each_backend("base_attention", interpreted=False)
@@ -185,8 +147,7 @@ def test_more_pixels_than_a_block_takes(
     backend: str, shape: tuple[int, int, int, int], layout: str
 ) -> None:
     """Of a row, of a plane, of all channels together."""
-    layouts = {"x_layout": layout, "value_layout": layout, "grad_layout": layout}
-    check(backend, Case(shape=shape, head_dim=2, layers=3, **layouts))
+    check(backend, Case(shape=shape, head_dim=2, layers=3).in_layout(layout))
 
 
 @st.composite
@@ -249,7 +210,7 @@ def test_mean_a_thousand_times_the_deviation(
     backend: str, layout: str, generator: torch.Generator
 ) -> None:
     """float32 sums of squares would lose the variance altogether."""
-    case = Case(shape=(1, 6, 24, 21), x_layout=layout, value_layout=layout)
+    case = Case(shape=(1, 6, 24, 21)).in_layout(layout)
     inputs = case.inputs(generator)
     inputs["values"] = [value + 1e3 for value in inputs["values"]]
     exact = reference("base_attention")(
@@ -275,7 +236,7 @@ def test_saturated_scores(backend: str, generator: torch.Generator) -> None:
     case = Case(shape=(2, 6, 4, 4), norm="running", wants=())
     inputs = case.inputs(generator)
     inputs["q_weight"] *= 1e3
-    options = {"case": case.dtype, "names": OUTPUTS, **case.flags()}
+    options = {"case": case.dtype, "names": Case.outputs, **case.flags()}
     compare("base_attention", backend, inputs, {}, wants=(), **options)
     inputs["x"].requires_grad_()
     with use_backend(backend):
@@ -286,15 +247,15 @@ def test_saturated_scores(backend: str, generator: torch.Generator) -> None:
 @each_backend("base_attention")
 def test_what_is_differentiable(backend: str, generator: torch.Generator) -> None:
     for gated, marked in (
-        ("projections", set(OUTPUTS[:6])),
-        ("features", {*OUTPUTS[:6]} - {"keys"}),
+        ("projections", {*Case.outputs[:6]}),
+        ("features", {*Case.outputs[:6]} - {"keys"}),
     ):
         case = Case(gated=gated)
         inputs = case.inputs(generator)
         inputs["x"].requires_grad_()
         with use_backend(backend):
             outputs = dla_kernels.base_attention(*inputs.values(), **case.flags())
-        assert {n for n, t in zip(OUTPUTS, outputs, strict=True) if t.requires_grad} == marked
+        assert {n for n, t in zip(Case.outputs, outputs, strict=True) if t.requires_grad} == marked
 
 
 @each_backend("base_attention")
@@ -482,25 +443,13 @@ def test_weighted_sum(generator: torch.Generator) -> None:
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
 def arguments(**changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Good arguments (B = 2, C = 6, H = 5, W = 4, two layers before) but for the changes."""
-    case = Case(norm="running", drop="some", gated=changes.get("gated", "projections"))
-    if case.gated not in AXES["gated"]:
-        case = case.with_(gated="projections")
-    inputs, flags = case.inputs(torch.Generator().manual_seed(0)), case.flags()
-    for name, change in changes.items():
-        target = inputs if name in inputs else flags
-        target[name] = change(target[name]) if callable(change) else change
-    return tuple(inputs.values()), flags
+    gated = "features" if changes.get("gated") == "features" else "projections"
+    return Case(norm="running", drop="some", gated=gated).arguments(**changes)
 
 
-BAD = {
-    "x missing": ({"x": None}, "x", "Tensor", "None"),
-    "x's rank": ({"x": zeros(2, 6, 5)}, "x", "B, C, H, W", "2, 6, 5"),
+BAD = step_cases.BAD | {
     "values no list": ({"values": zeros(2, 2, 6, 5, 4)}, "values", "list", "Tensor"),
     "shape of a value": (
         {"values": lambda v: [v[0], zeros(2, 6, 4, 5)]}, "values[1]", "2, 6, 5, 4", "2, 6, 4, 5",
@@ -509,7 +458,6 @@ BAD = {
         {"values": lambda v: [v[0].double(), v[1]]}, "values[0]", "float32", "float64",
     ),
     "too many values": ({"values": lambda v: v * 32}, "values", "63", "64"),
-    "state's slots": ({"state": zeros(1, 2, 6)}, "state", "2, 2, 6", "1, 2, 6"),
     "keys of more layers": ({"keys": zeros(3, 2, 6)}, "keys", "2, 2, 6", "3, 2, 6"),
     "keys' dtype": ({"keys": lambda t: t.double()}, "keys", "float32", "float64"),
     "gates of fewer layers": ({"gates": zeros(1, 2, 6)}, "gates", "2, 2, 6", "1, 2, 6"),
@@ -528,22 +476,7 @@ BAD = {
         "key_weights[1]", "1, 1, 3", "1, 1, 5",
     ),
     "keys of features": ({"gated": "features", "keys": zeros(2, 2, 6)}, "keys", "0, 2, 6"),
-    "number of params": ({"cell_params": lambda p: p[:3]}, "cell_params", "8", "3"),
-    "q's length": ({"q_weight": zeros(1, 1, 4)}, "q_weight", "odd", "4"),
-    "k unlike q": ({"k_weight": zeros(1, 1, 5)}, "k_weight", "1, 1, 3", "1, 1, 5"),
-    "v's shape": ({"v_weight": zeros(6, 6, 3, 3)}, "v_weight", "6, 1, 3, 3", "6, 6, 3, 3"),
-    "weight without bias": ({"norm_bias": None}, "norm_bias", "norm_weight"),
-    "weight without norm": ({"norm": "none"}, "norm_weight", "None", "norm='none'", "float32 [6]"),
-    "no running mean": ({"mean_in": None}, "mean_in", "running"),
-    "drop path's batch": ({"drop_scale": zeros(3)}, "drop_scale", "2", "3"),
-    "heads": ({"head_dim": 4}, "head_dim", "6", "4"),
-    "cell": ({"cell": "gru"}, "cell", "dsu_split", "gru"),
-    "gate": ({"gate": "softmax"}, "gate", "identity", "softmax"),
-    "context": ({"context": "batch"}, "context", "per_sample", "batch"),
     "gated": ({"gated": "values"}, "gated", "projections", "values"),
-    "norm": ({"norm": "layer"}, "norm", "running", "layer"),
-    "eps": ({"eps": -1.0}, "eps", "-1"),
-    "eps NaN": ({"eps": float("nan")}, "eps", "at least 0", "nan"),
 }  # fmt: skip
 
 

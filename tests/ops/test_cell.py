@@ -18,10 +18,10 @@ from dla_kernels import backend as dispatch
 from dla_kernels import use_backend
 from dla_kernels.backend import implementations
 from dla_kernels.ops.cell.reference import CELLS
-from light_cases import SLOTS, cell_params
 from light_cases import Case as LightCase
 from op_cases import backends, compare, each_backend, each_case, random_small, reference
 from refusals import assert_refused
+from step_cases import SLOTS, StepCase, cell_params
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -151,13 +151,10 @@ def test_too_wide_for_any_shared_memory(
 
 
 @CUDA
-@pytest.mark.parametrize(
-    ("op", "case"), [("light_attention", LightCase), ("base_attention", BaseCase)]
-)
+@pytest.mark.parametrize("case", [LightCase, BaseCase], ids=lambda case: case.op)
 def test_step_with_a_cell_too_wide(
     backend: str,
-    op: str,
-    case: type[LightCase | BaseCase],
+    case: type[StepCase],
     generator: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -165,12 +162,12 @@ def test_step_with_a_cell_too_wide(
     """A step refuses before anything is launched, as its cell does alone."""
     wide = case(shape=(1, 20_000, 1, 1), head_dim=1, hidden=1, norm="none")
     made = wide.inputs(generator) | wide.flags()
-    step = getattr(dla_kernels, op)
+    step = getattr(dla_kernels, case.op)
     with use_backend(backend):
-        assert_refused(lambda: step(**made), op, "20000", "shared memory")
+        assert_refused(lambda: step(**made), case.op, "20000", "shared memory")
     monkeypatch.setattr(dispatch, "_automatic_order", lambda *_: (backend, "reference"))
     with caplog.at_level(logging.DEBUG, "dla_kernels"):
-        assert torch.equal(step(**made)[0], reference(op)(**made)[0])
+        assert torch.equal(step(**made)[0], reference(case.op)(**made)[0])
     assert len([line for line in caplog.messages if "shared memory" in line]) == 1
 
 
@@ -186,7 +183,7 @@ def test_widest_cell_that_fits(backend: str, kind: str, direction: str) -> None:
         return call if direction == "forward" else (call[1], *call)
 
     def refused(channels: int) -> bool:
-        return module.refuses(*arguments(channels)) is not None
+        return module.refuses(direction == "backward", *arguments(channels)) is not None
 
     too_many = bisect.bisect_left(range(20_000), True, lo=1, key=refused)
     run = getattr(module, direction)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import naive_dla
-from light_cases import CONSTANT, OUTPUTS, SLOTS, Case, cell_params
+from light_cases import Case
 from op_cases import covering, flatten, in_float64, random_small, reference
+from step_cases import SLOTS, cell_params
 from tolerances import assert_close
 
 KINDS = [kind for kind in SLOTS if kind != "none"]
@@ -48,7 +49,7 @@ def test_light_attention(case: Case, generator: torch.Generator) -> None:
     inputs = case.inputs(generator)
     got = reference("light_attention")(*inputs.values(), **case.flags())
     want = naive_dla.light_attention(*map(as_numpy, inputs.values()), **case.flags())
-    for name, actual, expected in zip(OUTPUTS, got, want, strict=True):
+    for name, actual, expected in zip(Case.outputs, got, want, strict=True):
         assert_close(actual, torch.from_numpy(np.array(expected)), name=name)
 
 
@@ -126,5 +127,5 @@ def test_inputs_are_named_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     names = list(Case().inputs(generator))
     assert list(code.co_varnames[: code.co_argcount]) == names
-    assert set(CONSTANT) < set(names)
+    assert set(Case.constant) < set(names)
     assert flatten(in_float64(Case().inputs(generator))).keys() >= {"x", "cell_params.7"}

@@ -1,9 +1,17 @@
 """``base_attention`` on the compiled CUDA kernels (``csrc/ops/base_attention/cuda.cu``)."""
 
+from typing import Any
+
 from dla_kernels.ops.base_attention import cpp
-from dla_kernels.ops.cell.cuda import refuses_step
+from dla_kernels.ops.base_attention.reference import FLAGS
+from dla_kernels.ops.cell.cuda import too_wide
 from dla_kernels.ops.cuda_common import step_on_cuda
 from dla_kernels.ops.cuda_common import unsupported as unsupported
 
 forward, backward = step_on_cuda(cpp.forward), step_on_cuda(cpp.backward)
-refuses = refuses_step(cpp)
+
+
+def refuses(backward: bool, *args: Any) -> str | None:
+    """Why a call of ``base_attention`` (or its backward op) cannot be served: for its cell."""
+    _, _, state, _, _, _, cell_params, *_ = args[8:] if backward else args  # gradients come first
+    return too_wide(state, cell_params, args[-len(FLAGS)], backward)
