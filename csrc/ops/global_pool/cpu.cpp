@@ -20,16 +20,20 @@ constexpr Size kTile = 256;    // channels of one task, at most (channels_last)
 
 // Lane-wise partial sums of at most kBlock consecutive elements.
 template <class T>
-Vec<Compute<T>> block_sums(const T* x, Size count) {
+inline __attribute__((always_inline)) Vec<Compute<T>> block_sums(const T* x, Size count) {
   using A = Compute<T>;
   constexpr Size lanes = kLanes<A>;
-  Vec<A> sums[4] = {};
+  Vec<A> a{}, b{}, c{}, d{};
   Size i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes)
-    for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * lanes);
-  for (; i < count; i += lanes)
-    sums[0] += load_n(x + i, static_cast<int>(std::min(lanes, count - i)));
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (; i + 4 * lanes <= count; i += 4 * lanes) {
+    a += load(x + i);
+    b += load(x + i + lanes);
+    c += load(x + i + 2 * lanes);
+    d += load(x + i + 3 * lanes);
+  }
+  for (; i + lanes <= count; i += lanes) a += load(x + i);
+  if (i < count) b += load_n(x + i, static_cast<int>(count - i));
+  return (a + b) + (c + d);
 }
 
 template <class T>
@@ -46,7 +50,7 @@ void pool_large_planes(const GlobalPoolForward& args) {
   });
 }
 
-// Planes of one block each: one transpose sums the lanes of kLanes planes at once.
+// Planes of one block each: the lanes of kLanes planes are summed at once.
 template <class T>
 void pool_small_planes(const GlobalPoolForward& args) {
   using A = Compute<T>;
@@ -57,11 +61,10 @@ void pool_small_planes(const GlobalPoolForward& args) {
   const A area = static_cast<A>(args.area);
   parallel_for(args.threads, ceil_div(planes, lanes), [&](Size task) {
     const Size first = task * lanes, count = std::min(lanes, planes - first);
-    Vec<A> rows[lanes] = {};
+    Vec<A> rows[lanes];
     for (Size i = 0; i < count; ++i) rows[i] = block_sums(x + (first + i) * args.area, args.area);
-    transpose<A>(rows);
-    for (Size half = lanes / 2; half > 0; half /= 2)
-      for (Size i = 0; i < half; ++i) rows[i] += rows[i + half];
+    for (Size i = count; i < lanes; ++i) rows[i] = Vec<A>{};
+    fold_lanes<A>(rows);
     store_n(out + first, rows[0] / splat(area), static_cast<int>(count));
   });
 }
