@@ -12,6 +12,7 @@ struct Step {
   const BaseAttentionInputs& args;
   MapShape shape;
   Grid<A> grid;
+  FilterBank<A> v_filters;
   int64_t planes;
   LayerMemory<A> memory;
 
@@ -19,6 +20,7 @@ struct Step {
       : args(args),
         shape{args.batch, args.channels, args.height, args.width, args.channels_last},
         grid(shape),
+        v_filters(as<A>(args.v_weight), grid),
         planes(shape.planes()),
         memory(args) {}
 
@@ -36,7 +38,7 @@ struct Step {
 
   ValueMix<A> value_mix(const A* weights) const {
     const A* own_weight = weights + memory.layers * planes;
-    ValueMix<A> mixture{feature(args.x), as<A>(args.v_weight), own_weight, {}};
+    ValueMix<A> mixture{feature(args.x), v_filters.data(), own_weight, {}};
     for (int64_t t = 0; t < memory.layers; ++t)
       mixture.earlier.add(feature(args.values[static_cast<std::size_t>(t)]), weights + t * planes);
     return mixture;
@@ -70,7 +72,7 @@ struct ForwardStep : Step<A> {
   void make_value(A* table) const {
     const StripSums<A> sums(table, Pooling::kSums, grid);
     visit_places<ValuePass>(args.threads, grid, this->feature(args.x), this->feature(args.v),
-                            as<A>(args.v_weight), sums);
+                            this->v_filters.data(), sums);
     const double pixels = static_cast<double>(shape.pixels());
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t b = 0; b < shape.batch; ++b) {
@@ -197,7 +199,7 @@ struct BackwardStep : Step<A> {
     const StripSums<A> products(table, 9, grid);
     const Feature passed = this->feature(args.residual ? args.grad_out : nullptr);
     visit_places<ValueGradientsPass>(args.threads, grid, this->feature(args.x), passed, terms,
-                                     as<A>(args.v_weight), as<A>(args.grad_pooled_v), dy,
+                                     this->v_filters.data(), as<A>(args.grad_pooled_v), dy,
                                      A(1) / static_cast<A>(shape.pixels()),
                                      this->feature(args.dx), products);
     this->for_channels([&](const ChannelLanes& c) {

@@ -134,8 +134,8 @@ struct PlacedFilter {
     return Arena::bytes_of<A>(grid.strip_elements(1));
   }
 
-  PlacedFilter(const A* weight, Feature x, const Place<A, kPixelLanes>& place, Arena& arena)
-      : filter(weight, place.grid, place.group),
+  PlacedFilter(const A* filters, Feature x, const Place<A, kPixelLanes>& place, Arena& arena)
+      : filter(filters, place.group),
         map(place.open_bordered(x, 1, arena.take<A>(place.grid.strip_elements(1)))) {}
 
   // `vectors` are those of the filter.
@@ -158,7 +158,7 @@ struct ValuePass {
   const Grid<A>& grid;
   Feature x;
   OutFeature v;  // may be null
-  const A* v_weight;
+  const A* v_filters;
   StripSums<A> sums;
   enum { kX, kV, kSums };
 
@@ -166,7 +166,7 @@ struct ValuePass {
     const Mask<A> channels = grid.channel_mask(place.group);
     const int64_t elements = grid.strip_elements(0);
     arena.reserve(PlacedFilter<A, kPixelLanes>::bytes(grid) + Arena::bytes_of<A>(elements));
-    const PlacedFilter<A, kPixelLanes> own(v_weight, x, place, arena);
+    const PlacedFilter<A, kPixelLanes> own(v_filters, x, place, arena);
     A* memory = arena.take<A>(elements);
     const typename Place::Out to =
         v ? place.open(v, memory) : place.on_memory(memory, place.strip.first);
@@ -210,7 +210,7 @@ struct ValuePass {
 template <class A>
 struct ValueMix {
   Feature x;
-  const A* v_weight;
+  const A* v_filters;
   const A* own_weight;  // [B, C]
   Terms<A> earlier;
 };
@@ -230,7 +230,7 @@ struct PlacedMix {
   }
 
   PlacedMix(const ValueMix<A>& mixture, const Place<A, kPixelLanes>& place, Arena& arena)
-      : own(mixture.v_weight, mixture.x, place, arena),
+      : own(mixture.v_filters, mixture.x, place, arena),
         own_weight(channel_vector(mixture.own_weight + place.b * place.grid.shape.channels,
                                   place.grid, place.group)),
         earlier(mixture.earlier, place, 0, arena),
@@ -533,7 +533,7 @@ struct ValueGradientsPass {
   const Grid<A>& grid;
   Feature x, passed;  // passed: what dx receives beside the value's share; may be null
   const Terms<A>& terms;
-  const A* v_weight;
+  const A* v_filters;
   const A *dpooled_v, *dpooled_x;  // [B, C]: gradients of the means; dpooled_v may be null
   A share;                         // of a pixel in a mean
   OutFeature dx;
@@ -601,7 +601,7 @@ struct ValueGradientsPass {
 
   void spread(const Place& place, Mask<A> channels, const In& dv, const In& shortcut,
               const Out& to) const {
-    const auto flipped = Filter<A, kPixelLanes>(v_weight, grid, place.group).flipped();
+    const auto flipped = Filter<A, kPixelLanes>(v_filters, place.group).flipped();
     const V offset = pooling_share(dpooled_x, place);
     const auto block = [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
       for (int64_t k = 0; k < grid.vectors; ++k) {

@@ -27,6 +27,7 @@ struct Step {
   MapShape shape;
   Grid<A> grid;
   Units<A> units;
+  FilterBank<A> v_filters, prev_filters;
   int64_t planes;
   CellWeights<A> cell;
 
@@ -36,6 +37,8 @@ struct Step {
         grid(shape),
         units(args.branch_norm == Norm::none ? Units<A>(grid)
                                              : Units<A>::of_whole_batches(grid)),
+        v_filters(as<A>(args.v_weight), grid),
+        prev_filters(as<A>(args.prev_weight), grid),
         planes(shape.planes()),
         cell{args.cell, args.activation, args.channels, args.hidden, {}} {
     for (std::size_t i = 0; i < args.cell_params.size(); ++i)
@@ -70,7 +73,7 @@ struct Step {
             args.head_dim};
   }
   Mixture<A> mixture(const A* a, const A* d) const {
-    return {as<A>(args.v_weight), as<A>(args.prev_weight), a, d, as<A>(args.lam)};
+    return {v_filters.data(), prev_filters.data(), a, d, as<A>(args.lam)};
   }
   BranchNorm<A> branch_norm() const {
     return {as<A>(args.branch_weight), as<A>(args.branch_bias), args.branch_eps};
@@ -90,8 +93,8 @@ struct Step {
                const void* grad_out, const void* grad_o, const A* x_means,
                const A* p_means) const {
     run_pass<MomentsPass>(args.threads, grid, x, feature(args.p), feature(grad_out),
-                          feature(grad_o), as<A>(args.v_weight), as<A>(args.prev_weight), x_means,
-                          p_means, table, units, branch);
+                          feature(grad_o), v_filters.data(), prev_filters.data(), x_means, p_means,
+                          table, units, branch);
   }
   // What the planes of o of one sample are, in some channels.
   auto plane(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,

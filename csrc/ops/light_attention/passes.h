@@ -93,7 +93,7 @@ struct MomentsPass {
   const Grid<A>& grid;
   InputMap<A> x;
   Feature p, grad_out, grad_o;
-  const A *v_weight, *prev_weight;
+  const A *v_filters, *prev_filters;  // of a FilterBank; prev_filters may be null
   const A *x_means, *p_means;  // [B, C], what to shift by; null: not known
   PlaneTable<A> table;
   const Units<A>& units;
@@ -107,8 +107,8 @@ struct MomentsPass {
   enum { kX_, kP_, kOut_, kO_, kInputs };
 
   void begin(int64_t b, int64_t group, Plane& plane) const {
-    plane.v_filter = {v_weight, grid, group};
-    if (prev_weight != nullptr) plane.e_filter = {prev_weight, grid, group};
+    plane.v_filter = {v_filters, group};
+    if (prev_filters != nullptr) plane.e_filter = {prev_filters, group};
     plane.channels = grid.channel_mask(group);
     fill_block(plane.sums, V{});
     fill_block(plane.shift, V{});
@@ -118,7 +118,7 @@ struct MomentsPass {
       plane.shift[0] = channel_vector(x_means + row, grid, group) * plane.v_filter.sum();
     if (p_means == nullptr) return;
     plane.shift[1] = channel_vector(p_means + row, grid, group);
-    if (prev_weight != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
+    if (prev_filters != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
   }
 
   // The value to shift by, half way along the row.
@@ -156,7 +156,7 @@ struct MomentsPass {
       fill_block(u, V{});
       fill_block(e, V{});
       stencil_block<R, A>(in[kX_], row, k, taps, v_filter, u);
-      if (prev_weight != nullptr) stencil_block<R, A>(in[kP_], row, k, taps, e_filter, e);
+      if (prev_filters != nullptr) stencil_block<R, A>(in[kP_], row, k, taps, e_filter, e);
       if (take_u) plane.shift[0] = inner(u[R / 2]);
       if (take_p && p) plane.shift[1] = inner(load_masked<A>(in[kP_].at(row + R / 2, k), own));
       if (take_p) plane.shift[2] = inner(e[R / 2]);
@@ -230,7 +230,7 @@ struct MomentsPass {
   }
 
   In open_p(const Place& place, A* memory) const {
-    return prev_weight != nullptr ? place.open_bordered(p, 1, memory) : place.open(p, 1, memory);
+    return prev_filters != nullptr ? place.open_bordered(p, 1, memory) : place.open(p, 1, memory);
   }
 
   void run(int threads) const {
@@ -266,11 +266,11 @@ struct MomentsPass {
 // Per-plane coefficients of o = a u + lam (d p + e), arrays [B, C] and lam [C].
 template <class A>
 struct Mixture {
-  const A *v_weight, *prev_weight;  // [C, 3, 3]; prev_weight may be null
+  const A *v_filters, *prev_filters;  // of a FilterBank; prev_filters may be null
   const A *a, *d, *lam;             // d null: 1
 
   // Whether there is more to p's filter than its centre.
-  bool convolves_p() const { return prev_weight != nullptr; }
+  bool convolves_p() const { return prev_filters != nullptr; }
 
   // The two filters of o = x_filter * x + p_filter * p.
   template <bool kPixelLanes>
@@ -278,12 +278,13 @@ struct Mixture {
                Filter<A, kPixelLanes>& x_filter, Filter<A, kPixelLanes>& p_filter) const {
     using Filter = dla::DLA_ISA::Filter<A, kPixelLanes>;
     const int64_t row = b * grid.shape.channels;
-    x_filter = {v_weight, grid, group};
-    x_filter *= Filter::number(a + row, grid, group);
+    x_filter.assign(v_filters, group, Filter::number(a + row, grid, group));
     if (!has_p) return;
     const typename Filter::Tap weight = Filter::number(lam, grid, group);
-    p_filter = prev_weight != nullptr ? Filter(prev_weight, grid, group) : Filter();
-    p_filter *= weight;
+    if (prev_filters != nullptr)
+      p_filter.assign(prev_filters, group, weight);
+    else
+      p_filter = {};
     p_filter.taps[4] += d == nullptr ? weight : weight * Filter::number(d + row, grid, group);
   }
 };
