@@ -76,8 +76,11 @@ void add_rows(const T* x, Size stride, Size width, Compute<T>* partial) {
   constexpr Size lanes = kLanes<A>;
   const auto add = [&](Size c, auto&& load_row) {
     Vec<A> v[rows];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) v[r] = load_row(x + r * stride + c);
+#pragma GCC unroll 3
     for (int half = rows / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
       for (int r = 0; r < half; ++r) v[r] += v[r + half];
     store(partial + c, load(partial + c) + v[0]);
   };
