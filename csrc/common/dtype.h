@@ -27,6 +27,11 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+// Bytes of an element.
+inline std::int64_t element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 // The elements of an array in an argument struct.
 template <class T>
 const T* as(const void* array) {

@@ -345,6 +345,33 @@ def test_first_sample_mixes_them_and_says_so(backend: str, generator: torch.Gene
     assert (gradient[:, 1] == 0).all()
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["gated", "first", "joined"])
+def test_large_maps_are_taken_in_parts(
+    form: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """C++ kernels pass some samples at a time through the whole step, so many that their maps stay
+    in the cache: the results are those of all at once, bit by bit."""
+    changes: dict[str, dict[str, Any]] = {
+        "gated": {"return_o": True},
+        "first": {"has_p": False, "has_prev": False},
+        "joined": {"join": True, "branch_norm": "running", "x_layout": "nhwc", "p_layout": "nhwc"},
+    }
+    case = Case((7, 8, 96, 256), head_dim=4, dtype=dtype, norm="running", drop="some")
+    case = case.with_(**changes[form])
+    arguments, found = case.inputs(generator).values(), {}
+    for count in (1, 2, 32):  # parts of 2 samples, or 5 in bfloat16 or without p; of more; of all
+        torch.set_num_threads(count)
+        with use_backend("cpp"):
+            found[count] = dla_kernels.light_attention(*arguments, **case.flags())
+    with use_backend("reference"):
+        expected = dla_kernels.light_attention(*arguments, **case.flags())
+    for name, one, two, all_, want in zip(Case.outputs, *found.values(), expected, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, all_), name
+        assert_close(one, want, name=name)
+
+
 @each_backend("light_attention")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("width", [4, 17])

@@ -21,6 +21,8 @@ struct CellInputs {
   const A *y, *state;
   std::int64_t batch;
   bool first_sample = false;  // every row reads row 0 of the state
+  // Rows of a slot of the old state and the new one; more than `batch` where these are parts.
+  std::int64_t slot_rows = batch;
 };
 
 // Slots of the state of a kind.

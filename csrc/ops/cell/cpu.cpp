@@ -21,7 +21,7 @@ void cell_forward(const CellWeights<A>& cell, const CellInputs<A>& in, A* out, b
       const TailBlock<Tail, A> block(scratch, evaluation.groups.width);
       forward_block(evaluation, group, c, n, block);
       for (int slot = 0; slot < (output_only ? 1 : Tail::layout.slots); ++slot) {
-        const Size row = slot * in.batch + evaluation.groups.first_row(group);
+        const Size row = slot * in.slot_rows + evaluation.groups.first_row(group);
         unpack<false, A>(block.state + slot * block.stride, n, evaluation.groups.width,
                          {out + row * cell.channels + c, cell.channels,
                           evaluation.groups.rows_in(group)});

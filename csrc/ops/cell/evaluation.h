@@ -151,7 +151,7 @@ class Evaluation {
     if (source == kNormalised)
       return {normalised_rows_ + first * channels(), channels(), count};
     if (source == kInput) return {in.y + first * channels(), channels(), count};
-    const A* slot = in.state + (source - kSlot0) * in.batch * channels();
+    const A* slot = in.state + (source - kSlot0) * in.slot_rows * channels();
     if (in.first_sample) return {slot, 0, count};
     return {slot + first * channels(), channels(), count};
   }

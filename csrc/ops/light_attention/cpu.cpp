@@ -144,8 +144,10 @@ struct ForwardStep : Step<A> {
   using Step<A>::shape, Step<A>::grid, Step<A>::planes;
 
   const LightAttentionForward& args;
+  const int64_t whole_batch;  // that state, new_state and summary are of; shape.batch or more
 
-  explicit ForwardStep(const LightAttentionForward& args) : Step<A>(args), args(args) {}
+  ForwardStep(const LightAttentionForward& args, int64_t whole_batch)
+      : Step<A>(args), args(args), whole_batch(whole_batch) {}
 
   void pool(const InputMap<A>& x, const Summary<A>& to) const {
     if (args.join)
@@ -187,15 +189,16 @@ struct ForwardStep : Step<A> {
   void evaluate_cell(const Summary<A>& to) const {
     A* new_state = as<A>(args.new_state);
     if (this->dynamic())
-      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch}, new_state, false,
-                      args.threads);
+      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch, false, whole_batch},
+                      new_state, false, args.threads);
     if (!this->gated()) {
       std::fill_n(to.pooled_p, planes, A(0));
       std::fill_n(to.d, planes, A(1));
       return;
     }
-    cell_forward<A>(this->cell, {to.pooled_p, new_state, shape.batch, args.first_sample}, to.d, true,
-                    args.threads);
+    cell_forward<A>(this->cell,
+                    {to.pooled_p, new_state, shape.batch, args.first_sample, whole_batch}, to.d,
+                    true, args.threads);
     if (args.sigmoid_gate) this->transform(to.d, [](Vec<A> v) { return sigmoid<A>(v); });
   }
 
@@ -244,7 +247,7 @@ struct ForwardStep : Step<A> {
     A* branch_sums = buffers.take(branch_size);
     A* branch_coefficients = buffers.take(2 * shape.channels);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
-    const Summary<A> summary(as<A>(args.summary), planes);
+    const Summary<A> summary(as<A>(args.summary), whole_batch * shape.channels);
     const InputMap<A> x = this->x(branch_coefficients);
     const bool in_moments = branch_of_batch && batch_norm && this->units.have_whole_batches();
     const auto branch = prepare_branch(branch_coefficients, branch_sums, in_moments);
@@ -265,6 +268,33 @@ struct ForwardStep : Step<A> {
                           this->mixture(summary.a, summary.d), scale, shift, args.residual);
   }
 };
+
+// Samples that a step takes at a time, so that the maps that were read for pooling are in the cache when
+// they are read again. All of them, where they have more in common than the parameters.
+int64_t samples_at_a_time(const LightAttentionForward& args) {
+  const int64_t most_bytes = int64_t{args.threads} << 22;  // caches that are shared grow with the cores
+  if (args.norm == Norm::batch || args.branch_norm == Norm::batch || args.first_sample)
+    return args.batch;
+  const int64_t maps = args.p == nullptr ? 1 : 2;
+  const int64_t of_sample =
+      maps * args.channels * args.height * args.width * element_size(args.dtype);
+  return std::clamp<int64_t>(most_bytes / of_sample, 1, args.batch);
+}
+
+// `count` samples of a step from `first` on.
+template <class A>
+LightAttentionForward samples(LightAttentionForward args, int64_t first, int64_t count) {
+  const int64_t row = first * args.channels * static_cast<int64_t>(sizeof(A));
+  const int64_t map = first * args.channels * args.height * args.width * element_size(args.dtype);
+  args.batch = count;
+  const auto advance = [](auto& array, int64_t bytes) {
+    if (array != nullptr) array = as<char>(array) + bytes;
+  };
+  advance(args.x, map), advance(args.p, map), advance(args.out, map), advance(args.o, map);
+  advance(args.state, row), advance(args.new_state, row), advance(args.summary, row);
+  advance(args.drop_scale, first * static_cast<int64_t>(sizeof(A)));
+  return args;
+}
 
 // ---- backward ----------------------------------------------------------------------------------
 
@@ -440,7 +470,15 @@ struct BackwardStep : Step<A> {
 }  // namespace
 
 void light_attention_forward(const LightAttentionForward& args) {
-  with_compute_type(args.dtype, [&](auto zero) { ForwardStep<decltype(zero)>(args).run(); });
+  with_compute_type(args.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    const int64_t step = samples_at_a_time(args);
+    for (int64_t first = 0; first < args.batch; first += step) {
+      const int64_t count = std::min(step, args.batch - first);
+      const LightAttentionForward part = samples<A>(args, first, count);
+      ForwardStep<A>(part, args.batch).run();
+    }
+  });
 }
 
 void light_attention_backward(const LightAttentionBackward& args) {
