@@ -287,9 +287,9 @@ struct Place {
     return copy(feature, halo, memory);
   }
 
-  // The same if taps are to be taken.
-  In open_bordered(Feature feature, int64_t halo, A* memory) const {
-    if (kPixelLanes) return open(feature, halo, memory);
+  // The same if taps are to be taken, unless all that is `wanted` of them is the centre.
+  In open_bordered(Feature feature, int64_t halo, A* memory, bool wanted = true) const {
+    if (kPixelLanes || !wanted) return open(feature, halo, memory);
     clear_border(memory, halo);
     return copy(feature, halo, memory);
   }

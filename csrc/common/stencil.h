@@ -91,6 +91,19 @@ inline __attribute__((always_inline)) void add_rows(RowCursor<const A> rows, Mas
   for (int r = 0; r < R; ++r) acc[r] += factor * load_masked<A>(rows.next(), own);
 }
 
+// What stencil_block() adds; or, unless the filter is `whole`, what its centre alone does.
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void filter_block(const Window<const A, kPixelLanes>& in,
+                                                        int64_t row, int64_t k,
+                                                        const Taps<A>& taps,
+                                                        const FilterVectors<A>& filter, bool whole,
+                                                        Vec<A> (&acc)[R]) {
+  if (whole)
+    stencil_block<R, A>(in, row, k, taps, filter, acc);
+  else
+    add_rows<R, A>(in.rows(row, k), taps.own(), filter.at[4], acc);
+}
+
 // A block of zeros (or of another value); an initialiser would be one slow instruction.
 template <int R, class V>
 inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {

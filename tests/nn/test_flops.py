@@ -60,7 +60,8 @@ def test_stages(variant: str, spec: str, cell: str, blocks: int) -> None:
     fused, unfused = stage(True), stage(False)
     x = torch.randn(3, CHANNELS, 5, 6)
     assert flops(lambda: training_step(fused, x)) == flops(lambda: training_step(unfused, x))
-    fused.eval(), unfused.eval()
+    fused.eval()
+    unfused.eval()
     forward = flops(lambda: fused(x))
     with torch.no_grad():
         assert forward == flops(lambda: fused(x)) == flops(lambda: unfused(x))

@@ -379,8 +379,7 @@ def test_without_prev_conv_pixels_of_p_stay_apart(
     backend: str, width: int, layout: str, generator: torch.Generator
 ) -> None:
     """No filter of zeros may make NaN of the neighbours of what is infinite."""
-    case = Case((1, 6, 5, width), cell="none", norm="running", has_prev=False, p_layout=layout)
-    case = case.with_(x_layout=layout)
+    case = Case((1, 6, 5, width), cell="none", norm="running", has_prev=False).in_layout(layout)
     inputs = case.inputs(generator)
     infinite = torch.zeros(case.shape, dtype=torch.bool)
     infinite[0, 2, 3, 1] = True

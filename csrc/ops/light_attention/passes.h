@@ -94,7 +94,7 @@ struct MomentsPass {
   InputMap<A> x;
   Feature p, grad_out, grad_o;
   const A *v_filters, *prev_filters;  // of a FilterBank; prev_filters may be null
-  const A *x_means, *p_means;  // [B, C], what to shift by; null: not known
+  const A *x_means, *p_means;         // [B, C], what to shift by; null: not known
   PlaneTable<A> table;
   const Units<A>& units;
   const BranchStatistics<A>* branch;  // what x takes in its unit before it can be formed; may be null
@@ -229,10 +229,6 @@ struct MomentsPass {
     }
   }
 
-  In open_p(const Place& place, A* memory) const {
-    return prev_filters != nullptr ? place.open_bordered(p, 1, memory) : place.open(p, 1, memory);
-  }
-
   void run(int threads) const {
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
@@ -250,7 +246,8 @@ struct MomentsPass {
         In in[kInputs] = {};
         for (int f = 0; f < kInputs; ++f)
           if (features[f])
-            in[f] = f == kP_ ? open_p(place, memory[f]) : place.open(features[f], 0, memory[f]);
+            in[f] = f == kP_ ? place.open_bordered(p, 1, memory[f], prev_filters != nullptr)
+                             : place.open(features[f], 0, memory[f]);
         in[kX_] = x.open_bordered(place, in[kP_], 1, memory[kX_]);
         for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
@@ -267,7 +264,7 @@ struct MomentsPass {
 template <class A>
 struct Mixture {
   const A *v_filters, *prev_filters;  // of a FilterBank; prev_filters may be null
-  const A *a, *d, *lam;             // d null: 1
+  const A *a, *d, *lam;               // d null: 1
 
   // Whether there is more to p's filter than its centre.
   bool convolves_p() const { return prev_filters != nullptr; }
@@ -329,10 +326,7 @@ struct StencilPass {
         V acc[R];
         fill_block(acc, V{});
         stencil_block<R, A>(x_in, row, k, taps, x_filter, acc);
-        if (p && mixture.convolves_p())
-          stencil_block<R, A>(p_in, row, k, taps, p_filter, acc);
-        else if (p)
-          add_rows<R, A>(p_in.rows(row, k), own, p_filter.at[4], acc);
+        if (p) filter_block<R, A>(p_in, row, k, taps, p_filter, mixture.convolves_p(), acc);
         auto x_rows = x_in.rows(row, k);
         auto out_rows = to.rows(row, k);
 #pragma GCC unroll 8
@@ -348,10 +342,6 @@ struct StencilPass {
       }
   }
 
-  In open_p(const Place& place, A* memory) const {
-    return mixture.convolves_p() ? place.open_bordered(p, 1, memory) : place.open(p, 1, memory);
-  }
-
   void run(int threads) const {
     const Units<A> units(grid);
     parallel_for(threads, units.count(), [&](int64_t unit) {
@@ -364,7 +354,7 @@ struct StencilPass {
       for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
-        In p_in = p ? open_p(place, memory[1]) : In{};
+        In p_in = p ? place.open_bordered(p, 1, memory[1], mixture.convolves_p()) : In{};
         const In x_in = x.open_bordered(place, p_in, 1, memory[0]);
         const Out to = place.open(out, memory[2]);
         const Out o_to = o ? place.open(o, memory[3]) : Out{};
@@ -448,10 +438,7 @@ struct GradientsPass {
         fill_block(g, V{});
         if (o_scale != nullptr) {
           stencil_block<R, A>(in[kX_], row, k, taps, x_filter, g);
-          if (p && mixture.convolves_p())
-            stencil_block<R, A>(in[kP_], row, k, taps, p_filter, g);
-          else if (p)
-            add_rows<R, A>(in[kP_].rows(row, k), own, p_filter.at[4], g);
+          if (p) filter_block<R, A>(in[kP_], row, k, taps, p_filter, mixture.convolves_p(), g);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) g[r] = c.o_scale * g[r] + c.offset;
         }
@@ -483,12 +470,13 @@ struct GradientsPass {
     for (int tap = 0; tap < 9; ++tap) sums[tap] = acc[tap];
   }
 
-  // Gradient of a feature over rows [first, last), through its whole filter or, unless `convolved`,
-  // through the centre alone: what `passed` holds is added if it is not null; then it is zero where a not null `rectified` is not positive, and joins not null `sums`.
+  // Gradient of a feature over rows [first, last), through its whole filter or the centre alone: what
+  // `passed` holds is added if it is not null; then it is zero where a not null `rectified` is not
+  // positive, and joins not null `sums`.
   template <int R>
   void spread(int64_t first, int64_t last, const In& g_in, const Filter<A, kPixelLanes>& flipped,
-              bool convolved, V offset, const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
-              const Out& to) const {
+              bool whole, V offset, const In* passed, const In* rectified, BranchSums* sums,
+              const Plane& c, const Out& to) const {
     const FilterVectors<A> filter(flipped);
     for (int64_t row = first; row < last; row += R)
       for (int64_t k = 0; k < grid.vectors; ++k) {
@@ -496,10 +484,7 @@ struct GradientsPass {
         const Mask<A> own = taps.own();
         V acc[R];
         fill_block(acc, offset);
-        if (convolved)
-          stencil_block<R, A>(g_in, row, k, taps, filter, acc);
-        else
-          add_rows<R, A>(g_in.rows(row, k), own, filter.at[4], acc);
+        filter_block<R, A>(g_in, row, k, taps, filter, whole, acc);
         if (passed != nullptr) add_rows<R, A>(passed->rows(row, k), own, splat(A(1)), acc);
         if (rectified != nullptr) {
           auto x_rows = rectified->rows(row, k);
@@ -526,11 +511,11 @@ struct GradientsPass {
   }
 
   void spread_rows(const Strip& strip, const In& g, const Filter<A, kPixelLanes>& filter,
-                   bool convolved, V offset, const In* passed, const In* rectified, BranchSums* sums, const Plane& c,
-                   const Out& to) const {
+                   bool whole, V offset, const In* passed, const In* rectified, BranchSums* sums,
+                   const Plane& c, const Out& to) const {
     const Filter<A, kPixelLanes> flipped = filter.flipped();
     for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
-      spread<R>(first, last, g, flipped, convolved, offset, passed, rectified, sums, c, to);
+      spread<R>(first, last, g, flipped, whole, offset, passed, rectified, sums, c, to);
     });
   }
 
@@ -553,18 +538,15 @@ struct GradientsPass {
     return m;
   }
 
-  In open_p(const Place& place, A* memory) const {
-    return mixture.convolves_p() ? place.open_bordered(p, 2, memory) : place.open(p, 2, memory);
-  }
-
   void visit(const Place& place, Plane& c, const Memory& memory, V* weight_sums) const {
     const Strip& strip = place.strip;
     const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     In in[kInputs] = {};
     for (int f = 0; f < kInputs; ++f)
       if (features[f])
-        in[f] = f == kP_ ? open_p(place, memory.inputs[f])
-                         : place.open(features[f], 1, memory.inputs[f]);
+        in[f] = f == kP_
+                    ? place.open_bordered(p, 2, memory.inputs[f], mixture.convolves_p())
+                    : place.open(features[f], 1, memory.inputs[f]);
     in[kX_] = x.open_bordered(place, in[kP_], 2, memory.inputs[kX_]);
     // g is needed one row beyond the strip.
     const Strip around{std::max<int64_t>(0, strip.first - 1),
@@ -589,8 +571,9 @@ struct GradientsPass {
     const Out x_to = place.open(dx, memory.dx);
     const In dx_in = x_to;
     if (branch != nullptr) c.branch.z = place.open(x.feature, 0, memory.z);
-    spread_rows(strip, g, c.x_filter, true, c.x_offset, residual && grad_out ? &in[kOut_] : nullptr,
-                x.join ? &in[kX_] : nullptr, branch == nullptr ? nullptr : &c.branch, c, x_to);
+    spread_rows(strip, g, c.x_filter, true, c.x_offset,
+                residual && grad_out ? &in[kOut_] : nullptr, x.join ? &in[kX_] : nullptr,
+                branch == nullptr ? nullptr : &c.branch, c, x_to);
     place.close(dx, memory.dx);
     if (branch != nullptr && strip.last == grid.shape.height) {
       A* sums = branch->sums + place.b * grid.shape.channels;
@@ -598,8 +581,8 @@ struct GradientsPass {
       store_channel_sums(sums + grid.shape.planes(), c.branch.with_z, grid, place.group);
     }
     if (!dp) return;
-    spread_rows(strip, g, c.p_filter, mixture.convolves_p(), c.p_offset, x.join ? &dx_in : nullptr, nullptr, nullptr, c,
-                place.open(dp, memory.dp));
+    spread_rows(strip, g, c.p_filter, mixture.convolves_p(), c.p_offset,
+                x.join ? &dx_in : nullptr, nullptr, nullptr, c, place.open(dp, memory.dp));
     place.close(dp, memory.dp);
   }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define, flatten, sizes_of, unflatten
 from dla_kernels.ops.base_attention.deferred import WeightedSum, value_gradient
+from dla_kernels.ops.base_attention.reference import FLAGS
 from dla_kernels.ops.common import compute_dtype, empty_features
 from dla_kernels.ops.step_checks import (
     STATIC,
@@ -230,7 +231,7 @@ def _fake(
 
 def _fake_backward(*args: Any) -> list[Tensor | None]:
     grad_out, needs_values = args[0], args[-1]
-    x, values, *parameters = args[_GRADS : _GRADS + 2 + _PARAMETERS]
+    x, values, *parameters = args[GRADS : GRADS + 2 + _PARAMETERS]
     state = parameters[0]
     wanted = needs_values and grad_out is not None
     return [
@@ -289,29 +290,21 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> list[Any]:
     return [dx, dvalues, *dparameters, None, None, None]
 
 
-def _flops(
-    x: Tensor,
-    values: Sequence[Tensor],
-    state: Tensor,
-    keys: Tensor,
-    gates: Tensor,
-    pooled: Sequence[Tensor],
-    cell_params: Sequence[Tensor],
-    *rest: Any,
-) -> int:
-    cell, _, _, _, gated, *_ = rest[-11:]
+def _flops(*args: Any) -> int:
+    x, _, _, keys, gates, _, cell_params, *_ = args
+    cell, _, _, _, gated, *_ = args[-len(FLAGS) :]
     gated_rows = [len(gates)] if gated == "features" else [len(keys), len(gates)]
     return step_flops(x, 1, cell_params, cell, [1, *gated_rows])
 
 
 def _backward_flops(*args: Any) -> int:
-    return 2 * _flops(*args[_GRADS:])  # a product has two gradients
+    return 2 * _flops(*args[GRADS:])  # a product has two gradients
 
 
 _TENSORS = 16  # leading arguments
 _PARAMETERS = 11  # of these, the small differentiable ones, from state to norm_bias
 _VALUES = 3  # place of values in ctx.needs_input_grad, after the two of the registration and x
-_GRADS = 8  # leading arguments of the backward op, before x
+GRADS = 8  # leading arguments of the backward op, before x
 
 _PARAMETER_LIST = (
     "Tensor state, Tensor keys, Tensor gates, Tensor[] pooled, Tensor[] cell_params, "

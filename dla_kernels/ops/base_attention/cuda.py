@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dla_kernels.ops.base_attention import cpp
+from dla_kernels.ops.base_attention import GRADS, cpp
 from dla_kernels.ops.base_attention.reference import FLAGS
 from dla_kernels.ops.cell.cuda import too_wide
 from dla_kernels.ops.cuda_common import step_on_cuda
@@ -13,5 +13,5 @@ forward, backward = step_on_cuda(cpp.forward), step_on_cuda(cpp.backward)
 
 def refuses(backward: bool, *args: Any) -> str | None:
     """Why a call of ``base_attention`` (or its backward op) cannot be served: for its cell."""
-    _, _, state, _, _, _, cell_params, *_ = args[8:] if backward else args  # gradients come first
+    _, _, state, _, _, _, cell_params, *_ = args[GRADS:] if backward else args
     return too_wide(state, cell_params, args[-len(FLAGS)], backward)

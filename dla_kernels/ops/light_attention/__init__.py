@@ -8,6 +8,7 @@ from torch import Tensor
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
 from dla_kernels.ops.common import compute_dtype, empty_features
+from dla_kernels.ops.light_attention.reference import FLAGS
 from dla_kernels.ops.step_checks import (
     NORMS,
     STATIC,
@@ -282,19 +283,11 @@ def _gradients(
     return [dx, dp if needs_p else None, dstate, dparams, *dweights, *constants]
 
 
-def _flops(
-    x: Tensor,
-    p: Tensor | None,
-    state: Tensor,
-    cell_params: Sequence[Tensor],
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    prev_weight: Tensor | None,
-    *rest: Any,
-) -> int:
+def _flops(*args: Any) -> int:
+    x, p, _, cell_params, _, _, _, prev_weight, *_ = args
     convolutions = 1 if prev_weight is None else 2
-    return step_flops(x, convolutions, cell_params, rest[-12], [1] if p is None else [1, 1])
+    cell = args[-len(FLAGS)]
+    return step_flops(x, convolutions, cell_params, cell, [1] if p is None else [1, 1])
 
 
 def _backward_flops(
