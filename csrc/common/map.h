@@ -183,7 +183,14 @@ struct FeatureOf {
   explicit operator bool() const { return data != nullptr; }
 };
 using Feature = FeatureOf<const void*>;
-using OutFeature = FeatureOf<void*>;
+struct OutFeature : FeatureOf<void*> {
+  bool streamed = false;  // past the caches: it is large, and not read again in this call
+};
+
+// Whether a map that a call only writes should be streamed: small ones may be read from a cache next.
+inline bool to_be_streamed(const MapShape& s, DType dtype) {
+  return s.planes() * s.pixels() * element_size(dtype) >= (1 << 20);
+}
 
 // Calls body(T{}) with T the element type, one of those computed in A.
 template <class A, class Body>
@@ -204,12 +211,33 @@ template <class T, class A>
 struct Copy {
   static constexpr int kV = kLanes<A>;
 
+  // Whether whole vectors at p, p + stride, .. can be streamed.
+  static bool are_aligned(const T* p, int64_t stride) {
+    return reinterpret_cast<std::uintptr_t>(p) % (kV * sizeof(T)) == 0 && stride % kV == 0;
+  }
+  // Elements to the next cache line.
+  static int64_t to_next_line(const T* p) {
+    return static_cast<int64_t>(-reinterpret_cast<std::uintptr_t>(p) % kLineBytes / sizeof(T));
+  }
+
   // Neighbouring elements.
   static void load_flat(const T* from, int64_t count, A* to) {
     for_vectors<A>(count, [&](int64_t i, int n) { store_n(to + i, load_n(from + i, n), n); });
   }
-  static void store_flat(const A* from, int64_t count, T* to) {
-    for_vectors<A>(count, [&](int64_t i, int n) { store_n(to + i, load_n(from + i, n), n); });
+  static void store_flat(const A* from, int64_t count, T* to, bool streamed) {
+    const auto copy = [&](int64_t first, int64_t last, const auto& whole) {
+      for_vectors<A>(last - first, [&](int64_t i, int n) {
+        if (n == kV)
+          whole(to + first + i, load(from + first + i));
+        else
+          store_n(to + first + i, load_n(from + first + i, n), n);
+      });
+    };
+    const auto stored = [](T* at, Vec<A> v) { store(at, v); };
+    if (!streamed) return copy(0, count, stored);
+    const int64_t aligned = std::min(count, to_next_line(to));
+    copy(0, aligned, stored);
+    copy(aligned, count, [](T* at, Vec<A> v) { stream(at, v); });
   }
 
   // Runs of `width` elements, `stride` elements apart in the feature; run i is a vector at offsets[i].
@@ -218,7 +246,11 @@ struct Copy {
     for (int64_t i = 0; i < runs; ++i) store(to + offsets[i], load_n(from + i * stride, width));
   }
   static void store_runs(const A* from, int64_t runs, int width, int64_t stride, T* to,
-                         const int64_t* offsets) {
+                         const int64_t* offsets, bool streamed) {
+    if (streamed && width == kV && are_aligned(to, stride)) {
+      for (int64_t i = 0; i < runs; ++i) stream(to + i * stride, load(from + offsets[i]));
+      return;
+    }
     for (int64_t i = 0; i < runs; ++i) store_n(to + i * stride, load(from + offsets[i]), width);
   }
 
@@ -248,8 +280,9 @@ struct Copy {
     }
   }
   static void store_planes(const A* from, int64_t pixels, int lanes, int64_t plane, T* to,
-                           const int64_t* offsets) {
+                           const int64_t* offsets, bool streamed) {
     if (lanes == kV && pixels >= kV) {
+      streamed = streamed && pixels % kV == 0 && are_aligned(to, plane);
       for (int64_t first = 0; first < pixels; first += kV) {
         const int64_t f = std::min(first, pixels - kV);
         Vec<A> block[kV];
@@ -257,7 +290,13 @@ struct Copy {
         for (int i = 0; i < kV; ++i) block[i] = load(from + offsets[f + i]);
         transpose<A>(block);
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kV; ++lane) store(to + lane * plane + f, block[lane]);
+        for (int lane = 0; lane < kV; ++lane) {
+          T* at = to + lane * plane + f;
+          if (streamed)
+            stream(at, block[lane]);
+          else
+            store(at, block[lane]);
+        }
       }
       return;
     }
@@ -329,11 +368,11 @@ struct Place {
 
   // A feature to be written, in place or in `memory` until close().
   Out open(OutFeature feature, A* memory) const {
-    if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
+    if (written_in_place(feature)) return on_feature(as<A>(feature.data));
     return on_memory(memory, strip.first);
   }
   [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
-    if (in_place(feature.dtype)) return;
+    if (written_in_place(feature)) return;
     const MapShape& s = grid.shape;
     const int64_t pixels = (strip.last - strip.first) * s.width;
     const A* from = on_memory(memory, strip.first).at(strip.first, 0);
@@ -341,11 +380,13 @@ struct Place {
       using T = decltype(element);
       T* to = as<T>(feature.data) + offset(strip.first);
       if constexpr (kPixelLanes)
-        Copy<T, A>::store_flat(from, pixels, to);
+        Copy<T, A>::store_flat(from, pixels, to, feature.streamed);
       else if (s.channels_last)
-        Copy<T, A>::store_runs(from, pixels, lanes(), s.channels, to, grid.offsets.data());
+        Copy<T, A>::store_runs(from, pixels, lanes(), s.channels, to, grid.offsets.data(),
+                               feature.streamed);
       else
-        Copy<T, A>::store_planes(from, pixels, lanes(), s.pixels(), to, grid.offsets.data());
+        Copy<T, A>::store_planes(from, pixels, lanes(), s.pixels(), to, grid.offsets.data(),
+                                 feature.streamed);
     });
   }
 
@@ -408,6 +449,9 @@ struct Place {
   bool in_place(DType dtype) const {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
     return !converted && (kPixelLanes || grid.shape.channels_last);
+  }
+  bool written_in_place(OutFeature feature) const {
+    return !feature.streamed && in_place(feature.dtype);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {

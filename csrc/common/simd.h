@@ -192,6 +192,38 @@ inline void store(T* p, Vec<float> v) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
+// ---- past the caches ---------------------------------------------------------------------------
+
+// Streamed stores, of whole vectors to addresses aligned to their size: where the instruction set has
+// them, memory is not read before it is written, and what is in the caches stays there. Other threads
+// may read it after end_streams().
+constexpr std::uintptr_t kLineBytes = 64;  // to be written as a whole
+
+template <class V>
+inline void stream_vector(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64)
+    return _mm512_stream_ps(static_cast<float*>(p), reinterpret_cast<__m512>(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32)
+    return _mm256_stream_ps(static_cast<float*>(p), reinterpret_cast<__m256>(v));
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline void stream(T* p, Vec<Compute<T>> v) {
+  if constexpr (sizeof(T) == 2)
+    stream_vector(p, narrow(v, T{}));
+  else
+    stream_vector(p, v);
+}
+inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // ---- the first n lanes (0 <= n <= kLanes): the others read as zero and are not written ----------
 
 template <class T>

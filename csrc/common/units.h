@@ -18,7 +18,8 @@ template <class A>
 struct Units {
   int64_t groups_per_unit, samples_per_unit, group_units, batch_units;
 
-  explicit Units(const Grid<A>& grid) : Units(grid, 16 * 1024) {}
+  // Of memory that is read in longer pieces more arrives in the same time.
+  explicit Units(const Grid<A>& grid) : Units(grid, 64 * 1024) {}
   // With all samples of its channels in every unit, if that leaves enough units to share out.
   static Units of_whole_batches(const Grid<A>& grid) {
     Units units(grid, 4 * 1024);
@@ -69,6 +70,7 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
       }
     }
   }
+  end_streams();
 }
 
 // Calls body(row, vector, mask of the lanes within the map) for a strip.

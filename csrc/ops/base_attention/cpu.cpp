@@ -25,7 +25,7 @@ struct Step {
         memory(args) {}
 
   Feature feature(const void* p) const { return {p, args.dtype}; }
-  OutFeature feature(void* p) const { return {p, args.dtype}; }
+  OutFeature feature(void* p) const { return {{p, args.dtype}}; }
 
   BranchNorm<A> norm() const {
     return {as<A>(args.norm_weight), as<A>(args.norm_bias), args.eps};

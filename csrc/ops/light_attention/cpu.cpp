@@ -46,7 +46,7 @@ struct Step {
   }
 
   Feature feature(const void* p) const { return {p, args.dtype}; }
-  OutFeature feature(void* p) const { return {p, args.dtype}; }
+  OutFeature feature(void* p) const { return {{p, args.dtype}, to_be_streamed(shape, args.dtype)}; }
 
   bool dynamic() const { return !args.cell_params.empty(); }
   int64_t slots() const { return dynamic() ? cell_slots(cell.kind) : 0; }
@@ -427,7 +427,7 @@ struct BackwardStep : Step<A> {
       this->branch_coefficients(args.branch_mean, args.branch_var, branch_coefficients);
     const BranchGradients<A> branch{grid,
                                     this->feature(args.x),
-                                    this->feature(args.dx),
+                                    OutFeature{{args.dx, args.dtype}},
                                     this->branch_norm(),
                                     args.branch_norm == Norm::batch,
                                     as<A>(args.branch_mean),
@@ -457,7 +457,8 @@ struct BackwardStep : Step<A> {
     const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
         args.threads, grid, x, this->feature(args.p), this->feature(args.grad_out),
-        this->feature(args.grad_o), this->feature(args.dx), this->feature(args.dp),
+        this->feature(args.grad_o), branch_normed ? branch.dz : this->feature(args.dx),
+        this->feature(args.dp),
         this->mixture(summary.a, summary.d), out_scale, through_norm ? to.o_scale : nullptr,
         through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial, units,
         branch_normed ? &branch : nullptr);
