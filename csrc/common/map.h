@@ -184,12 +184,13 @@ struct FeatureOf {
 };
 using Feature = FeatureOf<const void*>;
 struct OutFeature : FeatureOf<void*> {
-  bool streamed = false;  // past the caches: it is large, and not read again in this call
+  bool streamed = false;  // past the caches
 };
 
-// Whether a map that a call only writes should be streamed: small ones may be read from a cache next.
-inline bool to_be_streamed(const MapShape& s, DType dtype) {
-  return s.planes() * s.pixels() * element_size(dtype) >= (1 << 20);
+// A map that a call writes once and does not read. If it is small, whoever reads it next may find it in a
+// cache.
+inline OutFeature written_once(void* data, DType dtype, const MapShape& s) {
+  return {{data, dtype}, s.planes() * s.pixels() * element_size(dtype) >= 1 << 20};
 }
 
 // Calls body(T{}) with T the element type, one of those computed in A.

@@ -53,6 +53,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# [C, H, W] of samples; with the code path of kernels that write large maps past the caches.
+SAMPLES = [
+    (16, 64, 64),  # rows of whole cache lines
+    (33, 53, 51),  # planes that begin and end within one
+    (64, 8, 8),  # narrow, transposed: whole vectors
+    (33, 7, 7),  # tails
+]
+
+
+def large(sample: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """[B, C, H, W] with as few samples as make more than 1 MiB."""
+    channels, height, width = sample
+    return (2**20 // (channels * height * width * dtype.itemsize) + 1, *sample)
+
+
 def backends(op: str) -> list[Any]:
     """The backends an op has, as pytest parameters; each skipped where it cannot run at all."""
     package = importlib.import_module(f"dla_kernels.ops.{op}")

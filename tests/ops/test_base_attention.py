@@ -19,10 +19,12 @@ from dla_kernels.ops.base_attention.deferred import WeightedSum
 from op_cases import (
     DTYPES,
     LAYOUTS,
+    SAMPLES,
     compare,
     each_backend,
     each_case,
     feature,
+    large,
     random_small,
     reference,
 )
@@ -138,6 +140,13 @@ def test_only_some_inputs_are_differentiated(
 @pytest.mark.parametrize("gated", ["projections", "features"])
 def test_number_of_layers(backend: str, gated: str, layers: int) -> None:
     check(backend, Case(layers=layers, gated=gated))
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.simd
+def test_maps_larger_than_caches(layout: str, sample: tuple[int, int, int]) -> None:
+    check("cpp", Case(large(sample, torch.float32), head_dim=1, layers=1).in_layout(layout))
 
 
 @each_backend("base_attention", but="reference", interpreted=False)  # which has no blocks

@@ -19,12 +19,14 @@ from light_cases import Case
 from op_cases import (
     DTYPES,
     LAYOUTS,
+    SAMPLES,
     compare,
     covering,
     each_backend,
     each_case,
     feature,
     in_float64,
+    large,
     mapped,
     memory_format,
     random_small,
@@ -343,6 +345,19 @@ def test_first_sample_mixes_them_and_says_so(backend: str, generator: torch.Gene
         (gradient,) = torch.autograd.grad(out[1].sum(), state)
     assert gradient[:, 0].abs().min() > 0
     assert (gradient[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.simd
+def test_maps_larger_than_caches(
+    joined: bool, layout: str, dtype: torch.dtype, sample: tuple[int, int, int]
+) -> None:
+    case = Case(large(sample, dtype), head_dim=1, dtype=dtype, arrives=("out",))
+    changes = {"join": True, "branch_norm": "batch"} if joined else {"return_o": True}
+    check("cpp", case.with_(**changes).in_layout(layout))
 
 
 @pytest.mark.usefixtures("threads")

@@ -13,12 +13,14 @@ from dla_kernels import use_backend
 from op_cases import (
     DTYPES,
     LAYOUTS,
+    SAMPLES,
     assert_dense,
     compare,
     compute_dtype,
     each_backend,
     each_case,
     feature,
+    large,
     random_small,
     reference,
 )
@@ -79,6 +81,20 @@ def make_inputs(
 )
 @pytest.mark.simd
 def test_any_combination(backend: str, case: dict[str, Any]) -> None:
+    check(backend, case)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.simd
+def test_maps_larger_than_caches(layout: str, sample: tuple[int, int, int]) -> None:
+    layouts = dict.fromkeys(("x_layout", "shortcut_layout", "grad_layout"), layout)
+    shape = large(sample, torch.float32)
+    others = {"dtype": torch.float32, "norm": "batch", "affine": True, "wants": None}
+    check("cpp", {"shape": shape, **layouts, **others})
+
+
+def check(backend: str, case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     shape, dtype, norm = case["shape"], case["dtype"], case["norm"]
     layouts = case["x_layout"], case["shortcut_layout"]

@@ -128,7 +128,7 @@ struct ForwardStep : Step<A> {
     const NormBranch<A> branch = this->branch(as<A>(running ? args.mean_in : args.mean),
                                           as<A>(running ? args.var_in : args.var), scale, shift);
     visit_places<OutputPass>(args.threads, grid, mixture, branch, args.residual,
-                             this->feature(args.out));
+                             written_once(args.out, args.dtype, shape));
   }
 };
 
@@ -201,7 +201,7 @@ struct BackwardStep : Step<A> {
     visit_places<ValueGradientsPass>(args.threads, grid, this->feature(args.x), passed, terms,
                                      this->v_filters.data(), as<A>(args.grad_pooled_v), dy,
                                      A(1) / static_cast<A>(shape.pixels()),
-                                     this->feature(args.dx), products);
+                                     written_once(args.dx, args.dtype, shape), products);
     this->for_channels([&](const ChannelLanes& c) {
       for (int64_t tap = 0; tap < 9; ++tap) {
         Doubles total{};

@@ -46,7 +46,9 @@ struct Step {
   }
 
   Feature feature(const void* p) const { return {p, args.dtype}; }
-  OutFeature feature(void* p) const { return {{p, args.dtype}, to_be_streamed(shape, args.dtype)}; }
+  OutFeature written_once(void* p) const {
+    return dla::DLA_ISA::written_once(p, args.dtype, shape);
+  }
 
   bool dynamic() const { return !args.cell_params.empty(); }
   int64_t slots() const { return dynamic() ? cell_slots(cell.kind) : 0; }
@@ -264,7 +266,7 @@ struct ForwardStep : Step<A> {
       output_coefficients(c, scale, shift);
     });
     run_pass<StencilPass>(args.threads, grid, x, this->feature(args.p),
-                          this->feature(args.out), this->feature(args.o),
+                          this->written_once(args.out), this->written_once(args.o),
                           this->mixture(summary.a, summary.d), scale, shift, args.residual);
   }
 };
@@ -427,7 +429,7 @@ struct BackwardStep : Step<A> {
       this->branch_coefficients(args.branch_mean, args.branch_var, branch_coefficients);
     const BranchGradients<A> branch{grid,
                                     this->feature(args.x),
-                                    OutFeature{{args.dx, args.dtype}},
+                                    this->written_once(args.dx),
                                     this->branch_norm(),
                                     args.branch_norm == Norm::batch,
                                     as<A>(args.branch_mean),
@@ -457,8 +459,9 @@ struct BackwardStep : Step<A> {
     const bool through_norm = args.norm == Norm::batch;
     run_pass<GradientsPass>(
         args.threads, grid, x, this->feature(args.p), this->feature(args.grad_out),
-        this->feature(args.grad_o), branch_normed ? branch.dz : this->feature(args.dx),
-        this->feature(args.dp),
+        this->feature(args.grad_o),
+        branch_normed ? OutFeature{{args.dx, args.dtype}} : this->written_once(args.dx),
+        this->written_once(args.dp),
         this->mixture(summary.a, summary.d), out_scale, through_norm ? to.o_scale : nullptr,
         through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial, units,
         branch_normed ? &branch : nullptr);

@@ -52,7 +52,7 @@ struct ForwardStep : Step<A> {
     arena.reserve(3 * Arena::bytes_of<A>(elements));
     A *memory = arena.take<A>(elements), *other = arena.take<A>(elements);
     A* result = arena.take<A>(elements);
-    const OutFeature out{{args.out, args.dtype}};
+    const OutFeature out = written_once(args.out, args.dtype, this->shape);
     for_strips<kPixelLanes>(
         units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t) {
           const auto x = place.open(Feature{args.x, args.dtype}, 0, memory);
@@ -109,7 +109,8 @@ struct BackwardStep : Step<A> {
     arena.reserve(5 * Arena::bytes_of<A>(elements));
     A* memory[5];
     for (A*& m : memory) m = arena.take<A>(elements);
-    const OutFeature dx{{args.dx, args.dtype}}, dshortcut{{args.dshortcut, args.dtype}};
+    const OutFeature dx{{args.dx, args.dtype}};
+    const OutFeature dshortcut = written_once(args.dshortcut, args.dtype, this->shape);
     V totals[kMostTogether][2];
     for_strips<kPixelLanes>(
         units, grid, unit, [&](const Place<A, kPixelLanes>& place, int64_t slot) {
@@ -146,7 +147,7 @@ struct BackwardStep : Step<A> {
     A *sums = buffers.take(sums_size), *factors = buffers.take(3 * args.channels);
     const BranchGradients<A> gradients{grid,
                                        Feature{args.x, args.dtype},
-                                       OutFeature{{args.dx, args.dtype}},
+                                       written_once(args.dx, args.dtype, this->shape),
                                        this->norm,
                                        args.norm == Norm::batch,
                                        as<A>(args.mean),
