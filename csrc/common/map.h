@@ -148,7 +148,7 @@ struct RowCursor {
   }
 };
 
-// Where what will be read next lies in memory, to be fetched meanwhile; strides in bytes.
+// Where the next strip lies in memory, to be fetched meanwhile; strides in bytes.
 struct Upcoming {
   const char* origin;
   std::ptrdiff_t row_stride, vector_stride;
@@ -320,6 +320,7 @@ struct Place {
   const Grid<A>& grid;
   int64_t b, group;
   Strip strip;
+  int64_t ahead;  // elements of a map from this strip to the one that is next
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
   In open(Feature feature, int64_t halo, A* memory) const {
@@ -335,8 +336,8 @@ struct Place {
   }
 
   // ReLU(scale branch + shift + shortcut), bordered, in `memory`. The shortcut has been opened with as
-  // many rows above and below; both are fetched a plane ahead from now on.
-  [[gnu::noinline]] In open_joined(Feature branch, In& shortcut, Vec<A> scale, Vec<A> shift,
+  // many rows above and below.
+  [[gnu::noinline]] In open_joined(Feature branch, const In& shortcut, Vec<A> scale, Vec<A> shift,
                                    int64_t halo, A* memory) const {
     const In from = open(branch, halo, memory);
     const Strip rows = around(halo);
@@ -347,10 +348,6 @@ struct Place {
       return sum < A(0) ? Vec<A>{} : sum;  // NaN stays
     };
     if constexpr (kPixelLanes) {
-      if (in_place(branch.dtype)) {
-        to.next.origin = plane_ahead(from.origin);
-        shortcut.next.origin = plane_ahead(shortcut.origin);
-      }
       A* result = to.at(rows.first, 0);
       const A *one = from.at(rows.first, 0), *other = shortcut.at(rows.first, 0);
       for_vectors<A>((rows.last - rows.first) * grid.row_stride(), [&](int64_t i, int n) {
@@ -421,13 +418,13 @@ struct Place {
       const T* from = as<T>(feature.data) + offset(rows.first);
       if (s.channels_last) {
         const std::ptrdiff_t row = s.row_elements() * size;
-        window.next = {bytes(from + kLanes<A>) - rows.first * row, row, s.channels * size};
+        window.next = {bytes(from + ahead) - rows.first * row, row, s.channels * size};
         Copy<T, A>::load_runs(from, pixels, lanes(), s.channels, to, grid.offsets.data());
       } else {
-        // In whatever order, the next group is fetched as a whole.
+        // In whatever order, the next strip is fetched as a whole.
         const std::ptrdiff_t vector = kLanes<A> * size;
         const std::ptrdiff_t row = kPixelLanes ? s.width * size : s.width * vector;
-        window.next = {bytes(from + grid.planes * s.pixels()) - rows.first * row, row, vector};
+        window.next = {bytes(from + ahead) - rows.first * row, row, vector};
         if constexpr (kPixelLanes)
           Copy<T, A>::load_flat(from, pixels, to);
         else
@@ -441,7 +438,6 @@ struct Place {
   static const char* bytes(const E* p) {
     return reinterpret_cast<const char*>(p);
   }
-  const char* plane_ahead(const A* origin) const { return bytes(origin + grid.shape.pixels()); }
 
   Strip around(int64_t halo) const {
     return {std::max<int64_t>(0, strip.first - halo),
@@ -458,15 +454,13 @@ struct Place {
   int64_t offset(int64_t row) const {
     return grid.shape.plane(b, group * grid.planes) + row * grid.shape.row_elements();
   }
-  // Fetched meanwhile: the block of rows below, or the next group's lines beside these.
   template <class E>
   Window<E, kPixelLanes> on_feature(E* data) const {
     constexpr std::ptrdiff_t size = sizeof(A);
     const int64_t row = grid.shape.row_elements();
     const int64_t vector = kPixelLanes ? kLanes<A> : grid.shape.channels;
     E* origin = data + offset(0);
-    return {origin, row, vector,
-            {bytes(origin + (kPixelLanes ? 8 * row : kLanes<A>)), row * size, vector * size}};
+    return {origin, row, vector, {bytes(origin + ahead), row * size, vector * size}};
   }
 };
 

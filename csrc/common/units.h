@@ -52,23 +52,50 @@ struct Units {
 
 constexpr int kMostTogether = 4;  // bound of Grid::together
 
-// Calls body(place, slot) over all strips of a unit, top to bottom in each plane. `slot` <
-// kMostTogether tells the groups apart whose strips are interleaved.
+// The strips of a unit, one after the other: top to bottom in each plane, the groups of `together` side
+// by side.
+template <class A>
+struct StripCursor {
+  const Grid<A>& grid;
+  int64_t last_sample, first_group, last_group;
+  int64_t b, start, row = 0, slot = 0;  // start: first of the groups that are side by side
+
+  StripCursor(const Units<A>& units, const Grid<A>& grid, int64_t unit)
+      : grid(grid),
+        first_group(units.first_group(unit)),
+        last_group(std::min(grid.groups, first_group + units.groups_per_unit)),
+        b(unit / units.group_units * units.samples_per_unit),
+        start(first_group) {
+    last_sample = std::min(grid.shape.batch, b + units.samples_per_unit);
+  }
+  explicit operator bool() const { return b < last_sample; }
+  void next() {
+    if (++slot < std::min(grid.together, last_group - start)) return;
+    slot = 0;
+    if ((row += grid.strip_rows) < grid.shape.height) return;
+    row = 0;
+    if ((start += grid.together) < last_group) return;
+    start = first_group;
+    ++b;
+  }
+  // Of a map, where the strip begins.
+  int64_t offset() const {
+    return grid.shape.plane(b, (start + slot) * grid.planes) + row * grid.shape.row_elements();
+  }
+};
+
+// Calls body(place, slot) over all strips of a unit. `slot` < kMostTogether tells the groups apart whose
+// strips are interleaved.
 template <bool kPixelLanes, class A, class Body>
 inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
-  const int64_t first_sample = unit / units.group_units * units.samples_per_unit;
-  const int64_t last_sample = std::min(grid.shape.batch, first_sample + units.samples_per_unit);
-  const int64_t first_group = units.first_group(unit);
-  const int64_t last_group = std::min(grid.groups, first_group + units.groups_per_unit);
-  for (int64_t b = first_sample; b < last_sample; ++b) {
-    for (int64_t start = first_group; start < last_group; start += grid.together) {
-      const int64_t count = std::min(grid.together, last_group - start);
-      for (int64_t row = 0; row < grid.shape.height; row += grid.strip_rows) {
-        const Strip strip{row, std::min(grid.shape.height, row + grid.strip_rows)};
-        for (int64_t slot = 0; slot < count; ++slot)
-          body(Place<A, kPixelLanes>{grid, b, start + slot, strip}, slot);
-      }
-    }
+  StripCursor<A> cursor(units, grid, unit);
+  while (cursor) {
+    const int64_t b = cursor.b, group = cursor.start + cursor.slot, slot = cursor.slot;
+    const Strip strip{cursor.row, std::min(grid.shape.height, cursor.row + grid.strip_rows)};
+    const int64_t offset = cursor.offset();
+    cursor.next();
+    const int64_t ahead = cursor ? cursor.offset() - offset : 0;
+    body(Place<A, kPixelLanes>{grid, b, group, strip, ahead}, slot);
   }
   end_streams();
 }
