@@ -166,8 +166,7 @@ struct BranchGradients {
           const auto out = place.open(dz, dz_memory);
           for_strip_vectors(place, [&](int64_t row, int64_t k, Mask<A> own) {
             const V of_z = factor[1] * load_masked<A>(z_in.at(row, k), own) + factor[2];
-            store_masked<A>(out.at(row, k), factor[0] * load_masked<A>(in.at(row, k), own) + of_z,
-                            own);
+            store_at(out, row, k, own, factor[0] * load_masked<A>(in.at(row, k), own) + of_z);
           });
           place.close(dz, dz_memory);
         });

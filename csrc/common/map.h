@@ -163,6 +163,7 @@ struct Window {
   A* origin;  // of row 0
   int64_t row_stride, stride_of_vectors;
   Upcoming next;
+  bool streamed = false;  // to be written past the caches
 
   explicit operator bool() const { return origin != nullptr; }
   A* at(int64_t row, int64_t vector) const {
@@ -174,6 +175,16 @@ struct Window {
     return {origin, row_stride, stride_of_vectors, next};
   }
 };
+
+// Writes a vector.
+template <class A, bool kPixelLanes>
+inline void store_at(const Window<A, kPixelLanes>& to, int64_t row, int64_t k, Mask<A> own,
+                     Vec<A> value) {
+  if (to.streamed)
+    stream(to.at(row, k), value);
+  else
+    store_masked<A>(to.at(row, k), value, own);
+}
 
 // A feature map of a type known at run time: the passes are compiled once per compute type.
 template <class Pointer>
@@ -366,8 +377,10 @@ struct Place {
 
   // A feature to be written, in place or in `memory` until close().
   Out open(OutFeature feature, A* memory) const {
-    if (written_in_place(feature)) return on_feature(as<A>(feature.data));
-    return on_memory(memory, strip.first);
+    if (!written_in_place(feature)) return on_memory(memory, strip.first);
+    Out to = on_feature(as<A>(feature.data));
+    to.streamed = feature.streamed;
+    return to;
   }
   [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
     if (written_in_place(feature)) return;
@@ -448,7 +461,9 @@ struct Place {
     return !converted && (kPixelLanes || grid.shape.channels_last);
   }
   bool written_in_place(OutFeature feature) const {
-    return !feature.streamed && in_place(feature.dtype);
+    if (!feature.streamed || !in_place(feature.dtype)) return in_place(feature.dtype);
+    const MapShape& s = grid.shape;
+    return Copy<A, A>::are_aligned(as<A>(feature.data), kPixelLanes ? s.width : s.channels);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {

@@ -91,6 +91,21 @@ inline __attribute__((always_inline)) void add_rows(RowCursor<const A> rows, Mas
   for (int r = 0; r < R; ++r) acc[r] += factor * load_masked<A>(rows.next(), own);
 }
 
+// Writes R rows.
+template <int R, class A, bool kPixelLanes>
+inline __attribute__((always_inline)) void store_block(const Window<A, kPixelLanes>& to, int64_t row,
+                                                       int64_t k, Mask<A> own,
+                                                       const Vec<A> (&values)[R]) {
+  auto rows = to.rows(row, k);
+  if (to.streamed) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) stream(rows.next(), values[r]);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store_masked<A>(rows.next(), values[r], own);
+  }
+}
+
 // What stencil_block() adds; or, unless the filter is `whole`, what its centre alone does.
 template <int R, class A, bool kPixelLanes>
 inline __attribute__((always_inline)) void filter_block(const Window<const A, kPixelLanes>& in,

@@ -190,13 +190,12 @@ struct ValuePass {
       const Mask<A> inside = taps.own();
       V value[R];
       own.template apply<R>(row, k, taps, filter, value);
+      store_block<R, A>(to, row, k, inside, value);
       auto x_rows = own.map.rows(row, k);
-      auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         of_x += load_masked<A>(x_rows.next(), inside);
         of_v += keep<A>(inside, value[r]);
-        store_masked<A>(to_rows.next(), value[r], inside);
       }
     }
     x_sum += of_x;
@@ -375,13 +374,12 @@ struct OutputPass {
       V o[R];
       mix.template apply<R>(row, k, taps, filter, o);
       auto x_rows = x.rows(row, k);
-      auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        V result = end.forward(o[r]);
-        if (residual) result += load_masked<A>(x_rows.next(), inside);
-        store_masked<A>(to_rows.next(), result, inside);
+        o[r] = end.forward(o[r]);
+        if (residual) o[r] += load_masked<A>(x_rows.next(), inside);
       }
+      store_block<R, A>(to, row, k, inside, o);
     }
   }
 };
@@ -487,15 +485,14 @@ struct MixGradientsPass {
         for (int r = 0; r < R; ++r) o[r] = mix.own_weight * own[r];
         mix.earlier.template add<R>(row, k, inside, o);
         auto grad_rows = grad.rows(row, k);
-        auto to_rows = to.rows(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const V passed =
               end.backward(o[r], load_masked<A>(grad_rows.next(), inside));
-          const V gradient = end.scale * passed + (o_factor * (o[r] - centre) + constant);
-          of_block += keep<A>(inside, gradient * own[r]);
-          store_masked<A>(to_rows.next(), gradient, inside);
+          o[r] = end.scale * passed + (o_factor * (o[r] - centre) + constant);
+          of_block += keep<A>(inside, o[r] * own[r]);
         }
+        store_block<R, A>(to, row, k, inside, o);
       }
       own_sum += of_block;
     };
@@ -572,9 +569,7 @@ struct ValueGradientsPass {
         V dv[R];
         fill_block(dv, offset);
         placed.template add<R>(row, k, inside, dv);
-        auto to_rows = to.rows(row, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) store_masked<A>(to_rows.next(), dv[r], inside);
+        store_block<R, A>(to, row, k, inside, dv);
       }
     });
     return to;
@@ -609,14 +604,8 @@ struct ValueGradientsPass {
         V acc[R];
         fill_block(acc, offset);
         stencil_block<R, A>(dv, row, k, taps, filter, acc);
-        auto to_rows = to.rows(row, k);
-        auto shortcut_rows = shortcut.rows(row, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          if (shortcut)
-            acc[r] += load_masked<A>(shortcut_rows.next(), taps.own());
-          store_masked<A>(to_rows.next(), acc[r], taps.own());
-        }
+        if (shortcut) add_rows<R, A>(shortcut.rows(row, k), taps.own(), splat(A(1)), acc);
+        store_block<R, A>(to, row, k, taps.own(), acc);
       }
     };
     for_filtered_blocks(grid, place.strip.first, place.strip.last, flipped, block);

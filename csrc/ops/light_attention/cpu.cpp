@@ -460,7 +460,7 @@ struct BackwardStep : Step<A> {
     run_pass<GradientsPass>(
         args.threads, grid, x, this->feature(args.p), this->feature(args.grad_out),
         this->feature(args.grad_o),
-        branch_normed ? OutFeature{{args.dx, args.dtype}} : this->written_once(args.dx),
+        args.join ? OutFeature{{args.dx, args.dtype}} : this->written_once(args.dx),
         this->written_once(args.dp),
         this->mixture(summary.a, summary.d), out_scale, through_norm ? to.o_scale : nullptr,
         through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial, units,

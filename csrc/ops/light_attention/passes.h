@@ -327,18 +327,15 @@ struct StencilPass {
         fill_block(acc, V{});
         stencil_block<R, A>(x_in, row, k, taps, x_filter, acc);
         if (p) filter_block<R, A>(p_in, row, k, taps, p_filter, mixture.convolves_p(), acc);
+        if (o) store_block<R, A>(o_to, row, k, own, acc);
         auto x_rows = x_in.rows(row, k);
-        auto out_rows = to.rows(row, k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           V base = plane.shift;
           if (residual) base += load_masked<A>(x_rows.next(), own);
-          store_masked<A>(out_rows.next(), plane.scale * acc[r] + base, own);
+          acc[r] = plane.scale * acc[r] + base;
         }
-        if (!o) continue;
-        auto o_rows = o_to.rows(row, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) store_masked<A>(o_rows.next(), acc[r], own);
+        store_block<R, A>(to, row, k, own, acc);
       }
   }
 
@@ -444,9 +441,7 @@ struct GradientsPass {
         }
         if (grad_out) add_rows<R, A>(in[kOut_].rows(row, k), own, c.out_scale, g);
         if (grad_o) add_rows<R, A>(in[kO_].rows(row, k), own, splat(A(1)), g);
-        auto to = g_out.rows(row, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) store_masked<A>(to.next(), g[r], own);
+        store_block<R, A>(g_out, row, k, own, g);
       }
   }
 
@@ -504,9 +499,7 @@ struct GradientsPass {
           sums->alone += alone;
           sums->with_z += with_z;
         }
-        auto to_rows = to.rows(row, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) store_masked<A>(to_rows.next(), acc[r], own);
+        store_block<R, A>(to, row, k, own, acc);
       }
   }
 

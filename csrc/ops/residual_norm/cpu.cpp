@@ -63,7 +63,7 @@ struct ForwardStep : Step<A> {
           for_strip_vectors(place, [&](int64_t row, int64_t k, Mask<A> own) {
             const Vec<A> sum = factor * load_masked<A>(x.at(row, k), own) +
                                (constant + load_masked<A>(shortcut.at(row, k), own));
-            store_masked<A>(to.at(row, k), sum < A(0) ? Vec<A>{} : sum, own);  // NaN stays
+            store_at(to, row, k, own, sum < A(0) ? Vec<A>{} : sum);  // NaN stays
           });
           place.close(out, result);
         });
@@ -125,8 +125,8 @@ struct BackwardStep : Step<A> {
             const V passed = load_masked<A>(out.at(row, k), own) > A(0)
                                  ? load_masked<A>(grad.at(row, k), own)
                                  : V{};
-            store_masked<A>(to_x.at(row, k), passed, own);
-            store_masked<A>(to_shortcut.at(row, k), passed, own);
+            store_at(to_x, row, k, own, passed);
+            store_at(to_shortcut, row, k, own, passed);
             alone += passed;
             with_x += passed * (load_masked<A>(x.at(row, k), own) - mean);
           });
