@@ -379,7 +379,7 @@ struct Place {
   Out open(OutFeature feature, A* memory) const {
     if (!written_in_place(feature)) return on_memory(memory, strip.first);
     Out to = on_feature(as<A>(feature.data));
-    to.streamed = feature.streamed;
+    to.streamed = feature.streamed && has_whole_vectors(feature);
     return to;
   }
   [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
@@ -460,8 +460,14 @@ struct Place {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
     return !converted && (kPixelLanes || grid.shape.channels_last);
   }
+  // Rows that are not whole vectors are streamed from working memory. That is not worth while for small
+  // planes: they would be read there before they have arrived.
   bool written_in_place(OutFeature feature) const {
-    if (!feature.streamed || !in_place(feature.dtype)) return in_place(feature.dtype);
+    if (!in_place(feature.dtype)) return false;
+    const bool small = grid.shape.pixels() * static_cast<int64_t>(sizeof(A)) < 2048;
+    return !feature.streamed || has_whole_vectors(feature) || (kPixelLanes && small);
+  }
+  bool has_whole_vectors(OutFeature feature) const {
     const MapShape& s = grid.shape;
     return Copy<A, A>::are_aligned(as<A>(feature.data), kPixelLanes ? s.width : s.channels);
   }

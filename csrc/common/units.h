@@ -40,12 +40,16 @@ struct Units {
   Units(const Grid<A>& grid, int64_t bytes_of_sample) {
     const int64_t group_bytes =
         grid.shape.pixels() * grid.planes * static_cast<int64_t>(sizeof(A));
-    const int64_t wanted = std::max(bytes_of_sample / group_bytes, grid.together);
-    groups_per_unit = std::min(wanted, grid.groups);
+    // Of many small planes the sums that are kept for each would fall out of the L1 cache.
+    const int64_t wanted = std::clamp<int64_t>(bytes_of_sample / group_bytes, grid.together, 32);
+    // Units of equal work, but for the last groups.
+    const int64_t even = ceil_div(grid.groups, ceil_div(grid.groups, wanted));
+    groups_per_unit = std::min(round_up(even, grid.together), grid.groups);
     group_units = ceil_div(grid.groups, groups_per_unit);
     // Enough units to share out; few, since each leaves its own partial weight gradients.
     const int64_t batch = grid.shape.batch;
     samples_per_unit = ceil_div(batch, std::min(batch, ceil_div(32, group_units)));
+    while (batch % samples_per_unit != 0) --samples_per_unit;
     batch_units = ceil_div(batch, samples_per_unit);
   }
 };
