@@ -145,7 +145,7 @@ def test_number_of_layers(backend: str, gated: str, layers: int) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.simd
-def test_maps_larger_than_caches(layout: str, sample: tuple[int, int, int]) -> None:
+def test_cpp_writes_maps_past_the_caches(layout: str, sample: tuple[int, int, int]) -> None:
     check("cpp", Case(large(sample, torch.float32), head_dim=1, layers=1).in_layout(layout))
 
 

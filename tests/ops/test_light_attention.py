@@ -352,7 +352,7 @@ def test_first_sample_mixes_them_and_says_so(backend: str, generator: torch.Gene
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.simd
-def test_maps_larger_than_caches(
+def test_cpp_writes_maps_past_the_caches(
     joined: bool, layout: str, dtype: torch.dtype, sample: tuple[int, int, int]
 ) -> None:
     case = Case(large(sample, dtype), head_dim=1, dtype=dtype, arrives=("out",))

@@ -87,7 +87,7 @@ def test_any_combination(backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.simd
-def test_maps_larger_than_caches(layout: str, sample: tuple[int, int, int]) -> None:
+def test_cpp_writes_maps_past_the_caches(layout: str, sample: tuple[int, int, int]) -> None:
     layouts = dict.fromkeys(("x_layout", "shortcut_layout", "grad_layout"), layout)
     shape = large(sample, torch.float32)
     others = {"dtype": torch.float32, "norm": "batch", "affine": True, "wants": None}
