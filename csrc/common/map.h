@@ -223,10 +223,6 @@ template <class T, class A>
 struct Copy {
   static constexpr int kV = kLanes<A>;
 
-  // Whether whole vectors at p, p + stride, .. can be streamed.
-  static bool are_aligned(const T* p, int64_t stride) {
-    return reinterpret_cast<std::uintptr_t>(p) % (kV * sizeof(T)) == 0 && stride % kV == 0;
-  }
   // Elements to the next cache line.
   static int64_t to_next_line(const T* p) {
     return static_cast<int64_t>(-reinterpret_cast<std::uintptr_t>(p) % kLineBytes / sizeof(T));
@@ -469,7 +465,7 @@ struct Place {
   }
   bool has_whole_vectors(OutFeature feature) const {
     const MapShape& s = grid.shape;
-    return Copy<A, A>::are_aligned(as<A>(feature.data), kPixelLanes ? s.width : s.channels);
+    return are_aligned(as<A>(feature.data), kPixelLanes ? s.width : s.channels);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {

@@ -3,18 +3,25 @@
 
 #include <cstdint>
 
+#include "common/simd.h"
+
 namespace dla::DLA_ISA {
 
 // Calls body(i) for i in [0, count), contiguous ranges of i per thread. A result may depend on i
-// but not on the thread: then it does not depend on the number of threads either.
+// but not on the thread: then it does not depend on the number of threads either. What was streamed may
+// be read afterwards.
 template <class Body>
 void parallel_for(int threads, std::int64_t count, Body&& body) {
   if (threads < 2 || count < 2) {
     for (std::int64_t i = 0; i < count; ++i) body(i);
-    return;
+    return end_streams();
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::int64_t i = 0; i < count; ++i) body(i);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+    end_streams();
+  }
 }
 
 // One of several loops that share a region.

@@ -224,6 +224,13 @@ inline void end_streams() {
 #endif
 }
 
+// Whether whole vectors at p, p + stride, .. can be.
+template <class T>
+inline bool are_aligned(const T* p, std::int64_t stride) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  return reinterpret_cast<std::uintptr_t>(p) % (lanes * sizeof(T)) == 0 && stride % lanes == 0;
+}
+
 // ---- the first n lanes (0 <= n <= kLanes): the others read as zero and are not written ----------
 
 template <class T>
@@ -263,6 +270,29 @@ inline void store_n(T* p, Vec<Compute<T>> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 #endif
 }
+
+// What a pass that does next to nothing but read and write makes, in runs of vectors that begin at every
+// multiple of `run`. It is streamed if caches would not keep it with what it is made of.
+template <class T>
+class Results {
+ public:
+  Results(T* data, std::int64_t count, std::int64_t run)
+      : data_(data),
+        streamed_(count * static_cast<std::int64_t>(sizeof(T)) > kMostCachedBytes &&
+                  are_aligned(data, run)) {}
+  explicit operator bool() const { return data_ != nullptr; }
+  void put(std::int64_t i, Vec<Compute<T>> v, int n) const {
+    if (streamed_ && n == kLanes<Compute<T>>)
+      stream(data_ + i, v);
+    else
+      store_n(data_ + i, v, n);
+  }
+
+ private:
+  static constexpr std::int64_t kMostCachedBytes = 16 << 20;
+  T* data_;
+  bool streamed_;
+};
 
 // Calls body(offset, lanes) for `count` elements, a vector at a time. Passing the full length as a
 // constant lets loads and stores of whole vectors compile to one instruction.

@@ -101,7 +101,6 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
     const int64_t ahead = cursor ? cursor.offset() - offset : 0;
     body(Place<A, kPixelLanes>{grid, b, group, strip, ahead}, slot);
   }
-  end_streams();
 }
 
 // Calls body(row, vector, mask of the lanes within the map) for a strip.

@@ -62,10 +62,12 @@ SAMPLES = [
 ]
 
 
-def large(sample: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """[B, C, H, W] with as few samples as make more than 1 MiB."""
+def large(
+    sample: tuple[int, int, int], dtype: torch.dtype, megabytes: int = 1
+) -> tuple[int, int, int, int]:
+    """[B, C, H, W] with as few samples as make more than that."""
     channels, height, width = sample
-    return (2**20 // (channels * height * width * dtype.itemsize) + 1, *sample)
+    return (megabytes * 2**20 // (channels * height * width * dtype.itemsize) + 1, *sample)
 
 
 def backends(op: str) -> list[Any]:

@@ -22,6 +22,7 @@ from op_cases import (
     each_backend,
     each_case,
     feature,
+    large,
     random_small,
 )
 from refusals import assert_refused
@@ -83,6 +84,14 @@ def check(
 @pytest.mark.simd
 def test_against_the_reference(backend: str, case: dict) -> None:
     check(backend, **case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.simd
+def test_cpp_writes_maps_past_the_caches(layout: str, dtype: torch.dtype) -> None:
+    batch, channels, *size = large((16, 64, 64), dtype, megabytes=16)
+    check("cpp", dtype, layout, layout, batch, channels, tuple(size), count=1, wants=None)
 
 
 @each_backend("gate", interpreted=False)

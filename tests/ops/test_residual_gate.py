@@ -19,6 +19,7 @@ from op_cases import (
     compute_dtype,
     each_case,
     feature,
+    large,
     random_small,
 )
 from refusals import assert_refused
@@ -40,8 +41,20 @@ AXES = {
 @each_case("residual_gate", AXES, interpreted={"channels": (1, 20, 33), "size": MAPS[:9]})
 @pytest.mark.simd
 def test_any_combination(backend: str, case: dict[str, Any]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shape, dtype = (case["batch"], case["channels"], *case["size"]), case["dtype"]
+    check(backend, (case["batch"], case["channels"], *case["size"]), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.simd
+def test_cpp_writes_maps_past_the_caches(layout: str, dtype: torch.dtype) -> None:
+    layouts = dict.fromkeys(("u_layout", "shortcut_layout", "grad_layout"), layout)
+    shape = large((16, 64, 64), dtype, megabytes=16)
+    check("cpp", shape, {"dtype": dtype, "wants": None, **layouts})
+
+
+def check(backend: str, shape: tuple[int, ...], case: dict[str, Any]) -> None:
+    generator, dtype = torch.Generator().manual_seed(0), case["dtype"]
 
     def map_(name: str) -> Tensor:
         return feature(shape, dtype, case[f"{name}_layout"], generator=generator)

@@ -33,6 +33,10 @@ struct Feature {
         channels(shapes.channels[i]),
         area(shapes.area[i]),
         rows(shapes.channels_last[i] != 0 || area == 1) {}
+
+  Results<T> results(T* data) const {
+    return {data, batch * channels * area, rows ? channels : area};
+  }
 };
 
 // Iterations among the threads of the enclosing parallel region.
@@ -45,18 +49,18 @@ void share(Size count, Body&& body) {
 // ---- forward ------------------------------------------------------------------------------------
 
 template <class T>
-void scale_planes(const Feature<T>& f, T* out) {
+void scale_planes(const Feature<T>& f, const Results<T>& out) {
   using A = Compute<T>;
   share(f.batch * f.channels, [&](Size plane) {
-    const T* from = f.x + plane * f.area;
-    T* to = out + plane * f.area;
+    const Size first = plane * f.area;
     const Vec<A> d = splat<A>(f.gates[plane]);
-    for_vectors<A>(f.area, [&](Size i, int n) { store_n(to + i, load_n(from + i, n) * d, n); });
+    for_vectors<A>(f.area,
+                   [&](Size i, int n) { out.put(first + i, load_n(f.x + first + i, n) * d, n); });
   });
 }
 
 template <class T>
-void scale_rows(const Feature<T>& f, T* out) {
+void scale_rows(const Feature<T>& f, const Results<T>& out) {
   using A = Compute<T>;
   const Size per_task = std::max<Size>(1, kTaskElements / f.channels);
   const Size tasks = ceil_div(f.area, per_task);  // of a sample
@@ -65,10 +69,9 @@ void scale_rows(const Feature<T>& f, T* out) {
     const Size last = std::min(f.area, first + per_task);
     const A* d = f.gates + b * f.channels;
     for (Size pixel = b * f.area + first; pixel < b * f.area + last; ++pixel) {
-      const T* from = f.x + pixel * f.channels;
-      T* to = out + pixel * f.channels;
+      const Size at = pixel * f.channels;
       for_vectors<A>(f.channels, [&](Size c, int n) {
-        store_n(to + c, load_n(from + c, n) * load_n(d + c, n), n);
+        out.put(at + c, load_n(f.x + at + c, n) * load_n(d + c, n), n);
       });
     }
   });
@@ -76,16 +79,17 @@ void scale_rows(const Feature<T>& f, T* out) {
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// One block of a plane: writes dx (unless null) and returns sum grad * x.
+// `count` elements of a plane from `first` on: writes dx (unless null) and returns sum grad * x.
 template <class T>
-Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size count, T* dx) {
+Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size first, Size count,
+                       const Results<T>& dx) {
   using A = Compute<T>;
   constexpr int chains = 4;
   Vec<A> sums[chains] = {};
   const auto step = [&](Size i, int n, Vec<A>& total) {
-    const Vec<A> g = load_n(grad + i, n);
-    total += g * load_n(x + i, n);
-    if (dx != nullptr) store_n(dx + i, g * d, n);
+    const Vec<A> g = load_n(grad + first + i, n);
+    total += g * load_n(x + first + i, n);
+    if (dx) dx.put(first + i, g * d, n);
   };
   Size i = 0;
   for (; i + chains * kLanes<A> <= count; i += chains * kLanes<A>)
@@ -95,38 +99,41 @@ Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size count,
 }
 
 template <class T>
-void planes_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates) {
+void planes_backward(const Feature<T>& f, const T* grad, const Results<T>& dx,
+                     Compute<T>* dgates) {
   using A = Compute<T>;
   share(f.batch * f.channels, [&](Size plane) {
     const Size start = plane * f.area;
     const Vec<A> d = splat<A>(f.gates[plane]);
     double total = 0;
     for (Size i = start; i < start + f.area; i += kBlock)
-      total += plane_block(grad + i, f.x + i, d, std::min(kBlock, start + f.area - i),
-                           dx == nullptr ? nullptr : dx + i);
+      total += plane_block(grad, f.x, d, i, std::min(kBlock, start + f.area - i), dx);
     if (dgates != nullptr) dgates[plane] = static_cast<A>(total);
   });
 }
 
-// `pixels` rows of a tile of `width` channels: writes dx (unless null), adds grad * x to partial.
+// `pixels` rows of a tile of `width` channels, from element `first` on: writes dx (unless null), adds
+// grad * x to partial.
 template <class T>
-void row_group(const T* grad, const T* x, const Compute<T>* d, Size stride, Size pixels, Size width,
-               T* dx, Compute<T>* partial) {
+void row_group(const T* grad, const T* x, const Compute<T>* d, Size first, Size stride, Size pixels,
+               Size width, const Results<T>& dx, Compute<T>* partial) {
   using A = Compute<T>;
   for_vectors<A>(width, [&](Size c, int n) {
     const Vec<A> factor = load_n(d + c, n);
     Vec<A> total = {};
     for (Size pixel = 0; pixel < pixels; ++pixel) {
-      const Vec<A> g = load_n(grad + pixel * stride + c, n);
-      total += g * load_n(x + pixel * stride + c, n);
-      if (dx != nullptr) store_n(dx + pixel * stride + c, g * factor, n);
+      const Size at = first + pixel * stride + c;
+      const Vec<A> g = load_n(grad + at, n);
+      total += g * load_n(x + at, n);
+      if (dx) dx.put(at, g * factor, n);
     }
     store(partial + c, load(partial + c) + total);
   });
 }
 
 template <class T>
-void rows_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates, int threads) {
+void rows_backward(const Feature<T>& f, const T* grad, const Results<T>& dx, Compute<T>* dgates,
+                   int threads) {
   using A = Compute<T>;
   // Narrower tiles where the batch alone cannot occupy the threads; a channel's sum is the same
   // in any tile.
@@ -143,8 +150,7 @@ void rows_backward(const Feature<T>& f, const T* grad, T* dx, Compute<T>* dgates
       const Size end = std::min(f.area, block + kGroup * kGroups);
       for (Size pixel = block; pixel < end; pixel += kGroup) {
         const Size at = (b * f.area + pixel) * f.channels + first;
-        row_group(grad + at, f.x + at, d, f.channels, std::min(kGroup, end - pixel), width,
-                  dx == nullptr ? nullptr : dx + at, partial);
+        row_group(grad, f.x, d, at, f.channels, std::min(kGroup, end - pixel), width, dx, partial);
       }
       for (Size c = 0; c < width; ++c) totals[c] += partial[c];
     }
@@ -159,7 +165,10 @@ template <class Body>
 void for_features(const GateShapes& shapes, Body&& body) {
   with_element_type(shapes.dtype, [&](auto element) {
 #pragma omp parallel num_threads(shapes.threads)
-    for (std::size_t i = 0; i < shapes.area.size(); ++i) body(i, element);
+    {
+      for (std::size_t i = 0; i < shapes.area.size(); ++i) body(i, element);
+      end_streams();
+    }
   });
 }
 
@@ -169,7 +178,7 @@ void gate_forward(const GateForward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
     const Feature<T> f(args, args.x[i], args.gates[i], i);
-    T* out = as<T>(args.out[i]);
+    const Results<T> out = f.results(as<T>(args.out[i]));
     f.rows ? scale_rows(f, out) : scale_planes(f, out);
   });
 }
@@ -179,7 +188,7 @@ void gate_backward(const GateBackward& args) {
     using T = decltype(element);
     const Feature<T> f(args, args.x[i], args.gates[i], i);
     const T* grad = as<T>(args.grad[i]);
-    T* dx = as<T>(args.dx[i]);
+    const Results<T> dx = f.results(as<T>(args.dx[i]));
     auto* dgates = as<Compute<T>>(args.dgates[i]);
     if (f.rows) {
       rows_backward(f, grad, dx, dgates, args.threads);

@@ -20,24 +20,30 @@ constexpr Size kTile = 64;          // channels of a task (channels_last)
 // Pixels are rows of channels.
 bool in_rows(const ResidualGateInputs& args) { return args.channels_last || args.area == 1; }
 
+template <class T>
+Results<T> results(const ResidualGateInputs& args, void* data) {
+  return {as<T>(data), args.batch * args.channels * args.area,
+          in_rows(args) ? args.channels : args.area};
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 template <class T>
 struct Join {
   using A = Compute<T>;
   const T *u, *shortcut;
-  T* out;
+  Results<T> out;
 
   void operator()(Size i, int n, Vec<A> h) const {
     const Vec<A> sum = load_n(u + i, n) * h + load_n(shortcut + i, n);
-    store_n(out + i, sum < A(0) ? Vec<A>{} : sum, n);  // NaN stays
+    out.put(i, sum < A(0) ? Vec<A>{} : sum, n);  // NaN stays
   }
 };
 
 template <class T>
 void forward(const ResidualGateForward& args) {
   using A = Compute<T>;
-  const Join<T> join{as<T>(args.u), as<T>(args.shortcut), as<T>(args.out)};
+  const Join<T> join{as<T>(args.u), as<T>(args.shortcut), results<T>(args, args.out)};
   const A* h = as<A>(args.h);
   if (in_rows(args)) {
     parallel_for(args.threads, args.batch * args.area, [&](Size pixel) {
@@ -61,14 +67,14 @@ template <class T>
 struct Gradients {
   using A = Compute<T>;
   const T *grad, *u, *out;
-  T *du, *dshortcut;
+  Results<T> du, dshortcut;
 
   // Writes du and dshortcut of n elements and returns their terms of dh.
   Vec<A> operator()(Size i, int n, Vec<A> h) const {
     const Vec<A> passed = load_n(out + i, n) > A(0) ? load_n(grad + i, n) : Vec<A>{};
     const Vec<A> term = passed * load_n(u + i, n);
-    store_n(du + i, passed * h, n);
-    store_n(dshortcut + i, passed, n);
+    du.put(i, passed * h, n);
+    dshortcut.put(i, passed, n);
     return term;
   }
 };
@@ -124,7 +130,7 @@ void rows_backward(const ResidualGateBackward& args, const Gradients<T>& gradien
 template <class T>
 void backward(const ResidualGateBackward& args) {
   const Gradients<T> gradients{as<T>(args.grad), as<T>(args.u), as<T>(args.out),
-                               as<T>(args.du), as<T>(args.dshortcut)};
+                               results<T>(args, args.du), results<T>(args, args.dshortcut)};
   in_rows(args) ? rows_backward(args, gradients) : planes_backward(args, gradients);
 }
 
