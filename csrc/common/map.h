@@ -148,7 +148,7 @@ struct RowCursor {
   }
 };
 
-// Where the next strip lies in memory, to be fetched meanwhile; strides in bytes.
+// Where a strip lies in memory that is to be fetched meanwhile; strides in bytes.
 struct Upcoming {
   const char* origin;
   std::ptrdiff_t row_stride, vector_stride;
@@ -397,6 +397,17 @@ struct Place {
     });
   }
 
+  // The strip that is so many elements of a map further on.
+  Upcoming further_on(Feature feature, int64_t elements) const {
+    const MapShape& s = grid.shape;
+    const int64_t size = element_size(feature.dtype);
+    // Planes that are transposed are fetched as a whole, in whatever order.
+    const int64_t vector = s.channels_last ? s.channels : kLanes<A>;
+    const int64_t row = kPixelLanes || s.channels_last ? s.row_elements() : s.width * vector;
+    const int64_t origin = offset(strip.first) + elements - strip.first * row;
+    return {as<char>(feature.data) + origin * size, row * size, vector * size};
+  }
+
   // Working memory that holds rows from `first_row` on.
   Out on_memory(A* memory, int64_t first_row) const {
     const int64_t border = kPixelLanes ? 0 : kLanes<A>;
@@ -423,30 +434,18 @@ struct Place {
     A* to = window.at(rows.first, 0);
     with_storage<A>(feature.dtype, [&](auto element) {
       using T = decltype(element);
-      constexpr std::ptrdiff_t size = sizeof(T);
       const T* from = as<T>(feature.data) + offset(rows.first);
-      if (s.channels_last) {
-        const std::ptrdiff_t row = s.row_elements() * size;
-        window.next = {bytes(from + ahead) - rows.first * row, row, s.channels * size};
+      if constexpr (kPixelLanes)
+        Copy<T, A>::load_flat(from, pixels, to);
+      else if (s.channels_last)
         Copy<T, A>::load_runs(from, pixels, lanes(), s.channels, to, grid.offsets.data());
-      } else {
-        // In whatever order, the next strip is fetched as a whole.
-        const std::ptrdiff_t vector = kLanes<A> * size;
-        const std::ptrdiff_t row = kPixelLanes ? s.width * size : s.width * vector;
-        window.next = {bytes(from + ahead) - rows.first * row, row, vector};
-        if constexpr (kPixelLanes)
-          Copy<T, A>::load_flat(from, pixels, to);
-        else
-          Copy<T, A>::load_planes(from, pixels, lanes(), s.pixels(), to, grid.offsets.data());
-      }
+      else
+        Copy<T, A>::load_planes(from, pixels, lanes(), s.pixels(), to, grid.offsets.data());
     });
+    window.next = further_on(feature, ahead);
     return window;
   }
 
-  template <class E>
-  static const char* bytes(const E* p) {
-    return reinterpret_cast<const char*>(p);
-  }
 
   Strip around(int64_t halo) const {
     return {std::max<int64_t>(0, strip.first - halo),
@@ -473,11 +472,10 @@ struct Place {
   }
   template <class E>
   Window<E, kPixelLanes> on_feature(E* data) const {
-    constexpr std::ptrdiff_t size = sizeof(A);
-    const int64_t row = grid.shape.row_elements();
     const int64_t vector = kPixelLanes ? kLanes<A> : grid.shape.channels;
-    E* origin = data + offset(0);
-    return {origin, row, vector, {bytes(origin + ahead), row * size, vector * size}};
+    const DType dtype = sizeof(A) == sizeof(double) ? DType::f64 : DType::f32;
+    return {data + offset(0), grid.shape.row_elements(), vector,
+            further_on(Feature{data, dtype}, ahead)};
   }
 };
 

@@ -126,12 +126,12 @@ inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
   for (int r = 0; r < R; ++r) block[r] = value;
 }
 
-// Fetches what will be read in the place of R rows; to the L2 cache, since more than a few dozen lines on
+// Fetches R rows of a vector; to the L2 cache, since more than a few dozen lines on
 // their way to an L1 cache stop whatever else would be loaded there.
-template <int R, class A, bool kPixelLanes>
-inline __attribute__((always_inline)) void prefetch_block(const Window<const A, kPixelLanes>& in,
-                                                          int64_t row, int64_t k) {
-  auto rows = in.next.rows(row, k);
+template <int R>
+inline __attribute__((always_inline)) void prefetch_block(const Upcoming& upcoming, int64_t row,
+                                                          int64_t k) {
+  auto rows = upcoming.rows(row, k);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) __builtin_prefetch(rows.next(), 0, 2);
 }

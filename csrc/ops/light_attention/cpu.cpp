@@ -147,9 +147,10 @@ struct ForwardStep : Step<A> {
 
   const LightAttentionForward& args;
   const int64_t whole_batch;  // that state, new_state and summary are of; shape.batch or more
+  const bool fetches_next;    // whether as many samples follow that come from memory
 
-  ForwardStep(const LightAttentionForward& args, int64_t whole_batch)
-      : Step<A>(args), args(args), whole_batch(whole_batch) {}
+  ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool fetches_next)
+      : Step<A>(args), args(args), whole_batch(whole_batch), fetches_next(fetches_next) {}
 
   void pool(const InputMap<A>& x, const Summary<A>& to) const {
     if (args.join)
@@ -267,9 +268,16 @@ struct ForwardStep : Step<A> {
     });
     run_pass<StencilPass>(args.threads, grid, x, this->feature(args.p),
                           this->written_once(args.out), this->written_once(args.o),
-                          this->mixture(summary.a, summary.d), scale, shift, args.residual);
+                          this->mixture(summary.a, summary.d), scale, shift, args.residual,
+                          fetches_next ? planes * shape.pixels() : 0);
   }
 };
+
+// Bytes of x and p of one sample.
+int64_t sample_bytes(const LightAttentionForward& args) {
+  const int64_t maps = args.p == nullptr ? 1 : 2;
+  return maps * args.channels * args.height * args.width * element_size(args.dtype);
+}
 
 // Samples that a step takes at a time, so that the maps that were read for pooling are in the cache when
 // they are read again. All of them, where they have more in common than the parameters.
@@ -277,10 +285,7 @@ int64_t samples_at_a_time(const LightAttentionForward& args) {
   const int64_t most_bytes = int64_t{args.threads} << 22;  // caches that are shared grow with the cores
   if (args.norm == Norm::batch || args.branch_norm == Norm::batch || args.first_sample)
     return args.batch;
-  const int64_t maps = args.p == nullptr ? 1 : 2;
-  const int64_t of_sample =
-      maps * args.channels * args.height * args.width * element_size(args.dtype);
-  return std::clamp<int64_t>(most_bytes / of_sample, 1, args.batch);
+  return std::clamp<int64_t>(most_bytes / sample_bytes(args), 1, args.batch);
 }
 
 // `count` samples of a step from `first` on.
@@ -477,10 +482,11 @@ void light_attention_forward(const LightAttentionForward& args) {
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     const int64_t step = samples_at_a_time(args);
+    const bool in_memory = args.batch * sample_bytes(args) > 32 << 20;
     for (int64_t first = 0; first < args.batch; first += step) {
       const int64_t count = std::min(step, args.batch - first);
       const LightAttentionForward part = samples<A>(args, first, count);
-      ForwardStep<A>(part, args.batch).run();
+      ForwardStep<A>(part, args.batch, in_memory && first + count < args.batch).run();
     }
   });
 }

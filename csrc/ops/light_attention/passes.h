@@ -151,7 +151,7 @@ struct MomentsPass {
       const bool begins = row == 0 && i == 0;
       const bool take_u = begins && x_means == nullptr, take_p = begins && p_means == nullptr;
       for (const In& w : in)
-        if (w) prefetch_block<R, A>(w, row, k);
+        if (w) prefetch_block<R>(w.next, row, k);
       V u[R], e[R];
       fill_block(u, V{});
       fill_block(e, V{});
@@ -299,6 +299,7 @@ struct StencilPass {
   Mixture<A> mixture;
   const A *scale, *shift;  // [B, C]
   bool residual;
+  int64_t part;  // elements of a map to the samples that are next, which are fetched meanwhile; or 0
 
   struct Plane {
     Filter<A, kPixelLanes> x_filter, p_filter;
@@ -315,14 +316,16 @@ struct StencilPass {
 
   template <int R>
   void blocks(int64_t first, int64_t last, const Plane& plane, const In& x_in, const In& p_in,
-              const Out& to, const Out& o_to) const {
+              const Out& to, const Out& o_to, const Upcoming (&later)[2]) const {
     const FilterVectors<A> x_filter(plane.x_filter), p_filter(plane.p_filter);
     for (int64_t row = first; row < last; row += R)
       for (int64_t k = 0; k < grid.vectors; ++k) {
         const Taps<A> taps = grid.taps(row, R, k, plane.channels);
         const Mask<A> own = taps.own();
-        prefetch_block<R, A>(x_in, row, k);
-        if (p) prefetch_block<R, A>(p_in, row, k);
+        prefetch_block<R>(x_in.next, row, k);
+        if (p) prefetch_block<R>(p_in.next, row, k);
+        for (const Upcoming& map : later)
+          if (map.origin != nullptr) prefetch_block<R>(map, row, k);
         V acc[R];
         fill_block(acc, V{});
         stencil_block<R, A>(x_in, row, k, taps, x_filter, acc);
@@ -355,9 +358,12 @@ struct StencilPass {
         const In x_in = x.open_bordered(place, p_in, 1, memory[0]);
         const Out to = place.open(out, memory[2]);
         const Out o_to = o ? place.open(o, memory[3]) : Out{};
+        Upcoming later[2] = {};
+        if (part != 0) later[0] = place.further_on(x.feature, part);
+        if (part != 0 && p) later[1] = place.further_on(p, part);
         for_ranges(grid, place.strip.first, place.strip.last,
                    [&]<int R>(int64_t first, int64_t last) {
-                     blocks<R>(first, last, plane, x_in, p_in, to, o_to);
+                     blocks<R>(first, last, plane, x_in, p_in, to, o_to, later);
                    });
         place.close(out, memory[2]);
         if (o) place.close(o, memory[3]);
@@ -430,7 +436,7 @@ struct GradientsPass {
         const Taps<A> taps = grid.taps(row, R, k, c.channels);
         const Mask<A> own = taps.own();
         for (const In& w : in)
-          if (w) prefetch_block<R, A>(w, row, k);
+          if (w) prefetch_block<R>(w.next, row, k);
         V g[R];
         fill_block(g, V{});
         if (o_scale != nullptr) {
