@@ -110,7 +110,7 @@ struct MomentsPass {
     plane.v_filter = {v_filters, group};
     if (prev_filters != nullptr) plane.e_filter = {prev_filters, group};
     plane.channels = grid.channel_mask(group);
-    fill_block(plane.sums, V{});
+    std::fill_n(plane.sums, fields(), V{});
     fill_block(plane.shift, V{});
     const int64_t row = b * grid.shape.channels;
     // The mean of a filtered map is, but for what falls off its edges, the filter's sum times its own.
@@ -120,6 +120,9 @@ struct MomentsPass {
     plane.shift[1] = channel_vector(p_means + row, grid, group);
     if (prev_filters != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
   }
+
+  // How many sums there are.
+  int fields() const { return grad_o ? kSums : grad_out ? kD : kG; }
 
   // The value to shift by, half way along the row.
   V inner(V v) const {
@@ -133,9 +136,9 @@ struct MomentsPass {
       block<R>(row, in, plane, plane.sums);
     } else {
       V sums[kSums];
-      fill_block(sums, V{});
+      std::fill_n(sums, fields(), V{});
       block<R>(row, in, plane, sums);
-      for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
+      for (int f = 0; f < fields(); ++f) plane.sums[f] += sums[f];
     }
   }
 
@@ -219,11 +222,12 @@ struct MomentsPass {
 
   void write(const Plane& plane, A* record) const {
     if constexpr (!kPixelLanes) {
-      for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, plane.sums[f]);
+      for (int f = 0; f < kSums; ++f)
+        store(record + f * kLanes<A>, f < fields() ? plane.sums[f] : V{});
       for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, plane.shift[f]);
     } else {
       A totals[round_up(kSums, kLanes<A>)] = {};
-      lane_sums<A>(plane.sums, grad_o ? kSums : grad_out ? kD : kG, totals);
+      lane_sums<A>(plane.sums, fields(), totals);
       for (int f = 0; f < kSums; ++f) record[f * kLanes<A>] = totals[f];
       for (int f = 0; f < 3; ++f) record[(kShiftU + f) * kLanes<A>] = plane.shift[f][0];
     }
@@ -451,13 +455,12 @@ struct GradientsPass {
       }
   }
 
-  // Adds the correlations of g with a feature over rows [first, last).
+  // Adds the correlations of g with a feature over rows [first, last), times a factor.
   template <int R>
   void correlate(int64_t first, int64_t last, const In& g_in, const In& feature,
-                 const Plane& c, V (&sums)[9]) const {
+                 const Plane& c, V factor, V* sums) const {
     V acc[9];
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) acc[tap] = sums[tap];
+    fill_block(acc, V{});
     for (int64_t row = first; row < last; row += R)
       for (int64_t k = 0; k < grid.vectors; ++k) {
         const Taps<A> taps = grid.taps(row, R, k, c.channels);
@@ -468,7 +471,7 @@ struct GradientsPass {
         correlate_block<R, A>(feature, row, k, taps, g, acc);
       }
 #pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) sums[tap] = acc[tap];
+    for (int tap = 0; tap < 9; ++tap) sums[tap] += factor * acc[tap];
   }
 
   // Gradient of a feature over rows [first, last), through its whole filter or the centre alone: what
@@ -556,17 +559,11 @@ struct GradientsPass {
     for_ranges(grid, around.first, around.last, [&]<int R>(int64_t first, int64_t last) {
       form_g<R>(first, last, in, c, g_out);
     });
-    V x_sums[9], p_sums[9];
-    fill_block(x_sums, V{});
-    fill_block(p_sums, V{});
     for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
-      correlate<R>(first, last, g, in[kX_], c, x_sums);
-      if (p && mixture.convolves_p()) correlate<R>(first, last, g, in[kP_], c, p_sums);
+      correlate<R>(first, last, g, in[kX_], c, c.a, weight_sums);
+      if (p && mixture.convolves_p())
+        correlate<R>(first, last, g, in[kP_], c, splat(A(1)), weight_sums + 9);
     });
-    for (int tap = 0; tap < 9; ++tap) {
-      weight_sums[tap] += c.a * x_sums[tap];
-      weight_sums[9 + tap] += p_sums[tap];
-    }
     const Out x_to = place.open(dx, memory.dx);
     const In dx_in = x_to;
     if (branch != nullptr) c.branch.z = place.open(x.feature, 0, memory.z);
