@@ -1,7 +1,6 @@
 // 3x3 depthwise filters of a group of planes.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <type_traits>
 #include <vector>
@@ -64,11 +63,6 @@ struct Filter {
       return splat(taps[tap]);
     else
       return taps[tap];
-  }
-  Filter flipped() const {
-    Filter flipped;
-    std::reverse_copy(taps, taps + 9, flipped.taps);
-    return flipped;
   }
   Vec<A> sum() const {
     Tap sum{};

@@ -45,16 +45,16 @@ inline __attribute__((always_inline)) void for_taps(RowCursor<const A> rows, con
   }
 }
 
-// A filter in registers.
+// A filter in registers, or that of its gradient: flipped both ways.
 template <class A>
 struct FilterVectors {
   Vec<A> at[9];
 
   template <bool kPixelLanes>
   inline __attribute__((always_inline)) explicit FilterVectors(
-      const Filter<A, kPixelLanes>& filter) {
+      const Filter<A, kPixelLanes>& filter, bool flipped = false) {
 #pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) at[tap] = in_register(filter[tap]);
+    for (int tap = 0; tap < 9; ++tap) at[tap] = in_register(filter[flipped ? 8 - tap : tap]);
   }
 };
 
@@ -155,9 +155,10 @@ inline void for_ranges(const Grid<A>& grid, int64_t first, int64_t last, const R
 // Calls block.template operator()<R>(row, the filter in registers) for every block.
 template <class A, bool kPixelLanes, class Block>
 inline void for_filtered_blocks(const Grid<A>& grid, int64_t first, int64_t last,
-                                const Filter<A, kPixelLanes>& filter, const Block& block) {
+                                const Filter<A, kPixelLanes>& filter, const Block& block,
+                                bool flipped = false) {
   for_ranges(grid, first, last, [&]<int R>(int64_t from, int64_t to) {
-    const FilterVectors<A> vectors(filter);
+    const FilterVectors<A> vectors(filter, flipped);
     for (int64_t row = from; row < to; row += R) block.template operator()<R>(row, vectors);
   });
 }

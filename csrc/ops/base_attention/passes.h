@@ -596,7 +596,7 @@ struct ValueGradientsPass {
 
   void spread(const Place& place, Mask<A> channels, const In& dv, const In& shortcut,
               const Out& to) const {
-    const auto flipped = Filter<A, kPixelLanes>(v_filters, place.group).flipped();
+    const Filter<A, kPixelLanes> v_filter(v_filters, place.group);
     const V offset = pooling_share(dpooled_x, place);
     const auto block = [&]<int R>(int64_t row, const FilterVectors<A>& filter) {
       for (int64_t k = 0; k < grid.vectors; ++k) {
@@ -608,7 +608,7 @@ struct ValueGradientsPass {
         store_block<R, A>(to, row, k, taps.own(), acc);
       }
     };
-    for_filtered_blocks(grid, place.strip.first, place.strip.last, flipped, block);
+    for_filtered_blocks(grid, place.strip.first, place.strip.last, v_filter, block, true);
   }
 };
 

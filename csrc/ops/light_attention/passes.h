@@ -478,17 +478,17 @@ struct GradientsPass {
   // `passed` holds is added if it is not null; then it is zero where a not null `rectified` is not
   // positive, and joins not null `sums`.
   template <int R>
-  void spread(int64_t first, int64_t last, const In& g_in, const Filter<A, kPixelLanes>& flipped,
+  void spread(int64_t first, int64_t last, const In& g_in, const Filter<A, kPixelLanes>& filter,
               bool whole, V offset, const In* passed, const In* rectified, BranchSums* sums,
               const Plane& c, const Out& to) const {
-    const FilterVectors<A> filter(flipped);
+    const FilterVectors<A> flipped(filter, true);
     for (int64_t row = first; row < last; row += R)
       for (int64_t k = 0; k < grid.vectors; ++k) {
         const Taps<A> taps = grid.taps(row, R, k, c.channels);
         const Mask<A> own = taps.own();
         V acc[R];
         fill_block(acc, offset);
-        filter_block<R, A>(g_in, row, k, taps, filter, whole, acc);
+        filter_block<R, A>(g_in, row, k, taps, flipped, whole, acc);
         if (passed != nullptr) add_rows<R, A>(passed->rows(row, k), own, splat(A(1)), acc);
         if (rectified != nullptr) {
           auto x_rows = rectified->rows(row, k);
@@ -515,9 +515,8 @@ struct GradientsPass {
   void spread_rows(const Strip& strip, const In& g, const Filter<A, kPixelLanes>& filter,
                    bool whole, V offset, const In* passed, const In* rectified, BranchSums* sums,
                    const Plane& c, const Out& to) const {
-    const Filter<A, kPixelLanes> flipped = filter.flipped();
     for_ranges(grid, strip.first, strip.last, [&]<int R>(int64_t first, int64_t last) {
-      spread<R>(first, last, g, flipped, whole, offset, passed, rectified, sums, c, to);
+      spread<R>(first, last, g, filter, whole, offset, passed, rectified, sums, c, to);
     });
   }
 
