@@ -200,8 +200,9 @@ struct OutFeature : FeatureOf<void*> {
 
 // A map that a call writes once and does not read. If it is small, whoever reads it next may find it in a
 // cache.
+constexpr int64_t kLeastStreamed = kStreams ? 1 << 20 : INT64_MAX;  // bytes
 inline OutFeature written_once(void* data, DType dtype, const MapShape& s) {
-  return {{data, dtype}, s.planes() * s.pixels() * element_size(dtype) >= 1 << 20};
+  return {{data, dtype}, s.planes() * s.pixels() * element_size(dtype) >= kLeastStreamed};
 }
 
 // Calls body(T{}) with T the element type, one of those computed in A.
@@ -255,7 +256,7 @@ struct Copy {
   }
   static void store_runs(const A* from, int64_t runs, int width, int64_t stride, T* to,
                          const int64_t* offsets, bool streamed) {
-    if (streamed && width == kV && are_aligned(to, stride)) {
+    if (streamed && width == kV && are_lines(to, stride)) {
       for (int64_t i = 0; i < runs; ++i) stream(to + i * stride, load(from + offsets[i]));
       return;
     }
@@ -290,7 +291,7 @@ struct Copy {
   static void store_planes(const A* from, int64_t pixels, int lanes, int64_t plane, T* to,
                            const int64_t* offsets, bool streamed) {
     if (lanes == kV && pixels >= kV) {
-      streamed = streamed && pixels % kV == 0 && are_aligned(to, plane);
+      streamed = streamed && pixels % kV == 0 && are_lines(to, plane);
       for (int64_t first = 0; first < pixels; first += kV) {
         const int64_t f = std::min(first, pixels - kV);
         Vec<A> block[kV];
@@ -375,7 +376,7 @@ struct Place {
   Out open(OutFeature feature, A* memory) const {
     if (!written_in_place(feature)) return on_memory(memory, strip.first);
     Out to = on_feature(as<A>(feature.data));
-    to.streamed = feature.streamed && has_whole_vectors(feature);
+    to.streamed = feature.streamed && has_whole_lines(feature);
     return to;
   }
   [[gnu::noinline]] void close(OutFeature feature, A* memory) const {
@@ -455,16 +456,16 @@ struct Place {
     const bool converted = dtype == DType::f16 || dtype == DType::bf16;
     return !converted && (kPixelLanes || grid.shape.channels_last);
   }
-  // Rows that are not whole vectors are streamed from working memory. That is not worth while for small
-  // planes: they would be read there before they have arrived.
+  // Rows that are not whole cache lines are streamed from working memory. That is not worth while for
+  // small planes: they would be read there before they have arrived.
   bool written_in_place(OutFeature feature) const {
     if (!in_place(feature.dtype)) return false;
     const bool small = grid.shape.pixels() * static_cast<int64_t>(sizeof(A)) < 2048;
-    return !feature.streamed || has_whole_vectors(feature) || (kPixelLanes && small);
+    return !feature.streamed || has_whole_lines(feature) || !kPixelLanes || small;
   }
-  bool has_whole_vectors(OutFeature feature) const {
+  bool has_whole_lines(OutFeature feature) const {
     const MapShape& s = grid.shape;
-    return are_aligned(as<A>(feature.data), kPixelLanes ? s.width : s.channels);
+    return are_lines(as<A>(feature.data), kPixelLanes ? s.width : s.channels);
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {

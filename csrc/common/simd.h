@@ -197,6 +197,11 @@ inline void store(T* p, Vec<float> v) {
 // Streamed stores, of whole vectors to addresses aligned to their size: where the instruction set has
 // them, memory is not read before it is written, and what is in the caches stays there. Other threads
 // may read it after end_streams().
+#if defined(__AVX2__)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
 constexpr std::uintptr_t kLineBytes = 64;  // to be written as a whole
 
 template <class V>
@@ -229,6 +234,11 @@ template <class T>
 inline bool are_aligned(const T* p, std::int64_t stride) {
   constexpr int lanes = kLanes<Compute<T>>;
   return reinterpret_cast<std::uintptr_t>(p) % (lanes * sizeof(T)) == 0 && stride % lanes == 0;
+}
+// Whether each of them is a cache line. Lines that are left unfinished for others reach memory in pieces.
+template <class T>
+inline bool are_lines(const T* p, std::int64_t stride) {
+  return kLanes<Compute<T>> * sizeof(T) == kLineBytes && are_aligned(p, stride);
 }
 
 // ---- the first n lanes (0 <= n <= kLanes): the others read as zero and are not written ----------
