@@ -328,7 +328,8 @@ struct Place {
   const Grid<A>& grid;
   int64_t b, group;
   Strip strip;
-  int64_t ahead;  // elements of a map from this strip to the one that is next
+  int64_t start;  // where it begins, in elements of a map
+  int64_t ahead;  // elements from there to the strip that is next
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
   In open(Feature feature, int64_t halo, A* memory) const {
@@ -405,7 +406,7 @@ struct Place {
     // Planes that are transposed are fetched as a whole, in whatever order.
     const int64_t vector = s.channels_last ? s.channels : kLanes<A>;
     const int64_t row = kPixelLanes || s.channels_last ? s.row_elements() : s.width * vector;
-    const int64_t origin = offset(strip.first) + elements - strip.first * row;
+    const int64_t origin = start + elements - strip.first * row;
     return {as<char>(feature.data) + origin * size, row * size, vector * size};
   }
 
@@ -469,7 +470,7 @@ struct Place {
   }
   int lanes() const { return grid.lanes(group); }
   int64_t offset(int64_t row) const {
-    return grid.shape.plane(b, group * grid.planes) + row * grid.shape.row_elements();
+    return start + (row - strip.first) * grid.shape.row_elements();
   }
   template <class E>
   Window<E, kPixelLanes> on_feature(E* data) const {

@@ -93,13 +93,14 @@ struct StripCursor {
 template <bool kPixelLanes, class A, class Body>
 inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit, const Body& body) {
   StripCursor<A> cursor(units, grid, unit);
+  int64_t start = cursor.offset();
   while (cursor) {
     const int64_t b = cursor.b, group = cursor.start + cursor.slot, slot = cursor.slot;
     const Strip strip{cursor.row, std::min(grid.shape.height, cursor.row + grid.strip_rows)};
-    const int64_t offset = cursor.offset();
     cursor.next();
-    const int64_t ahead = cursor ? cursor.offset() - offset : 0;
-    body(Place<A, kPixelLanes>{grid, b, group, strip, ahead}, slot);
+    const int64_t next = cursor ? cursor.offset() : start;
+    body(Place<A, kPixelLanes>{grid, b, group, strip, start, next - start}, slot);
+    start = next;
   }
 }
 
