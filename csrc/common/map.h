@@ -319,6 +319,11 @@ struct Copy {
   }
 };
 
+// Whether a pass fetches the next strip, to the L2 cache, or the rows below, to the L1 cache: pixel lanes
+// of narrower vectors have more to do per line, and wait longer for what is not in the L1 cache.
+template <bool kPixelLanes>
+constexpr bool kFetchesStrips = !kPixelLanes || kVectorBytes == 64;
+
 // A strip of a group of planes.
 template <class A, bool kPixelLanes>
 struct Place {
@@ -476,8 +481,9 @@ struct Place {
   Window<E, kPixelLanes> on_feature(E* data) const {
     const int64_t vector = kPixelLanes ? kLanes<A> : grid.shape.channels;
     const DType dtype = sizeof(A) == sizeof(double) ? DType::f64 : DType::f32;
-    return {data + offset(0), grid.shape.row_elements(), vector,
-            further_on(Feature{data, dtype}, ahead)};
+    const int64_t row = grid.shape.row_elements();
+    const int64_t distance = kFetchesStrips<kPixelLanes> ? ahead : 8 * row;
+    return {data + offset(0), row, vector, further_on(Feature{data, dtype}, distance)};
   }
 };
 

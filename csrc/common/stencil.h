@@ -126,14 +126,14 @@ inline __attribute__((always_inline)) void fill_block(V (&block)[R], V value) {
   for (int r = 0; r < R; ++r) block[r] = value;
 }
 
-// Fetches R rows of a vector; to the L2 cache, since more than a few dozen lines on
-// their way to an L1 cache stop whatever else would be loaded there.
-template <int R>
+// Fetches R rows of a vector; to the L2 cache if that can be, since more than a few dozen lines on their
+// way to an L1 cache stop whatever else would be loaded there.
+template <int R, bool kPixelLanes>
 inline __attribute__((always_inline)) void prefetch_block(const Upcoming& upcoming, int64_t row,
                                                           int64_t k) {
   auto rows = upcoming.rows(row, k);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) __builtin_prefetch(rows.next(), 0, 2);
+  for (int r = 0; r < R; ++r) __builtin_prefetch(rows.next(), 0, kFetchesStrips<kPixelLanes> ? 2 : 3);
 }
 
 // Calls rows.template operator()<R>(first, last) so that blocks of R rows cover [first, last). What is

@@ -116,7 +116,7 @@ struct PlacedTerms {
                                                  V (&sum)[R]) const {
     for (int64_t t = 0; t < count; ++t) {
       auto rows = maps[t].rows(row, k);
-      prefetch_block<R>(maps[t].next, row, k);
+      prefetch_block<R, kPixelLanes>(maps[t].next, row, k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
         sum[r] += weights[t] * load_masked<A>(rows.next(), own);
@@ -144,7 +144,7 @@ struct PlacedFilter {
                                                    const FilterVectors<A>& vectors,
                                                    Vec<A> (&v)[R]) const {
     fill_block(v, Vec<A>{});
-    prefetch_block<R>(map.next, row, k);
+    prefetch_block<R, kPixelLanes>(map.next, row, k);
     stencil_block<R, A>(map, row, k, taps, vectors, v);
   }
 };

@@ -154,7 +154,7 @@ struct MomentsPass {
       const bool begins = row == 0 && i == 0;
       const bool take_u = begins && x_means == nullptr, take_p = begins && p_means == nullptr;
       for (const In& w : in)
-        if (w) prefetch_block<R>(w.next, row, k);
+        if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
       V u[R], e[R];
       fill_block(u, V{});
       fill_block(e, V{});
@@ -326,10 +326,10 @@ struct StencilPass {
       for (int64_t k = 0; k < grid.vectors; ++k) {
         const Taps<A> taps = grid.taps(row, R, k, plane.channels);
         const Mask<A> own = taps.own();
-        prefetch_block<R>(x_in.next, row, k);
-        if (p) prefetch_block<R>(p_in.next, row, k);
+        prefetch_block<R, kPixelLanes>(x_in.next, row, k);
+        if (p) prefetch_block<R, kPixelLanes>(p_in.next, row, k);
         for (const Upcoming& map : later)
-          if (map.origin != nullptr) prefetch_block<R>(map, row, k);
+          if (map.origin != nullptr) prefetch_block<R, kPixelLanes>(map, row, k);
         V acc[R];
         fill_block(acc, V{});
         stencil_block<R, A>(x_in, row, k, taps, x_filter, acc);
@@ -440,7 +440,7 @@ struct GradientsPass {
         const Taps<A> taps = grid.taps(row, R, k, c.channels);
         const Mask<A> own = taps.own();
         for (const In& w : in)
-          if (w) prefetch_block<R>(w.next, row, k);
+          if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
         V g[R];
         fill_block(g, V{});
         if (o_scale != nullptr) {
