@@ -234,19 +234,12 @@ struct Copy {
     for_vectors<A>(count, [&](int64_t i, int n) { store_n(to + i, load_n(from + i, n), n); });
   }
   static void store_flat(const A* from, int64_t count, T* to, bool streamed) {
-    const auto copy = [&](int64_t first, int64_t last, const auto& whole) {
-      for_vectors<A>(last - first, [&](int64_t i, int n) {
-        if (n == kV)
-          whole(to + first + i, load(from + first + i));
-        else
-          store_n(to + first + i, load_n(from + first + i, n), n);
-      });
-    };
-    const auto stored = [](T* at, Vec<A> v) { store(at, v); };
-    if (!streamed) return copy(0, count, stored);
-    const int64_t aligned = std::min(count, to_next_line(to));
-    copy(0, aligned, stored);
-    copy(aligned, count, [](T* at, Vec<A> v) { stream(at, v); });
+    const int64_t head = streamed ? std::min(count, to_next_line(to)) : 0;
+    for_vectors<A>(head, [&](int64_t i, int n) { store_n(to + i, load_n(from + i, n), n); });
+    from += head, to += head;
+    for_vectors<A>(count - head, [&](int64_t i, int n) {
+      put_n(to + i, load_n(from + i, n), n, streamed);
+    });
   }
 
   // Runs of `width` elements, `stride` elements apart in the feature; run i is a vector at offsets[i].
@@ -256,11 +249,9 @@ struct Copy {
   }
   static void store_runs(const A* from, int64_t runs, int width, int64_t stride, T* to,
                          const int64_t* offsets, bool streamed) {
-    if (streamed && width == kV && are_lines(to, stride)) {
-      for (int64_t i = 0; i < runs; ++i) stream(to + i * stride, load(from + offsets[i]));
-      return;
-    }
-    for (int64_t i = 0; i < runs; ++i) store_n(to + i * stride, load(from + offsets[i]), width);
+    streamed = streamed && are_lines(to, stride);
+    for (int64_t i = 0; i < runs; ++i)
+      put_n(to + i * stride, load(from + offsets[i]), width, streamed);
   }
 
   // Planes, `plane` elements apart in the feature, to the lanes of one vector per pixel. Full blocks of
@@ -299,13 +290,8 @@ struct Copy {
         for (int i = 0; i < kV; ++i) block[i] = load(from + offsets[f + i]);
         transpose<A>(block);
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kV; ++lane) {
-          T* at = to + lane * plane + f;
-          if (streamed)
-            stream(at, block[lane]);
-          else
-            store(at, block[lane]);
-        }
+        for (int lane = 0; lane < kV; ++lane)
+          put_n(to + lane * plane + f, block[lane], kV, streamed);
       }
       return;
     }
@@ -452,7 +438,6 @@ struct Place {
     window.next = further_on(feature, ahead);
     return window;
   }
-
 
   Strip around(int64_t halo) const {
     return {std::max<int64_t>(0, strip.first - halo),

@@ -281,6 +281,15 @@ inline void store_n(T* p, Vec<Compute<T>> v, int n) {
 #endif
 }
 
+// store_n(), or stream() of a whole vector.
+template <class T>
+inline void put_n(T* p, Vec<Compute<T>> v, int n, bool streamed) {
+  if (streamed && n == kLanes<Compute<T>>)
+    stream(p, v);
+  else
+    store_n(p, v, n);
+}
+
 // What a pass that does next to nothing but read and write makes, in runs of vectors that begin at every
 // multiple of `run`. It is streamed if caches would not keep it with what it is made of.
 template <class T>
@@ -291,12 +300,7 @@ class Results {
         streamed_(count * static_cast<std::int64_t>(sizeof(T)) > kMostCachedBytes &&
                   are_aligned(data, run)) {}
   explicit operator bool() const { return data_ != nullptr; }
-  void put(std::int64_t i, Vec<Compute<T>> v, int n) const {
-    if (streamed_ && n == kLanes<Compute<T>>)
-      stream(data_ + i, v);
-    else
-      store_n(data_ + i, v, n);
-  }
+  void put(std::int64_t i, Vec<Compute<T>> v, int n) const { put_n(data_ + i, v, n, streamed_); }
 
  private:
   static constexpr std::int64_t kMostCachedBytes = 16 << 20;

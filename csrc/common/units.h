@@ -61,30 +61,31 @@ constexpr int kMostTogether = 4;  // bound of Grid::together
 template <class A>
 struct StripCursor {
   const Grid<A>& grid;
-  int64_t last_sample, first_group, last_group;
-  int64_t b, start, row = 0, slot = 0;  // start: first of the groups that are side by side
+  int64_t first_group, last_group;
+  int64_t b, last_sample;
+  int64_t leader, row = 0, slot = 0;  // leader: first of the groups that are side by side
 
   StripCursor(const Units<A>& units, const Grid<A>& grid, int64_t unit)
       : grid(grid),
         first_group(units.first_group(unit)),
         last_group(std::min(grid.groups, first_group + units.groups_per_unit)),
         b(unit / units.group_units * units.samples_per_unit),
-        start(first_group) {
-    last_sample = std::min(grid.shape.batch, b + units.samples_per_unit);
-  }
+        last_sample(std::min(grid.shape.batch, b + units.samples_per_unit)),
+        leader(first_group) {}
   explicit operator bool() const { return b < last_sample; }
+  int64_t group() const { return leader + slot; }
   void next() {
-    if (++slot < std::min(grid.together, last_group - start)) return;
+    if (++slot < std::min(grid.together, last_group - leader)) return;
     slot = 0;
     if ((row += grid.strip_rows) < grid.shape.height) return;
     row = 0;
-    if ((start += grid.together) < last_group) return;
-    start = first_group;
+    if ((leader += grid.together) < last_group) return;
+    leader = first_group;
     ++b;
   }
   // Of a map, where the strip begins.
   int64_t offset() const {
-    return grid.shape.plane(b, (start + slot) * grid.planes) + row * grid.shape.row_elements();
+    return grid.shape.plane(b, group() * grid.planes) + row * grid.shape.row_elements();
   }
 };
 
@@ -95,7 +96,7 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
   StripCursor<A> cursor(units, grid, unit);
   int64_t start = cursor.offset();
   while (cursor) {
-    const int64_t b = cursor.b, group = cursor.start + cursor.slot, slot = cursor.slot;
+    const int64_t b = cursor.b, group = cursor.group(), slot = cursor.slot;
     const Strip strip{cursor.row, std::min(grid.shape.height, cursor.row + grid.strip_rows)};
     cursor.next();
     const int64_t next = cursor ? cursor.offset() : start;

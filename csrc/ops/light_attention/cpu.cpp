@@ -273,10 +273,12 @@ struct ForwardStep : Step<A> {
   }
 };
 
-// Bytes of x and p of one sample.
+// Bytes of a map of one sample, and of its x and p.
+int64_t map_bytes(const LightAttentionForward& args) {
+  return args.channels * args.height * args.width * element_size(args.dtype);
+}
 int64_t sample_bytes(const LightAttentionForward& args) {
-  const int64_t maps = args.p == nullptr ? 1 : 2;
-  return maps * args.channels * args.height * args.width * element_size(args.dtype);
+  return (args.p == nullptr ? 1 : 2) * map_bytes(args);
 }
 
 // Samples that a step takes at a time, so that the maps that were read for pooling are in the cache when
@@ -292,7 +294,7 @@ int64_t samples_at_a_time(const LightAttentionForward& args) {
 template <class A>
 LightAttentionForward samples(LightAttentionForward args, int64_t first, int64_t count) {
   const int64_t row = first * args.channels * static_cast<int64_t>(sizeof(A));
-  const int64_t map = first * args.channels * args.height * args.width * element_size(args.dtype);
+  const int64_t map = first * map_bytes(args);
   args.batch = count;
   const auto advance = [](auto& array, int64_t bytes) {
     if (array != nullptr) array = as<char>(array) + bytes;
@@ -462,11 +464,12 @@ struct BackwardStep : Step<A> {
     this->transform(dpooled_p, per_pixel);
 
     const bool through_norm = args.norm == Norm::batch;
+    // Of a joined x it is read again, for dp and by the branch's norm.
+    const OutFeature dx =
+        args.join ? OutFeature{{args.dx, args.dtype}} : this->written_once(args.dx);
     run_pass<GradientsPass>(
         args.threads, grid, x, this->feature(args.p), this->feature(args.grad_out),
-        this->feature(args.grad_o),
-        args.join ? OutFeature{{args.dx, args.dtype}} : this->written_once(args.dx),
-        this->written_once(args.dp),
+        this->feature(args.grad_o), dx, this->written_once(args.dp),
         this->mixture(summary.a, summary.d), out_scale, through_norm ? to.o_scale : nullptr,
         through_norm ? to.offset : nullptr, dy, dpooled_p, args.residual, partial, units,
         branch_normed ? &branch : nullptr);
@@ -482,7 +485,7 @@ void light_attention_forward(const LightAttentionForward& args) {
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     const int64_t step = samples_at_a_time(args);
-    const bool in_memory = args.batch * sample_bytes(args) > 32 << 20;
+    const bool in_memory = args.batch * sample_bytes(args) > 32 << 20;  // not in a cache
     for (int64_t first = 0; first < args.batch; first += step) {
       const int64_t count = std::min(step, args.batch - first);
       const LightAttentionForward part = samples<A>(args, first, count);
