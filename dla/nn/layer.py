@@ -285,7 +285,7 @@ class DLALayer(nn.Module):
             o, _, context, *_, summary = self._attention_alone(attend, return_o=False)
             out = self._finished_by_modules(x, o)
         if recordings:
-            *_, scores, gates = summary
+            scores, gates = summary[2:4]
             gated = cell_weights and prev is not None
             record(self, scores[:, :: self.head_dim], gates if gated else None)
         return out, DLAState(context, o if keep_output else None, state.size, state.cell)

@@ -106,6 +106,12 @@ def normalised(x, norm, weight, bias, mean, var, eps):
     return n, *found
 
 
+def covariance(a: Array, b: Array) -> Array:
+    """Of two maps over space, for every plane: [B, C]."""
+    deviations = (m - m.mean(axis=(2, 3), keepdims=True) for m in (a, b))
+    return np.prod(list(deviations), axis=0).mean(axis=(2, 3))
+
+
 def light_attention(
     x, p, state, cell_params, q_weight, k_weight, v_weight, prev_weight, lam,
     norm_weight, norm_bias, branch_weight, branch_bias,
@@ -124,6 +130,7 @@ def light_attention(
     step = globals()["cell"]
     new_state = state if cell == "none" else step(cell, y, state, cell_params, activation)
     keys = depthwise(x, v_weight)
+    earlier = np.zeros_like(x)
     o, a, gates = np.zeros_like(x), np.zeros_like(y), np.ones_like(y)
     for b in range(batch):
         a[b] = attention(y[b], q_weight, k_weight, head_dim)
@@ -136,13 +143,18 @@ def light_attention(
             gates[b] = sigmoid(d) if gate == "sigmoid" else d
         history = p[b] * gates[b][:, None, None]
         if prev_weight is not None:
-            history = history + depthwise(p[b : b + 1], prev_weight)[0]
+            earlier[b] = depthwise(p[b : b + 1], prev_weight)[0]
+            history = history + earlier[b]
         o[b] += lam[:, None, None] * history
 
     n, mean, var = normalised(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
     if drop_scale is not None:
         n = drop_scale[:, None, None, None] * n
     out = x + n if residual else n
-    summary = np.stack([y, pooled_p, a, gates])
+    summary = [y, pooled_p, a, gates]
+    if norm == "batch":
+        maps = keys, np.zeros_like(x) if p is None else p, earlier
+        summary += [m.mean(axis=(2, 3)) for m in maps]
+        summary += [covariance(o, m) for m in maps]
     kept = o if return_o else np.zeros(0)
-    return out, kept, new_state, mean, var, *branch_statistics, summary
+    return out, kept, new_state, mean, var, *branch_statistics, np.stack(summary)

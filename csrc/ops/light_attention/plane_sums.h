@@ -8,21 +8,81 @@
 
 namespace dla::DLA_ISA {
 
-// Sums over a plane. u, p, e are shifted by about their mean, or by their value at one pixel as long
-// as the means are not known (kShift*). That keeps the squares small: raw float sums of squares lose
-// the variance when the mean is large.
+// Sums over a plane, in a table. All u, p, e are less a shift near their mean, which keeps the squares
+// small: raw float sums of squares lose the variance when the mean is large.
 enum PlaneSum : int {
-  kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE,  // of the features
-  kG, kGU, kGP, kGE,                             // with the gradient of out
-  kD, kDU, kDP, kDE,                             // with the gradient arriving at o
-  kSums,
-  kShiftU = kSums, kShiftP, kShiftE,
-  kPlaneFields
+  kX, kU, kUU, kP, kPP, kUP, kE, kEE, kPE, kUE, kFeatureSums,
+  kShiftU = kFeatureSums, kShiftP, kShiftE, kPlaneFields
 };
 
+// Sums of the gradient of out (G) and of that arriving at o (D) and of their products with u, p, e,
+// shifted as well: the table of the backward pass.
+enum GradientSum : int {
+  kG, kGU, kGP, kGE, kD, kDU, kDP, kDE, kGradientSums,
+  kGradientShiftU = kGradientSums, kGradientShiftP, kGradientShiftE, kGradientFields
+};
+
+// Arrays [B, C] of the summary that a forward step leaves; those from kMeanU on under a norm by the
+// statistics of the batch.
+enum SummaryField : int {
+  kMeanX, kPooledP, kAttention, kGate,
+  kMeanU, kMeanP, kMeanE, kCovarianceU, kCovarianceP, kCovarianceE
+};
+
+// How much of u, p and e there is in o, for a plane. A Number is a double, or a vector of them for
+// several channels.
+template <class Number>
+struct MixtureOfO {
+  Number a, lam_d, lam;
+
+  DLA_HOST_DEVICE MixtureOfO(Number a, Number d, Number lam) : a(a), lam_d(lam * d), lam(lam) {}
+
+  // The same of o as three numbers are of u, p and e.
+  DLA_HOST_DEVICE Number operator()(Number u, Number p, Number e) const {
+    return a * u + lam_d * p + lam * e;
+  }
+};
+
+// A plane of o, or planes of neighbouring channels of one sample, in the forward pass. at(field), of
+// the table, is a Number.
+template <class At>
+struct PlaneOfO {
+  using Number = decltype(std::declval<At>()(0));
+  At at;
+  double pixels;
+  MixtureOfO<Number> mixture;
+
+  // Calls body(offset from u, mean, covariance with o) for u, p and e: over the plane.
+  template <class Body>
+  DLA_HOST_DEVICE void for_maps(const Body& body) const {
+    const auto map = [&](int f, int sum, int with_u, int with_p, int with_e) {
+      const Number mean = at(sum) / pixels;
+      const Number product = mix(with_u, with_p, with_e) - mix(kU, kP, kE) * mean;
+      body(f, at(kShiftU + f) + mean, product / pixels);
+    };
+    map(0, kU, kUU, kUP, kUE);
+    map(1, kP, kUP, kPP, kPE);
+    map(2, kE, kUE, kPE, kEE);
+  }
+  DLA_HOST_DEVICE Number mix(int of_u, int of_p, int of_e) const {
+    return mixture(at(of_u), at(of_p), at(of_e));
+  }
+  DLA_HOST_DEVICE Number mean() const {
+    return mix(kShiftU, kShiftP, kShiftE) + mix(kU, kP, kE) / pixels;
+  }
+  // Sum of squares about the mean of the plane (but for rounding, at least 0).
+  DLA_HOST_DEVICE Number centred_square() const {
+    const Number sum = mix(kU, kP, kE);
+    const Number square = mixture(mix(kUU, kUP, kUE), mix(kUP, kPP, kPE), mix(kUE, kPE, kEE));
+    return square - sum * sum / pixels;
+  }
+};
+template <class At, class Number>
+PlaneOfO(At, double, MixtureOfO<Number>) -> PlaneOfO<At>;
+
 // g = dL/do = out_scale grad_out + slope (o - mean) + level + grad_o, for the planes of a channel;
-// out_scale is `weight` (gamma rstd) times the sample's drop scale. A Number is a double, or a
-// vector of them for several channels.
+// out_scale is `weight` (gamma rstd) times the sample's drop scale. slope and level are 0 unless the
+// norm is by the statistics of the batch.
 template <class Number>
 struct GradientOfO {
   Number weight, mean, slope{}, level{};
@@ -35,51 +95,41 @@ struct GradientOfO {
   }
 };
 
-// A plane of o, or planes of neighbouring channels of one sample. at(field) is a Number.
-template <class At>
-struct PlaneOfO {
+// Such planes in the backward pass. at(field) is of its table; covariance(f) that of u, p and e with o,
+// which is asked for only where the shifts are the means of the planes.
+template <class At, class Covariance>
+struct PlaneOfGradient {
   using Number = decltype(std::declval<At>()(0));
   At at;
+  Covariance covariance;
   double pixels;
-  Number a, lam_d, lam;
+  MixtureOfO<Number> mixture;
 
-  DLA_HOST_DEVICE PlaneOfO(At at, double pixels, Number a, Number d, Number lam)
-      : at(at), pixels(pixels), a(a), lam_d(lam * d), lam(lam) {}
-
-  // The same of o as three fields are of u, p and e.
-  DLA_HOST_DEVICE Number mix(int of_u, int of_p, int of_e) const {
-    return a * at(of_u) + lam_d * at(of_p) + lam * at(of_e);
-  }
-  DLA_HOST_DEVICE Number shift() const { return mix(kShiftU, kShiftP, kShiftE); }
-  DLA_HOST_DEVICE Number mean() const { return shift() + mix(kU, kP, kE) / pixels; }
-  // Sum of squares about the mean of the plane (but for rounding, at least 0).
-  DLA_HOST_DEVICE Number centred_square() const {
-    const Number sum = mix(kU, kP, kE);
-    const Number square =
-        a * mix(kUU, kUP, kUE) + lam_d * mix(kUP, kPP, kPE) + lam * mix(kUE, kPE, kEE);
-    return square - sum * sum / pixels;
+  DLA_HOST_DEVICE Number shift() const {
+    return mixture(at(kGradientShiftU), at(kGradientShiftP), at(kGradientShiftE));
   }
   // Sum of (o - centre) grad_out.
   DLA_HOST_DEVICE Number with_out(Number centre) const {
-    return mix(kGU, kGP, kGE) + (shift() - centre) * at(kG);
+    return mixture(at(kGU), at(kGP), at(kGE)) + (shift() - centre) * at(kG);
   }
 
   struct Products {
     Number u, p, e;
   };
   // Sums of g f for f = u, p, e, from the products of f with grad_out, o, 1 and grad_o.
+  template <bool kThroughNorm>
   DLA_HOST_DEVICE Products with_g(const GradientOfO<Number>& g, Number out_scale) const {
-    const Number centre = shift() - g.mean;
-    const Number alone = out_scale * at(kG) + g.slope * (mix(kU, kP, kE) + centre * pixels) +
-                         g.level * pixels + at(kD);
-    const auto product = [&](int f, int shift, Number with_o, int with_out, int with_grad_o) {
-      return out_scale * at(with_out) + g.slope * (with_o + centre * at(f)) + g.level * at(f) +
-             at(with_grad_o) + at(shift) * alone;
+    Number alone = out_scale * at(kG) + at(kD);
+    if constexpr (kThroughNorm) alone += (g.slope * (shift() - g.mean) + g.level) * pixels;
+    const auto product = [&](int f) {
+      Number sum = out_scale * at(kGU + f) + at(kDU + f) + at(kGradientShiftU + f) * alone;
+      if constexpr (kThroughNorm) sum += g.slope * pixels * covariance(f);
+      return sum;
     };
-    return {product(kU, kShiftU, mix(kUU, kUP, kUE), kGU, kDU),
-            product(kP, kShiftP, mix(kUP, kPP, kPE), kGP, kDP),
-            product(kE, kShiftE, mix(kUE, kPE, kEE), kGE, kDE)};
+    return {product(0), product(1), product(2)};
   }
 };
+template <class At, class Covariance, class Number>
+PlaneOfGradient(At, Covariance, double, MixtureOfO<Number>) -> PlaneOfGradient<At, Covariance>;
 
 }  // namespace dla::DLA_ISA

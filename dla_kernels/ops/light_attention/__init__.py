@@ -8,7 +8,7 @@ from torch import Tensor
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
 from dla_kernels.ops.common import compute_dtype, empty_features
-from dla_kernels.ops.light_attention.reference import FLAGS
+from dla_kernels.ops.light_attention.reference import FLAGS, summary_size
 from dla_kernels.ops.step_checks import (
     NORMS,
     STATIC,
@@ -99,7 +99,10 @@ def light_attention(
         out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
         ``norm="batch"``, else empty; those of x for ``branch_norm="batch"``; summary [4, B, C]: the
         means of x (joined) and of p (zeros where no gate reads it), a, and d (ones where there is
-        no gate). Statistics and summary are not differentiable.
+        no gate). Under ``norm="batch"`` it is [10, B, C] and goes on, for backward, with the means
+        over space of u = conv(x, v_weight), p and e = conv(p, prev_weight) and their covariances
+        with o over space (zeros where there is no p or e). Statistics and summary are not
+        differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
@@ -208,7 +211,7 @@ def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tenso
         empty_features(x) if return_o else x.new_empty(0),
         state.new_empty(state.shape),
         *(state.new_empty(size) for size in statistics),
-        state.new_empty(4, batch, channels),
+        state.new_empty(summary_size(norm), batch, channels),
     )
 
 

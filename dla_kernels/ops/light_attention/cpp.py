@@ -9,6 +9,7 @@ from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
 from dla_kernels.ops.cpp_common import NORMS, Loader
 from dla_kernels.ops.cpp_common import unsupported as unsupported
+from dla_kernels.ops.light_attention.reference import summary_size
 from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
 
 
@@ -75,7 +76,7 @@ def forward(
         state.new_empty(channels if kind == "batch" else 0)
         for kind in (norm, norm, branch_norm, branch_norm)
     )
-    summary = state.new_empty(4, batch, channels)
+    summary = state.new_empty(summary_size(norm), batch, channels)
     run_step(
         *(load(), "light_attention_forward", state, prepare),
         **sizes(x, layout, q_weight, params),

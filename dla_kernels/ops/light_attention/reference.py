@@ -84,13 +84,14 @@ def light_attention(
         if join:
             x = torch.relu(x + p)
         y = global_pool(x)
+        u, e = depthwise(x, v_weight), None
         new_state = forward_path(y, state, cell_params, cell, activation)
         attention = scores_of(y, q_weight, k_weight, head_dim)
         pooled_p, gates = torch.zeros_like(y), torch.ones_like(y)
         if p is None:
             # p = 0. Every parameter stays part of the graph (DistributedDataParallel needs it):
             # the gradient of lam is zero.
-            o = scale(attention + 0.0 * lam, depthwise(x, v_weight))
+            o = scale(attention + 0.0 * lam, u)
         else:
             if cell != STATIC:
                 pooled_p = global_pool(p)
@@ -98,14 +99,33 @@ def light_attention(
                 gates = gates_of(pooled_p.unsqueeze(0), *context_and_cell)[0]
             history = scale(gates, p)
             if prev_weight is not None:
-                history = history + depthwise(p, prev_weight)
-            o = scale(attention, depthwise(x, v_weight)) + lam[:, None, None] * history
-        summary = torch.stack([y, pooled_p, attention, gates]).detach()
+                e = depthwise(p, prev_weight)
+                history = history + e
+            o = scale(attention, u) + lam[:, None, None] * history
+        of_planes = covariances(o, u, p, e) if norm == "batch" else []
+        summary = torch.stack([y, pooled_p, attention, gates, *of_planes]).detach()
 
         out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
         out = add_branch(x, out, drop_scale, residual)
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
         return out.to(feature_dtype), kept, new_state, mean, var, *branch_statistics, summary
+
+
+def summary_size(norm: str) -> int:
+    """How many arrays [B, C] the summary of a step has."""
+    return 10 if norm == "batch" else 4
+
+
+def covariances(o: Tensor, *maps: Tensor | None) -> list[Tensor]:
+    """Means of maps over space, then their covariances with o: [B, C] each, zeros for None."""
+    none = torch.zeros_like(o[:, :, 0, 0])
+    means = [none if m is None else global_pool(m) for m in maps]
+    o = o - global_pool(o)[:, :, None, None]
+    products = [
+        none if m is None else (o * (m - mean[:, :, None, None])).mean((2, 3))
+        for m, mean in zip(maps, means, strict=True)
+    ]
+    return means + products
 
 
 def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:
