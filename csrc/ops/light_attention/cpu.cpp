@@ -12,13 +12,21 @@
 namespace dla::DLA_ISA {
 namespace {
 
-// What the step computes per plane, arrays [B, C]: the means of x and p, attention and gate.
+// What the step computes per plane, arrays [B, C]; see SummaryField.
 template <class A>
 struct Summary {
+  A* data;
+  int64_t planes;
   A *y, *pooled_p, *a, *d;
 
   Summary(A* data, int64_t planes)
-      : y(data), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
+      : data(data),
+        planes(planes),
+        y(of(kMeanX)),
+        pooled_p(of(kPooledP)),
+        a(of(kAttention)),
+        d(of(kGate)) {}
+  A* of(int field) const { return data + field * planes; }
 };
 
 template <class A>
@@ -91,34 +99,17 @@ struct Step {
       branch_norm().coefficients(c, as<A>(mean), as<A>(var), to, to + shape.channels);
     });
   }
-  void moments(PlaneTable<A> table, const InputMap<A>& x, const BranchStatistics<A>* branch,
-               const void* grad_out, const void* grad_o, const A* x_means,
-               const A* p_means) const {
-    run_pass<MomentsPass>(args.threads, grid, x, feature(args.p), feature(grad_out),
-                          feature(grad_o), v_filters.data(), prev_filters.data(), x_means, p_means,
-                          table, units, branch);
-  }
-  // What the planes of o of one sample are, in some channels.
-  auto plane(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
-             const ChannelLanes& c) const {
-    const A* record = table.record(b, c.first);
+  // A function of a field that gives a plane's numbers of some channels.
+  static auto fields_of(PlaneTable<A> table, int64_t b, const ChannelLanes& c) {
     // The table has whole vectors of channels.
-    const auto at = [record](int field) {
+    return [record = table.record(b, c.first)](int field) {
       return ChannelLanes{field * PlaneTable<A>::kPlanes, kLanes<double>}.load(record);
     };
-    const int64_t row = b * shape.channels;
-    return PlaneOfO(at, static_cast<double>(shape.pixels()), c.load(summary.a + row),
-                    c.load(summary.d + row), c.load(as<A>(args.lam)));
   }
-  // Mean and variance of o over batch and space.
-  RunningMoments moments_of_o(PlaneTable<A> table, const Summary<const A>& summary,
-                              const ChannelLanes& c) const {
-    RunningMoments moments;
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      const auto plane = this->plane(table, summary, b, c);
-      moments.add(plane.mean(), plane.centred_square(), plane.pixels);
-    }
-    return moments;
+  auto mixture_of_planes(const Summary<const A>& summary, int64_t b, const ChannelLanes& c) const {
+    const int64_t row = b * shape.channels;
+    return MixtureOfO<Doubles>(c.load(summary.a + row), c.load(summary.d + row),
+                               c.load(as<A>(args.lam)));
   }
 
   template <class Body>
@@ -151,6 +142,29 @@ struct ForwardStep : Step<A> {
 
   ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool fetches_next)
       : Step<A>(args), args(args), whole_batch(whole_batch), fetches_next(fetches_next) {}
+
+  // What the planes of o of one sample are, in some channels.
+  auto plane(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
+             const ChannelLanes& c) const {
+    return PlaneOfO(this->fields_of(table, b, c), static_cast<double>(shape.pixels()),
+                    this->mixture_of_planes(summary, b, c));
+  }
+
+  // Mean and variance of o over batch and space; and what the backward step wants to know of planes.
+  void statistics(PlaneTable<A> table, const Summary<A>& to, const ChannelLanes& c) const {
+    const Summary<const A> summary(to.data, planes);
+    RunningMoments moments;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const auto plane = this->plane(table, summary, b, c);
+      moments.add(plane.mean(), plane.centred_square(), plane.pixels);
+      plane.for_maps([&](int f, Doubles mean, Doubles covariance) {
+        c.store(to.of(kMeanU + f) + b * shape.channels, mean);
+        c.store(to.of(kCovarianceU + f) + b * shape.channels, covariance);
+      });
+    }
+    c.store(as<A>(args.mean), moments.mean());
+    c.store(as<A>(args.var), moments.variance());
+  }
 
   void pool(const InputMap<A>& x, const Summary<A>& to) const {
     if (args.join)
@@ -243,10 +257,10 @@ struct ForwardStep : Step<A> {
   void run() const {
     const bool batch_norm = args.norm == Norm::batch;
     const bool branch_of_batch = args.branch_norm == Norm::batch;
-    const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape) : 0;
+    const int64_t table_size = batch_norm ? PlaneTable<A>::elements(shape, kPlaneFields) : 0;
     const int64_t branch_size = branch_of_batch ? BranchStatistics<A>::elements(shape) : 0;
     Buffers<A> buffers(table_size + branch_size + 2 * shape.channels + 2 * planes);
-    const PlaneTable<A> table(buffers.take(table_size), shape);
+    const PlaneTable<A> table(buffers.take(table_size), shape, kPlaneFields);
     A* branch_sums = buffers.take(branch_size);
     A* branch_coefficients = buffers.take(2 * shape.channels);
     A *scale = buffers.take(planes), *shift = buffers.take(planes);
@@ -255,15 +269,13 @@ struct ForwardStep : Step<A> {
     const bool in_moments = branch_of_batch && batch_norm && this->units.have_whole_batches();
     const auto branch = prepare_branch(branch_coefficients, branch_sums, in_moments);
     if (batch_norm)
-      this->moments(table, x, in_moments ? &branch : nullptr, nullptr, nullptr, nullptr, nullptr);
+      run_pass<MomentsPass>(args.threads, grid, x, this->feature(args.p), Feature{}, Feature{},
+                            this->v_filters.data(), this->prev_filters.data(), PlaneMeans<A>{},
+                            table, this->units, in_moments ? &branch : nullptr);
     pool_and_score(batch_norm ? &table : nullptr, x, summary);
     evaluate_cell(summary);
     this->for_channels([&](const ChannelLanes& c) {
-      if (batch_norm) {
-        const auto moments = this->moments_of_o(table, {as<A>(args.summary), planes}, c);
-        c.store(as<A>(args.mean), moments.mean());
-        c.store(as<A>(args.var), moments.variance());
-      }
+      if (batch_norm) statistics(table, summary, c);
       output_coefficients(c, scale, shift);
     });
     run_pass<StencilPass>(args.threads, grid, x, this->feature(args.p),
@@ -322,20 +334,35 @@ struct BackwardStep : Step<A> {
     A *o_scale, *offset;  // [C]
   };
 
-  // Coefficients of g = dL/do, and the gradients of the norm's weight and bias, of lam, of the
-  // scores and of the cell's output.
+  // What the planes of g = dL/do of one sample are, in some channels.
+  auto plane(PlaneTable<A> table, int64_t b, const ChannelLanes& c) const {
+    const auto covariance = [this, c, row = b * shape.channels](int f) {
+      return c.load(summary.of(kCovarianceU + f) + row);
+    };
+    return PlaneOfGradient(this->fields_of(table, b, c), covariance,
+                           static_cast<double>(shape.pixels()),
+                           this->mixture_of_planes(summary, b, c));
+  }
+
+  // Mean of o over batch and space. Not the one that was rounded to A: it is multiplied by sums of
+  // gradients over whole planes, which may be large.
+  Doubles mean_of_o(PlaneTable<A> table, const ChannelLanes& c) const {
+    Doubles sum{};
+    for (int64_t b = 0; b < shape.batch; ++b) sum += plane(table, b, c).shift();
+    return sum / static_cast<double>(shape.batch);
+  }
+
+  // Coefficients of g, and the gradients of the norm's weight and bias, of lam, of the scores and of
+  // the cell's output.
+  template <bool batch_norm>
   void channel_gradients(PlaneTable<A> table, const ChannelLanes& c, const Coefficients& to, A* da,
                          A* dd) const {
-    const bool batch_norm = args.norm == Norm::batch;
     const Doubles rstd = this->rstd(args.var, c);
-    // Not the mean that was rounded to A: it is multiplied by sums of gradients over whole planes,
-    // which may be large.
     GradientOfO<Doubles> g{this->norm_weight(c) * rstd,
-                           batch_norm ? this->moments_of_o(table, summary, c).mean()
-                                      : this->mean(args.mean, c)};
+                           batch_norm ? mean_of_o(table, c) : this->mean(args.mean, c)};
     Doubles dweight{}, dbias{}, dlam{};
     for (int64_t b = 0; b < shape.batch; ++b) {
-      const auto plane = this->plane(table, summary, b, c);
+      const auto plane = this->plane(table, b, c);
       dweight += this->drop_scale(b) * plane.with_out(g.mean);
       dbias += this->drop_scale(b) * plane.at(kG);
     }
@@ -344,14 +371,14 @@ struct BackwardStep : Step<A> {
     if (batch_norm) g.pass_norm(rstd, dweight, dbias, count);
     c.store(to.o_scale, g.slope);
     c.store(to.offset, g.level - g.slope * g.mean);
+    const Doubles lam = c.load(as<A>(args.lam));
     for (int64_t b = 0; b < shape.batch; ++b) {
       const int64_t row = b * shape.channels;
-      const auto plane = this->plane(table, summary, b, c);
       const Doubles out_scale = g.weight * this->drop_scale(b), d = c.load(summary.d + row);
-      const auto [gu, gp, ge] = plane.with_g(g, out_scale);
+      const auto [gu, gp, ge] = plane(table, b, c).template with_g<batch_norm>(g, out_scale);
       c.store(to.out_scale + row, out_scale);
       c.store(da + row, gu);
-      c.store(dd + row, args.sigmoid_gate ? plane.lam * gp * d * (1.0 - d) : plane.lam * gp);
+      c.store(dd + row, args.sigmoid_gate ? lam * gp * d * (1.0 - d) : lam * gp);
       dlam += d * gp + ge;
     }
     if (args.dnorm_weight != nullptr) c.store(as<A>(args.dnorm_weight), dweight);
@@ -421,11 +448,11 @@ struct BackwardStep : Step<A> {
     const bool branch_normed = args.branch_norm != Norm::none;
     const int64_t branch_size = branch_normed ? BranchGradients<A>::elements(shape) : 0;
     const int64_t partial_size = units.batch_units * 18 * channels;
-    const int64_t table_size = PlaneTable<A>::elements(shape);
+    const int64_t table_size = PlaneTable<A>::elements(shape, kGradientFields);
     const int64_t filter_sums = 2 * args.kernel_size * shape.batch;
     Buffers<A> buffers(table_size + branch_size + (5 + slots) * planes + partial_size +
                        4 * channels + filter_sums);
-    const PlaneTable<A> table(buffers.take(table_size), shape);
+    const PlaneTable<A> table(buffers.take(table_size), shape, kGradientFields);
     A *da = buffers.take(planes), *dd = buffers.take(planes), *out_scale = buffers.take(planes);
     A *dy = buffers.take(planes), *dpooled_p = buffers.take(planes);
     A *grad_state = buffers.take(slots * planes), *partial = buffers.take(partial_size);
@@ -446,10 +473,18 @@ struct BackwardStep : Step<A> {
                                     branch_sums,
                                     branch_sums + 2 * planes};
 
-    this->moments(table, x, nullptr, args.grad_out, args.grad_o, summary.y,
-                  this->gated() ? summary.pooled_p : nullptr);
-    this->for_channels(
-        [&](const ChannelLanes& c) { channel_gradients(table, c, to, da, dd); });
+    const bool through_norm = args.norm == Norm::batch;
+    PlaneMeans<A> means{summary.y, this->gated() ? summary.pooled_p : nullptr, nullptr, false};
+    if (through_norm)
+      means = {summary.of(kMeanU), summary.of(kMeanP), summary.of(kMeanE), true};
+    run_pass<GradientSumsPass>(args.threads, grid, x, this->feature(args.p),
+                               this->feature(args.grad_out), this->feature(args.grad_o),
+                               this->v_filters.data(), this->prev_filters.data(), means, table,
+                               units, nullptr);
+    this->for_channels([&](const ChannelLanes& c) {
+      through_norm ? channel_gradients<true>(table, c, to, da, dd)
+                   : channel_gradients<false>(table, c, to, da, dd);
+    });
     score_gradients(da, dy, buffers.take(filter_sums));
     std::fill_n(dpooled_p, planes, A(0));
     if (this->dynamic()) {
@@ -463,7 +498,6 @@ struct BackwardStep : Step<A> {
     this->transform(dy, per_pixel);
     this->transform(dpooled_p, per_pixel);
 
-    const bool through_norm = args.norm == Norm::batch;
     // Of a joined x it is read again, for dp and by the branch's norm.
     const OutFeature dx =
         args.join ? OutFeature{{args.dx, args.dtype}} : this->written_once(args.dx);

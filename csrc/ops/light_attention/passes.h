@@ -85,16 +85,26 @@ struct JoinedMeansPass {
 
 // ---- moments -----------------------------------------------------------------------------------
 
-template <class A, bool kPixelLanes>
-struct MomentsPass {
+// What is known of planes before a backward pass, arrays [B, C]: the means of u, p and e. Or, if they are
+// not `filtered`, those of x and p alone. Any but the first may be null.
+template <class A>
+struct PlaneMeans {
+  const A *u, *p, *e;
+  bool filtered;
+};
+
+// Fills the table of FeatureSum, or backward that of GradientSum.
+template <class A, bool kPixelLanes, bool kBackward>
+struct PlaneSumsPass {
   using V = Vec<A>;
   using Place = dla::DLA_ISA::Place<A, kPixelLanes>;
   using In = typename Place::In;
+  static constexpr int kSums = kBackward ? int{kGradientSums} : int{kFeatureSums};
   const Grid<A>& grid;
   InputMap<A> x;
-  Feature p, grad_out, grad_o;
+  Feature p, grad_out, grad_o;        // backward, each of the gradients may be null
   const A *v_filters, *prev_filters;  // of a FilterBank; prev_filters may be null
-  const A *x_means, *p_means;         // [B, C], what to shift by; null: not known
+  PlaneMeans<A> means;                // backward
   PlaneTable<A> table;
   const Units<A>& units;
   const BranchStatistics<A>* branch;  // what x takes in its unit before it can be formed; may be null
@@ -110,19 +120,19 @@ struct MomentsPass {
     plane.v_filter = {v_filters, group};
     if (prev_filters != nullptr) plane.e_filter = {prev_filters, group};
     plane.channels = grid.channel_mask(group);
-    std::fill_n(plane.sums, fields(), V{});
+    fill_block(plane.sums, V{});
     fill_block(plane.shift, V{});
-    const int64_t row = b * grid.shape.channels;
-    // The mean of a filtered map is, but for what falls off its edges, the filter's sum times its own.
-    if (x_means != nullptr)
-      plane.shift[0] = channel_vector(x_means + row, grid, group) * plane.v_filter.sum();
-    if (p_means == nullptr) return;
-    plane.shift[1] = channel_vector(p_means + row, grid, group);
-    if (prev_filters != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
+    if constexpr (kBackward) {
+      const auto mean = [&](const A* of) {
+        return of == nullptr ? V{} : channel_vector(of + b * grid.shape.channels, grid, group);
+      };
+      plane.shift[0] = mean(means.u), plane.shift[1] = mean(means.p), plane.shift[2] = mean(means.e);
+      if (means.filtered) return;
+      // The mean of a filtered map is, but for what falls off its edges, the filter's sum times its own.
+      plane.shift[0] *= plane.v_filter.sum();
+      if (prev_filters != nullptr) plane.shift[2] = plane.shift[1] * plane.e_filter.sum();
+    }
   }
-
-  // How many sums there are.
-  int fields() const { return grad_o ? kSums : grad_out ? kD : kG; }
 
   // The value to shift by, half way along the row.
   V inner(V v) const {
@@ -136,9 +146,9 @@ struct MomentsPass {
       block<R>(row, in, plane, plane.sums);
     } else {
       V sums[kSums];
-      std::fill_n(sums, fields(), V{});
+      fill_block(sums, V{});
       block<R>(row, in, plane, sums);
-      for (int f = 0; f < fields(); ++f) plane.sums[f] += sums[f];
+      for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
     }
   }
 
@@ -151,21 +161,24 @@ struct MomentsPass {
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
       const Taps<A> taps = grid.taps(row, R, k, plane.channels);
       const Mask<A> own = taps.own();
-      const bool begins = row == 0 && i == 0;
-      const bool take_u = begins && x_means == nullptr, take_p = begins && p_means == nullptr;
       for (const In& w : in)
         if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
       V u[R], e[R];
-      fill_block(u, V{});
-      fill_block(e, V{});
+      fill_block(u, kBackward ? -plane.shift[0] : V{});
+      fill_block(e, kBackward ? -plane.shift[2] : V{});
       stencil_block<R, A>(in[kX_], row, k, taps, v_filter, u);
       if (prev_filters != nullptr) stencil_block<R, A>(in[kP_], row, k, taps, e_filter, e);
-      if (take_u) plane.shift[0] = inner(u[R / 2]);
-      if (take_p && p) plane.shift[1] = inner(load_masked<A>(in[kP_].at(row + R / 2, k), own));
-      if (take_p) plane.shift[2] = inner(e[R / 2]);
-      features<R>(in, row, k, own, plane, u, e, sums);
-      if (grad_out) products<R>(in, in[kOut_].rows(row, k), row, k, own, plane, u, e, sums + kG);
-      if (grad_o) products<R>(in, in[kO_].rows(row, k), row, k, own, plane, u, e, sums + kD);
+      if constexpr (kBackward) {
+        if (grad_out) products<R>(in, in[kOut_].rows(row, k), row, k, own, plane, u, e, sums + kG);
+        if (grad_o) products<R>(in, in[kO_].rows(row, k), row, k, own, plane, u, e, sums + kD);
+      } else {
+        if (row == 0 && i == 0) {
+          plane.shift[0] = inner(u[R / 2]);
+          if (p) plane.shift[1] = inner(load_masked<A>(in[kP_].at(row + R / 2, k), own));
+          plane.shift[2] = inner(e[R / 2]);
+        }
+        features<R>(in, row, k, own, plane, u, e, sums);
+      }
     }
   }
 
@@ -200,7 +213,7 @@ struct MomentsPass {
     sums[kE] += of_e, sums[kEE] += ee, sums[kPE] += pe, sums[kUE] += ue;
   }
 
-  // Adds the sums of a gradient and of its products with u, p and e.
+  // Adds the sums of a gradient and of its products with the shifted u, p and e.
   template <int R>
   inline __attribute__((always_inline)) void products(const In (&in)[kInputs],
                                                       RowCursor<const A> gradient, int64_t row,
@@ -222,14 +235,13 @@ struct MomentsPass {
 
   void write(const Plane& plane, A* record) const {
     if constexpr (!kPixelLanes) {
-      for (int f = 0; f < kSums; ++f)
-        store(record + f * kLanes<A>, f < fields() ? plane.sums[f] : V{});
-      for (int f = 0; f < 3; ++f) store(record + (kShiftU + f) * kLanes<A>, plane.shift[f]);
+      for (int f = 0; f < kSums; ++f) store(record + f * kLanes<A>, plane.sums[f]);
+      for (int f = 0; f < 3; ++f) store(record + (kSums + f) * kLanes<A>, plane.shift[f]);
     } else {
-      A totals[round_up(kSums, kLanes<A>)] = {};
-      lane_sums<A>(plane.sums, fields(), totals);
+      A totals[round_up(kSums, kLanes<A>)];
+      lane_sums<A>(plane.sums, kSums, totals);
       for (int f = 0; f < kSums; ++f) record[f * kLanes<A>] = totals[f];
-      for (int f = 0; f < 3; ++f) record[(kShiftU + f) * kLanes<A>] = plane.shift[f][0];
+      for (int f = 0; f < 3; ++f) record[(kSums + f) * kLanes<A>] = plane.shift[f][0];
     }
   }
 
@@ -261,6 +273,11 @@ struct MomentsPass {
     });
   }
 };
+
+template <class A, bool kPixelLanes>
+using MomentsPass = PlaneSumsPass<A, kPixelLanes, false>;
+template <class A, bool kPixelLanes>
+using GradientSumsPass = PlaneSumsPass<A, kPixelLanes, true>;
 
 // ---- stencil -----------------------------------------------------------------------------------
 

@@ -13,15 +13,16 @@ template <class A>
 struct PlaneTable {
   static constexpr int64_t kPlanes = kLanes<A>;
   A* data;
-  int64_t groups;
+  int64_t groups, fields;
 
-  PlaneTable(A* data, const MapShape& s) : data(data), groups(ceil_div(s.channels, kPlanes)) {}
-  static int64_t elements(const MapShape& s) {
-    return s.batch * round_up(s.channels, kPlanes) * kPlaneFields;
+  PlaneTable(A* data, const MapShape& s, int64_t fields)
+      : data(data), groups(ceil_div(s.channels, kPlanes)), fields(fields) {}
+  static int64_t elements(const MapShape& s, int64_t fields) {
+    return s.batch * round_up(s.channels, kPlanes) * fields;
   }
   // Field 0 of channel c; the next field is kPlanes elements on.
   A* record(int64_t b, int64_t c) const {
-    return data + (b * groups + c / kPlanes) * kPlaneFields * kPlanes + c % kPlanes;
+    return data + (b * groups + c / kPlanes) * fields * kPlanes + c % kPlanes;
   }
 };
 
