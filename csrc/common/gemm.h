@@ -132,11 +132,34 @@ inline void multiply_columns(Size rows, Size columns, Size depth, Strided<A> a, 
                                          static_cast<int>(columns - j));
 }
 
+// c[m] += sum over k of a[m * stride + k] b[k]: a column, and neighbours in memory are multiplied.
+template <class A>
+[[gnu::noinline]] void multiply_add_column(Size rows, Size depth, const A* a, Size stride,
+                                           const A* b, A* c) {
+  constexpr Size lanes = kLanes<A>;
+  for (Size m = 0; m < rows; m += lanes) {
+    const Size count = std::min(lanes, rows - m);
+    Vec<A> sums[lanes] = {};
+    for_vectors<A>(depth, [&](Size k, int n) {
+      const Vec<A> column = load_n(b + k, n);
+#pragma GCC unroll 16
+      for (Size i = 0; i < lanes; ++i)  // where there are fewer rows, the last of them again
+        sums[i] += load_n(a + (m + std::min(i, count - 1)) * stride + k, n) * column;
+    });
+    A totals[lanes];
+    lane_sums<A>(sums, lanes, totals);
+    const int n = static_cast<int>(count);
+    store_n(c + m, load_n(c + m, n) + load(totals), n);
+  }
+}
+
 // c[m][j] += sum over k of a(m, k) b[k][j], m < rows, j < columns, k < depth. One copy per type:
 // inlined at every use it would fill the instruction cache and the compiler's time.
 template <class A>
 [[gnu::noinline]] void multiply_add(Size rows, Size columns, Size depth, Strided<A> a, const A* b,
                                     Size b_stride, A* c, Size c_stride) {
+  if (columns == 1 && a.column == 1 && b_stride == 1)
+    return multiply_add_column(rows, depth, a.data, a.row, b, c);
   constexpr Size max_depth = 256;  // a block of b, two vectors wide, stays in the L1 cache
   for (Size k = 0; k < depth; k += max_depth) {
     const Size block = std::min(max_depth, depth - k);

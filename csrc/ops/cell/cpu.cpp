@@ -15,7 +15,7 @@ void cell_forward(const CellWeights<A>& cell, const CellInputs<A>& in, A* out, b
   with_tail(cell.kind, [&](auto tail) {
     using Tail = decltype(tail);
     thread_local Workspace workspace;
-    const Evaluation<A> evaluation(cell, Tail::layout, in, workspace);
+    const Evaluation<A> evaluation(cell, Tail::layout, in, workspace, true);
     const auto block = [&](Size group, Size c, Size n) {
       thread_local Scratch scratch;
       const TailBlock<Tail, A> block(scratch, evaluation.groups.width);
@@ -39,7 +39,7 @@ void cell_backward(const CellWeights<A>& cell, const CellInputs<A>& in, const A*
   with_tail(cell.kind, [&](auto tail) {
     using Tail = decltype(tail);
     thread_local Workspace workspace;
-    Evaluation<A> evaluation(cell, Tail::layout, in, workspace);
+    Evaluation<A> evaluation(cell, Tail::layout, in, workspace, false);
     evaluation.keep_rows(workspace);
     const CellGradients<A> to{grad_y, grad_state, grad_params, fresh_params};
     Gradients<A>(evaluation, grad_out, output_only, to, workspace).template run<Tail>(threads);

@@ -45,12 +45,12 @@ auto stage_of_sets(Size sets, Size n, Size block, const Body& body) {
                }};
 }
 
-// Stages that each need the whole of the one before, but only its own group of rows. If the groups
+// Stages that each need the whole of the one before, but only its own group of rows. If `large` groups
 // can be shared out evenly, a thread takes a group through all stages and finds it in its cache.
 // Else the threads share out every stage, blocks before groups: so they share out the weights.
 template <class... Bodies>
-void run_stages(int threads, Size groups, const Stage<Bodies>&... stages) {
-  if (groups % threads == 0 || groups >= 4 * threads) {
+void run_stages(int threads, Size groups, bool large, const Stage<Bodies>&... stages) {
+  if (large && (groups % threads == 0 || groups >= 4 * threads)) {
     parallel_for(threads, groups, [&](Size group) {
       const auto run = [group](const auto& stage) {
         for (Size task = 0; task < stage.tasks(); ++task) stage.run(group, task);
@@ -74,9 +74,10 @@ class Evaluation {
   const CellInputs<A>& in;
   const Groups<A> groups;
 
+  // Of a `forward` step nothing is kept for a backward pass.
   Evaluation(const CellWeights<A>& cell, const CellLayout& layout, const CellInputs<A>& in,
-             Workspace& workspace)
-      : cell(cell), layout(layout), in(in), groups(in.batch) {
+             Workspace& workspace, bool forward)
+      : cell(cell), layout(layout), in(in), groups(in.batch, forward) {
     for (int source = kInput; source <= kSlot0 + layout.slots - 1; ++source)
       inputs_[source] = panels(workspace.inputs[source], channels());
     if (layout.reads(kNormalised))
@@ -98,7 +99,7 @@ class Evaluation {
   // The stages before the gates and any that follow.
   template <class... Bodies>
   void run(int threads, const Stage<Bodies>&... following) const {
-    run_stages(threads, groups.count,
+    run_stages(threads, groups.count, !groups.single(),
                Stage{channels(), kChannels,
                      [this](Size group, Size c, Size n) { pack_inputs(group, c, n); }},
                stage_of_sets(layout.branches, hidden_units(), kUnits,
@@ -137,12 +138,13 @@ class Evaluation {
     return {kept.data, kept.stride, kept.count};
   }
   const A* param(int index) const { return cell.params[index]; }
-  Size size(Size n) const { return n * groups.width; }
+  Size size(Size n) const { return groups.size(n); }
   const A* input(Source source, Size group, Size c) const { return inputs_[source].of(group, c); }
   const A* hidden(int b, Size group, Size unit) const { return hidden_[b].of(group, unit); }
 
   Panels<A> panels(Scratch& scratch, Size n) const {
-    return {scratch.reserve<A>(groups.count * size(n)), n, groups.width};
+    n = round_up(n, groups.lanes);
+    return {scratch.reserve<A>(groups.count * n * groups.width), n, groups.width};
   }
 
   // Rows of a group of y, of a slot of the state, or of what keep_rows() kept.
@@ -163,6 +165,8 @@ class Evaluation {
  private:
   template <class Value>
   void fill(Size n, const Value& value, A* panel) const {
+    for (Size i = 0; i < n && groups.single(); ++i) panel[i] = value(i);
+    if (groups.single()) return;
     for (Size i = 0; i < n; ++i) {
       const Vec<A> row = splat<A>(value(i));
       for (Size lane = 0; lane < groups.width; lane += kLanes<A>)

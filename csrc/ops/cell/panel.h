@@ -2,6 +2,8 @@
 // group of rows of the batch as [n][width]: every lane is a row. Weights are then broadcast just as
 // they lie in memory, forward or transposed, nothing is summed across lanes, and no number of
 // channels leaves a remainder. Lanes without a row hold zeros, or what is computed from zeros.
+// Of few rows, most lanes would be such. Forward, a row then is a group of its own, of width 1: weights
+// are multiplied where they lie and summed across lanes.
 #pragma once
 
 #include <algorithm>
@@ -15,20 +17,24 @@ namespace dla::DLA_ISA::cell_detail {
 template <class A>
 struct Groups {
   static constexpr Size lanes = kLanes<A>;
+  static constexpr Size kFewRows = lanes / 4;
   Size rows, width, count;
 
-  explicit Groups(Size rows)
+  Groups(Size rows, bool forward)
       : rows(rows),
-        width(rows <= lanes ? lanes : 2 * lanes),
+        width(forward && rows <= kFewRows ? 1 : rows <= lanes ? lanes : 2 * lanes),
         count(ceil_div(rows, width)) {}
 
+  bool single() const { return width == 1; }
   Size first_row(Size group) const { return group * width; }
   Size rows_in(Size group) const { return std::min(width, rows - first_row(group)); }
   // Whole vectors that hold rows.
-  Size columns(Size group) const { return round_up(rows_in(group), lanes); }
+  Size columns(Size group) const { return single() ? 1 : round_up(rows_in(group), lanes); }
+  // Elements of n values of a group: whole vectors.
+  Size size(Size n) const { return round_up(n * width, lanes); }
 };
 
-// Panels of all groups, for n values per row.
+// Panels of all groups, for n values per row and whole vectors.
 template <class A>
 struct Panels {
   A* data;
@@ -60,6 +66,7 @@ inline void for_squares(Size width, Size count, Size n, const Body& body) {
 
 template <class A>
 [[gnu::noinline]] void pack(Rows<const A> rows, Size n, Size width, A* panel) {
+  if (width == 1) return static_cast<void>(std::copy_n(rows.data, n, panel));
   for_squares<A>(width, rows.count, n, [&](Size row, Size column, int height, int columns) {
     Vec<A> square[kLanes<A>];
     const A* from = rows.data + row * rows.stride + column;
@@ -77,6 +84,7 @@ template <class A>
 // The other way: rows = panel, or rows += panel.
 template <bool add, class A>
 [[gnu::noinline]] void unpack(const A* panel, Size n, Size width, Rows<A> rows) {
+  if (!add && width == 1) return static_cast<void>(std::copy_n(panel, n, rows.data));
   for_squares<A>(width, rows.count, n, [&](Size row, Size column, int height, int columns) {
     Vec<A> square[kLanes<A>];
     for (int i = 0; i < kLanes<A>; ++i)
