@@ -13,7 +13,6 @@ from torch import Tensor
 from dla_kernels.ops import triton_tuning
 from dla_kernels.ops.cell import triton as cell_triton
 from dla_kernels.ops.common import (
-    compute_dtype,
     contiguous,
     dense,
     dense_format,
@@ -21,10 +20,10 @@ from dla_kernels.ops.common import (
     without_autocast,
 )
 from dla_kernels.ops.differentiate import differentiate
-from dla_kernels.ops.light_attention.reference import scores_of
+from dla_kernels.ops.light_attention.reference import scores_of, summary_size
 from dla_kernels.ops.light_attention.triton_kernels import (
     FIELDS,
-    P0,
+    GRADIENT_FIELDS,
     Gradients,
     Inputs,
     Mixture,
@@ -167,9 +166,9 @@ def forward(
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     gated = p is not None and cell != STATIC
     if norm == "batch":
-        found = _moments(inputs, Gradients(None, None))
+        found = _moments(inputs, None, state.new_zeros(3, batch, channels), KNOWN=False)
         y = found.sums[X.value] / area
-        pooled_p = found.sums[P0.value] + found.sums[P.value] / area if gated else None
+        pooled_p = found.shifts[1] + found.sums[P.value] / area if gated else None
     else:
         y, pooled_p = _means(inputs, gated)
     with without_autocast(x):
@@ -177,15 +176,17 @@ def forward(
     step = _Cell(cell, activation, gate, context, cell_params)
     new_state, d = step.forward(y, pooled_p, state)
     pooled_p = torch.zeros_like(y) if pooled_p is None else pooled_p
-    summary = torch.stack([y, pooled_p, attention, torch.ones_like(y) if d is None else d])
-    mixture = Mixture(*summary[2:], lam.contiguous())
+    d = torch.ones_like(y) if d is None else d
+    summary = state.new_empty(summary_size(norm), batch, channels)
+    torch.stack([y, pooled_p, attention, d], out=summary[:4])
+    mixture = Mixture(*summary[2:4], lam.contiguous())
     mean, var = state.new_empty(0), state.new_empty(0)
     if norm == "batch":
         mean, var = state.new_empty(channels), state.new_empty(channels)
         launch(
             statistics_kernel,
             (triton.cdiv(channels, FOLD["CHANNELS"]),),
-            *(found, mixture, mean, var, batch, channels, area),
+            *(found, mixture, mean, var, summary[4:], batch, channels, area),
             **FOLD,
         )
     used = (mean_in, var_in) if norm == "running" else (mean, var)
@@ -246,10 +247,11 @@ def backward(
     branch = _branch(branch_norm, branch_mean, branch_var, branch_weight, branch_bias, branch_eps)
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     arriving = Gradients(grad_out, grad_o)
-    y, pooled_p, a, d = summary.contiguous()
+    summary = summary.contiguous()
+    y, pooled_p, a, d = summary[:4]
     mixture = Mixture(a, d, lam.contiguous())
     end = ending(norm, mean, var, norm_weight, norm_bias, drop_scale)
-    found = _channel_gradients(inputs, arriving, mixture, end, eps, norm == "batch")
+    found = _channel_gradients(inputs, arriving, mixture, end, eps, summary[4:])
     da, dd, dlam, dnorm_weight, dnorm_bias, rule = found
 
     dy, dq, dk = differentiate(
@@ -335,22 +337,26 @@ def _inputs(
     return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
 
 
-def _moments(inputs: Inputs, gradients: Gradients) -> Moments:
-    """The numbers of all planes."""
+def _moments(
+    inputs: Inputs, gradients: Gradients | None, shifts: Tensor, *, KNOWN: bool
+) -> Moments:
+    """The numbers of all planes: forward, or with gradients. See `moments_kernel`."""
     x = inputs.x
     batch, channels, height, width = x.shape
     plan = tiles(x, summing=True, size=STENCIL)
-    dtype = compute_dtype(x.dtype)
-    sums = x.new_zeros((FIELDS.value, batch, channels, plan.chunks), dtype=dtype)
-    size = Size(channels, height, width)
+    fields = FIELDS if gradients is None else GRADIENT_FIELDS
+    found = Moments(
+        shifts.new_zeros(fields, batch, channels, plan.chunks), shifts, batch * channels
+    )
     launch_tiles(
         plan,
         moments_kernel,
-        *(inputs, gradients, sums, sums.stride(0), size),
+        *(inputs, gradients, found, Size(channels, height, width)),
+        KNOWN=KNOWN,
         maxnreg=REGISTERS,
     )
-    (sums,) = finish([sums.view(FIELDS.value * batch, channels, plan.chunks)])
-    return Moments(sums.view(FIELDS.value, batch, channels), batch * channels)
+    (sums,) = finish([found.sums.view(fields * batch, channels, plan.chunks)])
+    return found._replace(sums=sums.view(fields, batch, channels))
 
 
 def _means(inputs: Inputs, gated: bool) -> tuple[Tensor, Tensor | None]:
@@ -373,19 +379,27 @@ def _channel_gradients(
     mixture: Mixture,
     end: Ending,
     eps: float,
-    through_norm: bool,
+    known: Tensor,
 ) -> tuple[Tensor | Rule, ...]:
-    """Gradients of a, d [B, C], of lam and of the norm's weight and bias [C]; what g is made by."""
+    """Gradients of a, d [B, C], of lam and of the norm's weight and bias [C]; what g is made by.
+
+    known: [6, B, C], the means and covariances of a step whose norm took statistics of the batch;
+    else empty.
+    """
     batch, channels, height, width = inputs.x.shape
+    through_norm = len(known) > 0
+    shifts, covariances = mixture.a.new_zeros(3, batch, channels), None
+    if through_norm:
+        shifts, covariances = known.split(3)
+    found = _moments(inputs, arriving, shifts, KNOWN=through_norm)
     of_planes = mixture.a.new_empty(3, batch, channels)
     of_channels = mixture.a.new_empty(6, channels)
     launch(
         channel_gradients_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(_moments(inputs, arriving), mixture, end, of_planes, of_channels),
+        *(found, covariances, mixture, end, of_planes, of_channels),
         *(batch, channels, height * width),
         EPS=eps,
-        THROUGH_NORM=through_norm,
         maxnreg=GRADIENTS_REGISTERS,
         **FOLD,
     )

@@ -2,9 +2,10 @@
 
 With u = DW_v(x) and e = DW_prev(p), both formed wherever they are needed and never stored:
 
-    moments             per plane: sums of x, u, p, e, of their products with each other and with
-                        the gradients that arrive
-    statistics          mean and variance of o = a u + lam (d p + e) from these
+    moments             per plane: sums of x, u, p, e and of products of the last three; backward
+                        of the gradients that arrive and of their products with u, p, e
+    statistics          mean and variance of o = a u + lam (d p + e) from these; for backward, per
+                        plane, means of u, p, e and covariances with o
     output              out = [x +] drop_scale * norm(o)
     channel gradients   of norm, lam, a and d, from the moments
     gradients           g = dL/do, and from it dx, dp and the correlations that are the filters'
@@ -69,9 +70,13 @@ class Mixture(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What `moments_kernel` leaves, its chunks added up: [FIELDS, B, C]."""
+    """What `moments_kernel` leaves: sums [fields, B, C, chunks] of u, p, e less shifts [3, B, C].
+
+    Later the sums are [fields, B, C]: chunks added up.
+    """
 
     sums: Any
+    shifts: Any
     planes: int  # B * C
 
 
@@ -87,13 +92,12 @@ class Rule(NamedTuple):
     level: Any
 
 
-# Numbers of a plane that `moments_kernel` leaves: sums of x; of u, p, e; of their products with
-# each other; of the gradient of out and its products with u, p, e; likewise of that of o. All u, p
-# and e are less their values at the middle pixel, which come last.
-FIELDS = tl.constexpr(21)
-X, U, P, E, UU, UP, UE, PP, PE, EE, G, GU, GP, GE, D, DU, DP, DE, U0, P0, E0 = (
-    tl.constexpr(i) for i in range(FIELDS.value)
-)
+# Sums over a plane, forward: x; u, p, e; their products with each other.
+FIELDS = 10
+X, U, P, E, UU, UP, UE, PP, PE, EE = (tl.constexpr(i) for i in range(FIELDS))
+# Backward: the gradient of out and its products with u, p, e; likewise that of o.
+GRADIENT_FIELDS = 8
+G, GU, GP, GE, D, DU, DP, DE = (tl.constexpr(i) for i in range(GRADIENT_FIELDS))
 
 # --- maps -----------------------------------------------------------------------------------------
 
@@ -182,32 +186,37 @@ def means_kernel(
 @triton.jit
 def fields(count: tl.constexpr, gradients):
     """The fields of `terms`, in the same order, where ``count`` of u, p and e are there."""
-    found = (X,)
-    for i in tl.static_range(count):
-        found = found + (U + i,)
-    for i in tl.static_range(count):
-        for j in tl.static_range(i, count):
-            found = found + (UU + i * (5 - i) // 2 + j,)
-    if gradients.out is not None:
+    found = ()
+    if gradients is None:
         for i in tl.static_range(count + 1):
-            found = found + (G + i,)
-    if gradients.o is not None:
-        for i in tl.static_range(count + 1):
-            found = found + (D + i,)
+            found = found + (X + i,)
+        for i in tl.static_range(count):
+            for j in tl.static_range(i, count):
+                found = found + (UU + i * (5 - i) // 2 + j,)
+    else:
+        if gradients.out is not None:
+            for i in tl.static_range(count + 1):
+                found = found + (G + i,)
+        if gradients.o is not None:
+            for i in tl.static_range(count + 1):
+                found = found + (D + i,)
     return found
 
 
 @triton.jit
 def terms(x, values, gradients, offset, inside):
     """What is summed up over the pixels of planes."""
-    found = (x,) + values
-    for i in tl.static_range(len(values)):
-        for j in tl.static_range(i, len(values)):
-            found = found + (values[i] * values[j],)
-    if gradients.out is not None:
-        found = found + with_gradient(gradients.out + offset, inside, values)
-    if gradients.o is not None:
-        found = found + with_gradient(gradients.o + offset, inside, values)
+    found = ()
+    if gradients is None:
+        found = (x,) + values
+        for i in tl.static_range(len(values)):
+            for j in tl.static_range(i, len(values)):
+                found = found + (values[i] * values[j],)
+    else:
+        if gradients.out is not None:
+            found = found + with_gradient(gradients.out + offset, inside, values)
+        if gradients.o is not None:
+            found = found + with_gradient(gradients.o + offset, inside, values)
     return found
 
 
@@ -222,44 +231,68 @@ def with_gradient(at, inside, values):
 
 
 @triton.jit
-def deviations(values, centres, inside):
-    """The values less their centres; zeros outside."""
+def deviations(values, shifts, inside):
+    """The values less their shifts; zeros outside."""
     found = ()
     for i in tl.static_range(len(values)):
-        found = found + (tl.where(inside, values[i] - centres[i], 0.0),)
+        found = found + (tl.where(inside, values[i] - shifts[i], 0.0),)
     return found
 
 
 @triton.jit
-def moments_kernel(
-    inputs, gradients, sums, stride, size, cut,
-):  # fmt: skip
-    """sums[field, plane, chunk] for one chunk of planes; ``stride`` is that of a field."""
-    first, row, exists, slot, pixels = place(cut)
-    channel = row % size.channels
-    step = step_of(cut)
+def middle_values(inputs, moments, first, row, exists, pixels, size, cut):
+    """Shifts of as many of u, p, e as there are: their values at the middle pixel. Stores them.
+
+    All chunks of a plane subtract the same, so that their sums can be added. A value inside the
+    map is close enough to the mean: float32 squares of large numbers would lose the variance.
+    """
     begin = cut.area - pixels
-    # All chunks of a plane subtract the same, so that their sums can be added. A value inside the
-    # map is close enough to the mean: float32 squares of large numbers would lose the variance.
     middle = tl.full((1, 1), cut.area // 2, tl.int32)
     planes, area = aligned(cut)
     at = offsets(cut, middle - begin, planes, area)
-    _, centres = features(inputs, first, at, exists[:, None], middle, channel, exists, size, step)
-    of: tl.constexpr = fields(len(centres), gradients)
-    totals = zeros(len(of), cut, centres[0].dtype)
+    channel = row % size.channels
+    _, found = features(
+        inputs, first, at, exists[:, None], middle, channel, exists, size, step_of(cut)
+    )
+    if begin == 0:
+        for i in tl.static_range(len(found)):
+            to = moments.shifts + tl.cast(moments.planes, tl.int64) * i + row
+            tl.store(to, tl.sum(found[i], axis=1), exists)
+    return found
+
+
+@triton.jit
+def known_values(count: tl.constexpr, moments, row, exists):
+    """The first shifts, from memory."""
+    found = ()
+    for i in tl.static_range(count):
+        of_map = moments.shifts + tl.cast(moments.planes, tl.int64) * i
+        found = found + (per_plane(of_map, row, exists),)
+    return found
+
+
+@triton.jit
+def moments_kernel(inputs, gradients, moments, size, cut, KNOWN: tl.constexpr):
+    """Sums over one chunk of planes; and shifts, unless these are KNOWN."""
+    first, row, exists, slot, pixels = place(cut)
+    channel = row % size.channels
+    step = step_of(cut)
+    count: tl.constexpr = (inputs.p is not None) + (inputs.prev_weight is not None) + 1
+    if KNOWN:
+        shifts = known_values(count, moments, row, exists)
+    else:
+        shifts = middle_values(inputs, moments, first, row, exists, pixels, size, cut)
+    of: tl.constexpr = fields(count, gradients)
+    totals = zeros(len(of), cut, moments.sums.dtype.element_ty)
     for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
         offset, inside = tile(cut, start, pixels, exists)
         pixel = in_plane(cut, start, pixels)
         x, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
-        values = deviations(values, centres, inside)
+        values = deviations(values, shifts, inside)
         totals = added(totals, terms(x, values, gradients, first + offset, inside))
-    stride = tl.cast(stride, tl.int64)
+    stride = tl.cast(moments.planes, tl.int64) * tl.cdiv(cut.area, cut.CHUNK)
     for i in tl.static_range(len(of)):
-        tl.store(sums + stride * of[i] + slot, tl.sum(totals[i], axis=1), exists)
-    # They are added up over chunks as all the others.
-    for i in tl.static_range(len(centres)):
-        centre = tl.where(begin == 0, tl.sum(centres[i], axis=1), 0.0)
-        tl.store(sums + stride * (U0 + i) + slot, centre, exists)
+        tl.store(moments.sums + stride * of[i] + slot, tl.sum(totals[i], axis=1), exists)
 
 
 # --- between the passes: [B, C] -------------------------------------------------------------------
@@ -275,9 +308,9 @@ def double(values, index, inside, missing: tl.constexpr = 0.0):
 
 
 @triton.jit
-def of_field(moments, field: tl.constexpr, index, inside):
-    """One number of each plane."""
-    return double(moments.sums + tl.cast(moments.planes, tl.int64) * field, index, inside)
+def of_field(values, planes, field: tl.constexpr, index, inside):
+    """One of arrays [B, C], whose size is ``planes``."""
+    return double(values + tl.cast(planes, tl.int64) * field, index, inside)
 
 
 @triton.jit
@@ -288,11 +321,13 @@ def coefficients(mixture, index, channel, inside):
 
 
 @triton.jit
-def mix(moments, u: tl.constexpr, p: tl.constexpr, e: tl.constexpr, index, inside, k):
+def mix(
+    values, planes, u: tl.constexpr, p: tl.constexpr, e: tl.constexpr, index, inside, k
+):  # fmt: skip
     """The same of o as three fields are of u, p and e."""
-    of_u = of_field(moments, u, index, inside)
-    of_p = of_field(moments, p, index, inside)
-    return k[0] * of_u + k[1] * of_p + k[2] * of_field(moments, e, index, inside)
+    of_u = of_field(values, planes, u, index, inside)
+    of_p = of_field(values, planes, p, index, inside)
+    return k[0] * of_u + k[1] * of_p + k[2] * of_field(values, planes, e, index, inside)
 
 
 @triton.jit
@@ -304,35 +339,44 @@ def block(start, batch, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def mean_of(moments, mixture, batch, channels, area, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean [CHANNELS] of o over batch and space."""
-    total = tl.zeros((ROWS, CHANNELS), tl.float64)
-    for start in range(0, batch, ROWS):
-        index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
-        k = coefficients(mixture, index, channel, inside)
-        total += mix(moments, U0, P0, E0, index, inside, k)
-        total += mix(moments, U, P, E, index, inside, k) / area
-    return tl.sum(total, axis=0) / batch
-
-
-@triton.jit
 def statistics_kernel(
-    moments, mixture, mean, var, batch, channels, area, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Mean and biased variance of o, for some channels."""
-    middle = mean_of(moments, mixture, batch, channels, area, ROWS, CHANNELS)
+    moments, mixture, mean, var, of_planes, batch, channels, area,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of o, for some channels.
+
+    of_planes [6, B, C], for backward: means of u, p and e, and their covariances with o.
+    """
+    sums, shifts, planes = moments
     total = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        square = k[0] * mix(moments, UU, UP, UE, index, inside, k)
-        square += k[1] * mix(moments, UP, PP, PE, index, inside, k)
-        square += k[2] * mix(moments, UE, PE, EE, index, inside, k)
-        alone = mix(moments, U, P, E, index, inside, k)
-        centred = square - alone * alone / area
-        mean_of_plane = mix(moments, U0, P0, E0, index, inside, k) + alone / area
-        deviation = mean_of_plane - middle[None, :]
-        spread = tl.where(centred > 0, centred, 0.0) + deviation * deviation * area
+        total += mix(shifts, planes, 0, 1, 2, index, inside, k)
+        total += mix(sums, planes, U, P, E, index, inside, k) / area
+    middle = tl.sum(total, axis=0) / batch
+    total = tl.zeros((ROWS, CHANNELS), tl.float64)
+    for start in range(0, batch, ROWS):
+        index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
+        k = coefficients(mixture, index, channel, inside)
+        mean_of_o = mix(sums, planes, U, P, E, index, inside, k) / area
+        products = (
+            mix(sums, planes, UU, UP, UE, index, inside, k),
+            mix(sums, planes, UP, PP, PE, index, inside, k),
+            mix(sums, planes, UE, PE, EE, index, inside, k),
+        )
+        square = tl.zeros((ROWS, CHANNELS), tl.float64)
+        for i in tl.static_range(3):
+            of_f = of_field(sums, planes, U + i, index, inside)
+            product = products[i] - of_f * mean_of_o
+            square += k[i] * product
+            to = of_planes + tl.cast(planes, tl.int64) * i + index
+            mean_of_f = of_field(shifts, planes, i, index, inside) + of_f / area
+            tl.store(to, mean_of_f.to(of_planes.dtype.element_ty), inside)
+            to += tl.cast(planes, tl.int64) * 3
+            tl.store(to, (product / area).to(of_planes.dtype.element_ty), inside)
+        deviation = mix(shifts, planes, 0, 1, 2, index, inside, k) + mean_of_o - middle[None, :]
+        spread = tl.where(square > 0, square, 0.0) + deviation * deviation * area
         total += tl.where(inside, spread, 0.0)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(mean + channel, middle.to(mean.dtype.element_ty), channel < channels)
@@ -342,79 +386,74 @@ def statistics_kernel(
 
 @triton.jit
 def channel_gradients_kernel(
-    moments, mixture, end, of_planes, of_channels, batch, channels, area,
-    EPS: tl.constexpr, THROUGH_NORM: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    moments, covariances, mixture, end, of_planes, of_channels, batch, channels, area,
+    EPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """What follows from the moments of G = dL/dout, for some channels.
 
-    of_planes [3, B, C]: da, dd and the factor of the `Rule`. of_channels [6, C]: gradients of lam
-    and of the norm's weight and bias; mean, slope and level of the `Rule`.
+    covariances: [3, B, C], of u, p and e with o, if the gradient passes statistics of the batch
+    (the shifts then are means of planes), else None. of_planes [3, B, C]: da, dd and the factor of
+    the `Rule`. of_channels [6, C]: gradients of lam and of the norm's weight and bias; mean, slope
+    and level of the `Rule`.
     """
+    sums, shifts, planes = moments
     line = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = line < channels
-    middle = double(end.mean, line, exists)
-    if THROUGH_NORM:
-        # Not the one that was rounded: it is multiplied by sums of gradients over whole planes.
-        middle = mean_of(moments, mixture, batch, channels, area, ROWS, CHANNELS)
     rstd = tl.full((CHANNELS,), 1.0, tl.float64)
     if end.var is not None:
         rstd = 1.0 / tl.sqrt(double(end.var, line, exists) + EPS)
     weight = rstd * double(end.weight, line, exists, 1.0)
+    total = tl.zeros((ROWS, CHANNELS), tl.float64)
     dweight = tl.zeros((ROWS, CHANNELS), tl.float64)
     dbias = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        centre = mix(moments, U0, P0, E0, index, inside, k) - middle[None, :]
+        shift = mix(shifts, planes, 0, 1, 2, index, inside, k)
         scale = double(end.drop_scale, index // channels, inside, 1.0)
-        alone = of_field(moments, G, index, inside)
+        alone = of_field(sums, planes, G, index, inside)
+        total += shift
         dbias += scale * alone
-        dweight += scale * (mix(moments, GU, GP, GE, index, inside, k) + centre * alone)
+        dweight += scale * (mix(sums, planes, GU, GP, GE, index, inside, k) + shift * alone)
+    middle = double(end.mean, line, exists)
+    if covariances is not None:
+        # Not the one that was rounded: it is multiplied by sums of gradients over whole planes.
+        middle = tl.sum(total, axis=0) / batch
     dbias = tl.sum(dbias, axis=0)
-    dweight = tl.sum(dweight, axis=0) * rstd
+    dweight = (tl.sum(dweight, axis=0) - middle * dbias) * rstd
     slope = tl.zeros((CHANNELS,), tl.float64)
     level = tl.zeros((CHANNELS,), tl.float64)
-    if THROUGH_NORM:
+    if covariances is not None:
         slope = -weight * rstd * dweight / batch / area
         level = -weight * dbias / batch / area
     dlam = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
         index, channel, inside = block(start, batch, channels, ROWS, CHANNELS)
         k = coefficients(mixture, index, channel, inside)
-        centre = mix(moments, U0, P0, E0, index, inside, k) - middle[None, :]
         factor = weight[None, :] * double(end.drop_scale, index // channels, inside, 1.0)
-        # Sums over the plane of g and of g f for f = u, p, e.
-        alone = mix(moments, U, P, E, index, inside, k) + centre * area
-        g = factor * of_field(moments, G, index, inside) + slope[None, :] * alone
-        g += level[None, :] * area + of_field(moments, D, index, inside)
-        known = (moments, g, factor, slope, level, centre, index, inside, k)
-        gu = with_g(U, U0, UU, UP, UE, GU, DU, known)
-        gp = with_g(P, P0, UP, PP, PE, GP, DP, known)
-        ge = with_g(E, E0, UE, PE, EE, GE, DE, known)
-        dlam += double(mixture.d, index, inside) * gp + ge
-        found = (gu, k[2] * gp, factor)
+        # Sums over the plane of g, and of g f for f = u, p, e.
+        shift = mix(shifts, planes, 0, 1, 2, index, inside, k)
+        alone = factor * of_field(sums, planes, G, index, inside)
+        alone += of_field(sums, planes, D, index, inside)
+        alone += area * (slope[None, :] * (shift - middle[None, :]) + level[None, :])
+        products = ()
+        for i in tl.static_range(3):
+            product = factor * of_field(sums, planes, GU + i, index, inside)
+            product += of_field(sums, planes, DU + i, index, inside)
+            product += of_field(shifts, planes, i, index, inside) * alone
+            if covariances is not None:
+                covariance = of_field(covariances, planes, i, index, inside)
+                product += area * slope[None, :] * covariance
+            products = products + (product,)
+        dlam += double(mixture.d, index, inside) * products[1] + products[2]
+        found = (products[0], k[2] * products[1], factor)
         for i in tl.static_range(3):
             value = found[i].to(of_planes.dtype.element_ty)
-            tl.store(of_planes + tl.cast(moments.planes, tl.int64) * i + index, value, inside)
+            tl.store(of_planes + tl.cast(planes, tl.int64) * i + index, value, inside)
     found = (tl.sum(dlam, axis=0), dweight, dbias, middle, slope, level)
     for i in tl.static_range(6):
         value = found[i].to(of_channels.dtype.element_ty)
         tl.store(of_channels + i * channels + line, value, exists)
-
-
-@triton.jit
-def with_g(
-    alone: tl.constexpr, shift: tl.constexpr, with_u: tl.constexpr, with_p: tl.constexpr,
-    with_e: tl.constexpr, with_out: tl.constexpr, with_o: tl.constexpr, known,
-):  # fmt: skip
-    """Sum over each plane of g f, from the fields of f = u, p or e."""
-    moments, g, factor, slope, level, centre, index, inside, k = known
-    of_f = of_field(moments, alone, index, inside)
-    found = factor * of_field(moments, with_out, index, inside)
-    o = mix(moments, with_u, with_p, with_e, index, inside, k) + centre * of_f
-    found += slope[None, :] * o + level[None, :] * of_f
-    found += of_field(moments, with_o, index, inside)
-    return found + of_field(moments, shift, index, inside) * g
 
 
 # --- output ---------------------------------------------------------------------------------------
