@@ -270,7 +270,7 @@ def _register_autograd(
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
-    # As function.apply does it where no transform of torch.func is active; unasked, in half the time.
+    # What function.apply does where no transform of torch.func is active, in half the time.
     apply_plainly = super(torch.autograd.Function, function).apply
 
     def autograd(keyset: Any, *args: Any) -> Any:

@@ -138,7 +138,7 @@ struct ForwardStep : Step<A> {
 
   const LightAttentionForward& args;
   const int64_t whole_batch;  // that state, new_state and summary are of; shape.batch or more
-  const bool fetches_next;    // whether as many samples follow that come from memory
+  const bool fetches_next;    // whether more samples follow, likely from memory
 
   ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool fetches_next)
       : Step<A>(args), args(args), whole_batch(whole_batch), fetches_next(fetches_next) {}
@@ -519,11 +519,10 @@ void light_attention_forward(const LightAttentionForward& args) {
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     const int64_t step = samples_at_a_time(args);
-    const bool in_memory = args.batch * sample_bytes(args) > 32 << 20;  // not in a cache
     for (int64_t first = 0; first < args.batch; first += step) {
       const int64_t count = std::min(step, args.batch - first);
       const LightAttentionForward part = samples<A>(args, first, count);
-      ForwardStep<A>(part, args.batch, in_memory && first + count < args.batch).run();
+      ForwardStep<A>(part, args.batch, first + count < args.batch).run();
     }
   });
 }
