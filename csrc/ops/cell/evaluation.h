@@ -77,7 +77,7 @@ class Evaluation {
   // Of a `forward` step nothing is kept for a backward pass.
   Evaluation(const CellWeights<A>& cell, const CellLayout& layout, const CellInputs<A>& in,
              Workspace& workspace, bool forward)
-      : cell(cell), layout(layout), in(in), groups(in.batch, forward) {
+      : cell(cell), layout(layout), in(in), groups(in.batch, forward && are_few(in)) {
     for (int source = kInput; source <= kSlot0 + layout.slots - 1; ++source)
       inputs_[source] = panels(workspace.inputs[source], channels());
     if (layout.reads(kNormalised))
@@ -85,6 +85,10 @@ class Evaluation {
     if (!layout.has_hidden()) return;
     for (int b = 0; b < layout.branches; ++b)
       hidden_[b] = panels(workspace.hidden[b], cell.hidden);
+  }
+
+  static bool are_few(const CellInputs<A>& in) {
+    return in.small_parts || in.slot_rows <= kLanes<A> / 4;
   }
 
   // The backward pass also wants the inputs of its layers as rows.

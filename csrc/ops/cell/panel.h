@@ -17,12 +17,11 @@ namespace dla::DLA_ISA::cell_detail {
 template <class A>
 struct Groups {
   static constexpr Size lanes = kLanes<A>;
-  static constexpr Size kFewRows = lanes / 4;
   Size rows, width, count;
 
-  Groups(Size rows, bool forward)
+  Groups(Size rows, bool single)
       : rows(rows),
-        width(forward && rows <= kFewRows ? 1 : rows <= lanes ? lanes : 2 * lanes),
+        width(single ? 1 : rows <= lanes ? lanes : 2 * lanes),
         count(ceil_div(rows, width)) {}
 
   bool single() const { return width == 1; }

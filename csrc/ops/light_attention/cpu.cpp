@@ -138,10 +138,16 @@ struct ForwardStep : Step<A> {
 
   const LightAttentionForward& args;
   const int64_t whole_batch;  // that state, new_state and summary are of; shape.batch or more
+  const bool small_parts;     // whether steps are of few samples
   const bool fetches_next;    // whether more samples follow, likely from memory
 
-  ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool fetches_next)
-      : Step<A>(args), args(args), whole_batch(whole_batch), fetches_next(fetches_next) {}
+  ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool small_parts,
+              bool fetches_next)
+      : Step<A>(args),
+        args(args),
+        whole_batch(whole_batch),
+        small_parts(small_parts),
+        fetches_next(fetches_next) {}
 
   // What the planes of o of one sample are, in some channels.
   auto plane(PlaneTable<A> table, const Summary<const A>& summary, int64_t b,
@@ -206,7 +212,7 @@ struct ForwardStep : Step<A> {
   void evaluate_cell(const Summary<A>& to) const {
     A* new_state = as<A>(args.new_state);
     if (this->dynamic())
-      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch, false, whole_batch},
+      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch, false, whole_batch, small_parts},
                       new_state, false, args.threads);
     if (!this->gated()) {
       std::fill_n(to.pooled_p, planes, A(0));
@@ -214,8 +220,9 @@ struct ForwardStep : Step<A> {
       return;
     }
     cell_forward<A>(this->cell,
-                    {to.pooled_p, new_state, shape.batch, args.first_sample, whole_batch}, to.d,
-                    true, args.threads);
+                    {to.pooled_p, new_state, shape.batch, args.first_sample, whole_batch,
+                     small_parts},
+                    to.d, true, args.threads);
     if (args.sigmoid_gate) this->transform(to.d, [](Vec<A> v) { return sigmoid<A>(v); });
   }
 
@@ -293,12 +300,16 @@ int64_t sample_bytes(const LightAttentionForward& args) {
   return (args.p == nullptr ? 1 : 2) * map_bytes(args);
 }
 
+// Whether samples have nothing in common but parameters.
+bool are_apart(const LightAttentionForward& args) {
+  return args.norm != Norm::batch && args.branch_norm != Norm::batch && !args.first_sample;
+}
+
 // Samples that a step takes at a time, so that the maps that were read for pooling are in the cache when
-// they are read again. All of them, where they have more in common than the parameters.
+// they are read again.
 int64_t samples_at_a_time(const LightAttentionForward& args) {
   const int64_t most_bytes = int64_t{args.threads} << 22;  // caches that are shared grow with the cores
-  if (args.norm == Norm::batch || args.branch_norm == Norm::batch || args.first_sample)
-    return args.batch;
+  if (!are_apart(args)) return args.batch;
   return std::clamp<int64_t>(most_bytes / sample_bytes(args), 1, args.batch);
 }
 
@@ -519,10 +530,11 @@ void light_attention_forward(const LightAttentionForward& args) {
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     const int64_t step = samples_at_a_time(args);
+    const bool small_parts = are_apart(args) && sample_bytes(args) > 1 << 20;
     for (int64_t first = 0; first < args.batch; first += step) {
       const int64_t count = std::min(step, args.batch - first);
       const LightAttentionForward part = samples<A>(args, first, count);
-      ForwardStep<A>(part, args.batch, first + count < args.batch).run();
+      ForwardStep<A>(part, args.batch, small_parts, first + count < args.batch).run();
     }
   });
 }
