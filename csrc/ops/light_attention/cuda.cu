@@ -12,24 +12,15 @@ namespace {
 
 using namespace light;
 
-// What is known of every plane, arrays [batch, channels].
-template <class A>
-struct Summary {
-  A *y, *pooled_p, *a, *d;
-
-  Summary(A* data, Size planes)
-      : y(data), pooled_p(y + planes), a(pooled_p + planes), d(a + planes) {}
-};
-
 template <class T>
 struct Step : AttentionStep<T, LightAttentionInputs> {
   using Base = AttentionStep<T, LightAttentionInputs>;
   using A = Compute<T>;
   using Base::args, Base::planes, Base::area, Base::call, Base::small, Base::map, Base::dynamic;
-  const Summary<const A> summary;
+  const Fields<const A> summary;
 
   Step(const char* name, const LightAttentionInputs& args, const void* summary)
-      : Base(name, args), summary(small(summary), planes) {}
+      : Base(name, args), summary{small(summary), planes} {}
 
   bool gated() const { return dynamic() && args.p != nullptr; }
   // For a pass with `bytes` of shared memory for every pixel.
@@ -46,7 +37,8 @@ struct Step : AttentionStep<T, LightAttentionInputs> {
              args.branch_eps}};
   }
   Mixture<A> mixture() const {
-    return {small(args.v_weight), small(args.prev_weight), summary.a, summary.d, small(args.lam)};
+    return {small(args.v_weight), small(args.prev_weight), summary[kAttention], summary[kGate],
+            small(args.lam)};
   }
   OutputNorm<A> norm(const void* mean, const void* var) const {
     return {this->channel_norm(mean, var), small(args.drop_scale)};
@@ -56,7 +48,7 @@ struct Step : AttentionStep<T, LightAttentionInputs> {
             static_cast<int>(args.channels), static_cast<int>(args.head_dim)};
   }
   Planes<A> planes_of(const A* table) const {
-    return {args.batch, args.channels, static_cast<double>(area), table, summary.a, summary.d,
+    return {args.batch, args.channels, static_cast<double>(area), {table, planes}, summary,
             small(args.lam)};
   }
 
@@ -78,7 +70,7 @@ struct ForwardStep : Step<T> {
   const LightAttentionForward& args;
   const int moments_bytes;
   const Tiling moments;
-  const Summary<A> found;
+  const Fields<A> found;
   A *partial, *table, *gate_state;
 
   explicit ForwardStep(const LightAttentionForward& args)
@@ -86,8 +78,8 @@ struct ForwardStep : Step<T> {
         args(args),
         moments_bytes(bytes_of<T>({args.x, args.p})),
         moments(this->tiling(1, moments_bytes, {args.x, args.p})),
-        found(small(args.summary), planes) {
-    partial = this->scratch.take(kG * planes * moments.pieces());
+        found{small(args.summary), planes} {
+    partial = this->scratch.take(kFeatureSums * planes * moments.pieces());
     table = this->scratch.take(kPlaneFields * planes);
     gate_state = gated() ? this->scratch.take(this->slots() * planes) : nullptr;
   }
@@ -113,11 +105,12 @@ struct ForwardStep : Step<T> {
     if (args.norm != Norm::batch) return pool_alone(in);
     with_format(args.channels_last, [&](auto last) {
       launch(call, plane_moments_kernel<T, last.value, false>, tile_grid(moments, moments_bytes),
-             moments, in, this->mixture(), Arriving<T>{}, nullptr, nullptr, partial,
+             moments, in, this->mixture(), Arriving<T>{}, KnownMeans<A>{}, partial,
              table + kShiftU * planes);
     });
-    this->fold(kG, moments.pieces(), partial,
-               ToTable<A>{pixels, table, found.y, gated() ? found.pooled_p : nullptr});
+    this->fold(kFeatureSums, moments.pieces(), partial,
+               ToTable<A>{pixels, {table, planes}, found[kMeanX],
+                          gated() ? found[kPooledP] : nullptr});
   }
 
   void pool_alone(const Features<T>& in) const {
@@ -126,19 +119,20 @@ struct ForwardStep : Step<T> {
     launch(call, means_kernel<T>, {cut.blocks, kThreads}, cut, in, partial,
            partial + piece_rows(cut) * args.channels);
     this->fold(gated() ? 2 : 1, cut.chunks, partial,
-               Multiples<A>{1.0 / static_cast<double>(area), found.y});
+               Multiples<A>{1.0 / static_cast<double>(area), found[kMeanX]});
   }
 
   // From the pooled values: scores, new state, gates.
   void small_part() const {
     const Size heads = planes / args.head_dim;
-    launch(call, scores_kernel<A>, grid_of(heads * kWarp), heads, this->scores(), found.y, found.a);
-    if (dynamic()) this->evaluate_cell(found.y, args.state, args.batch, args.new_state);
+    launch(call, scores_kernel<A>, grid_of(heads * kWarp), heads, this->scores(), found[kMeanX],
+           found[kAttention]);
+    if (dynamic()) this->evaluate_cell(found[kMeanX], args.state, args.batch, args.new_state);
     if (gated())
-      this->evaluate_cell(found.pooled_p, args.new_state, args.batch, gate_state,
+      this->evaluate_cell(found[kPooledP], args.new_state, args.batch, gate_state,
                           args.first_sample);
     launch(call, gates_kernel<A>, grid_of(planes), planes, gated() ? gate_state : nullptr,
-           args.sigmoid_gate, found.d, found.pooled_p);
+           args.sigmoid_gate, found[kGate], found[kPooledP]);
   }
 
   void run() const {
@@ -147,7 +141,7 @@ struct ForwardStep : Step<T> {
     small_part();
     if (args.norm == Norm::batch)
       launch(call, output_statistics_kernel<A>, channel_grid(args.channels),
-             this->planes_of(table), small(args.mean), small(args.var));
+             this->planes_of(table), found, small(args.mean), small(args.var));
     const bool running = args.norm == Norm::running;
     const auto norm = this->norm(running ? args.mean_in : args.mean,
                                  running ? args.var_in : args.var);
@@ -195,10 +189,11 @@ struct BackwardStep : Step<T> {
     const bool normed = args.branch_norm == Norm::batch;
     normed_dx = reinterpret_cast<T*>(
         memory.take(normed ? ceil_div(planes * area, kPack<T>) * kPack<A> : 0));
-    table = memory.take(kPlaneFields * planes);
-    // The sums of whole planes are their table; when gradients are summed up, that is done with.
-    const Size pieces = std::max(moments.pieces(), gradients.pieces());
-    partial = pieces == 1 ? table : memory.take(kPlaneFields * planes * pieces);
+    // More than the first pass leaves. Its sums of whole planes are their table, which is done with
+    // when the second pass begins.
+    partial = memory.take(kMapGradientSums * planes *
+                          std::max(moments.pieces(), gradients.pieces()));
+    table = moments.pieces() == 1 ? partial : memory.take(kGradientFields * planes);
     found.out_scale = memory.take(planes);
     found.da = memory.take(planes);
     found.dgate = gated() ? memory.take(state_size) : nullptr;
@@ -221,14 +216,15 @@ struct BackwardStep : Step<T> {
   }
 
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
+    const KnownMeans<A> means{summary[kMeanX], gated() ? summary[kPooledP] : nullptr,
+                              args.norm == Norm::batch ? summary[kMeanU] : nullptr};
     with_format(args.channels_last, [&](auto last) {
       launch(call, plane_moments_kernel<T, last.value, true>, tile_grid(moments, moments_bytes),
-             moments, in, this->mixture(), arriving, summary.y,
-             gated() ? summary.pooled_p : nullptr, partial, table + kShiftU * planes);
+             moments, in, this->mixture(), arriving, means, partial,
+             table + kGradientShiftU * planes);
     });
     if (partial != table)
-      this->fold(kSums, moments.pieces(), partial,
-                 ToTable<A>{static_cast<double>(area), table, nullptr, nullptr});
+      this->fold(kGradientSums, moments.pieces(), partial, Multiples<A>{1.0, table});
     launch(call, channel_gradients_kernel<A>, channel_grid(args.channels), this->planes_of(table),
            this->norm(args.mean, args.var), args.norm == Norm::batch, args.sigmoid_gate, found);
   }
@@ -236,19 +232,19 @@ struct BackwardStep : Step<T> {
   // Of both evaluations, the gates' first.
   void cell_gradients() const {
     if (gated())
-      this->differentiate_cell(found.dgate, summary.pooled_p, args.new_state, args.batch,
+      this->differentiate_cell(found.dgate, summary[kPooledP], args.new_state, args.batch,
                                dpooled_p, of_gates, args.dcell_params, cell_scratch, false,
                                args.first_sample);
     launch(call, state_gradients_kernel<A>, grid_of(state_size), state_size, args.batch,
            args.channels, small(args.grad_state), gated() ? args.batch : 0, of_gates,
            args.first_sample, grad_state);
-    this->differentiate_cell(grad_state, summary.y, args.state, args.batch, dy_of_cell,
+    this->differentiate_cell(grad_state, summary[kMeanX], args.state, args.batch, dy_of_cell,
                              args.dstate, args.dcell_params, cell_scratch, gated());
   }
 
   void score_gradients() const {
     launch(call, score_gradients_kernel<A>, {args.batch, kThreads}, args.batch, this->scores(),
-           summary.y, summary.a, found.da, dy_of_cell, score_grads, dy, dfilters);
+           summary[kMeanX], summary[kAttention], found.da, dy_of_cell, score_grads, dy, dfilters);
     const FilterGradients<A> to{small(args.dq_weight), small(args.dk_weight)};
     launch(call, fold_kernel<A, FilterGradients<A>>, grid_of(2 * args.kernel_size), 2,
            args.kernel_size, args.kernel_size, args.batch, dfilters, to);

@@ -165,21 +165,36 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// u, p and e of a plane are shifted by what they would be if x and p were everywhere as their means
-// (null: not known) or as they are at its middle.
+// Means of planes [batch, channels], as far as they are known: else null.
+template <class A>
+struct KnownMeans {
+  const A *x, *p;
+  const A* filtered;  // [3, batch, channels], of u, p and e
+};
+
+// u, p and e of a plane are shifted by their means, or by what they would be if x and p were everywhere
+// as their means or, where these are not known either, as they are at its middle.
 template <class A>
 struct Shifts {
   A u = 0, p = 0, e = 0;
 
   template <class T, bool channels_last>
-  __device__ Shifts(const Features<T>& in, const Maps<T, channels_last>& maps, const A* mean_x,
-                    const A* mean_p, const A (&v_filter)[9], const A (&e_filter)[9]) {
+  __device__ Shifts(const Features<T>& in, const Maps<T, channels_last>& maps,
+                    const KnownMeans<A>& means, const A (&v_filter)[9], const A (&e_filter)[9]) {
     const auto& tile = maps.tile;
+    if (means.filtered != nullptr) {
+      const A* const of_plane = means.filtered + tile.plane;
+      const Size planes = tile.plan.batch * tile.plan.channels;
+      u = of_plane[0];
+      p = of_plane[planes];
+      e = of_plane[2 * planes];
+      return;
+    }
     const Size middle = tile.offset(tile.plan.height / 2, tile.plan.width / 2);
     if (maps.has_p) p = to_compute(in.p[middle]);
     const A raw = to_compute(in.x[middle]);
-    const A x = mean_x != nullptr ? mean_x[tile.plane] : maps.join ? maps.joined(raw, p) : raw;
-    if (mean_p != nullptr) p = mean_p[tile.plane];
+    const A x = means.x != nullptr ? means.x[tile.plane] : maps.join ? maps.joined(raw, p) : raw;
+    if (means.p != nullptr) p = means.p[tile.plane];
 #pragma unroll
     for (int i = 0; i < 9; ++i) {
       u += v_filter[i] * x;
@@ -188,16 +203,15 @@ struct Shifts {
   }
 };
 
-// The first sums of PlaneSum: those of the features, backward also those with gradients. The shifts
-// are written to shifts [3, batch, channels]; means of x and p as far as they are known, else null.
+// The sums of PlaneSum, backward those of GradientSum. The shifts are written to shifts [3, batch,
+// channels].
 template <class T, bool channels_last, bool backward>
 __global__ void __launch_bounds__(kTileThreads, 3)
     plane_moments_kernel(const __grid_constant__ Tiling plan, Features<T> in,
                          Mixture<Compute<T>> mixture, Arriving<T> arriving,
-                         const Compute<T>* mean_x, const Compute<T>* mean_p, Compute<T>* partial,
-                         Compute<T>* shifts) {
+                         KnownMeans<Compute<T>> means, Compute<T>* partial, Compute<T>* shifts) {
   using A = Compute<T>;
-  constexpr int kCount = backward ? kSums : kG;
+  constexpr int kCount = backward ? int(kGradientSums) : int(kFeatureSums);
   DLA_SHARED(A, exchange, kCount * kTileThreads);
   DLA_DYNAMIC_SHARED(T, buffers);
   const Tile<T, channels_last> tile(plan);
@@ -208,7 +222,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   A v_filter[9], e_filter[9], sums[kCount] = {};
   load_filter(mixture.v_weight, tile.channel, v_filter);
   load_filter(mixture.prev_weight, tile.channel, e_filter);
-  const Shifts<A> shift(in, maps, mean_x, mean_p, v_filter, e_filter);
+  const Shifts<A> shift(in, maps, means, v_filter, e_filter);
   wait_for_packs();
   __syncthreads();
   FilteredRows<A> rows_of_u, rows_of_e;
@@ -231,15 +245,15 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       for (int i = 0; i < kColumns<A>; ++i) {
         if (i >= tile.count) continue;
         const A p = p_above[i];
-        const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
+        if constexpr (!backward) {
+          const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
 #pragma unroll
-        for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
-        if (has_prev) {
+          for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
+          if (!has_prev) continue;
           const A more[] = {e[i], e[i] * e[i], p * e[i], u[i] * e[i]};
 #pragma unroll
           for (int k = 0; k < 4; ++k) sums[kE + k] += more[k];
-        }
-        if constexpr (backward) {
+        } else {
           const bool arrives[] = {grads.has_out, grads.has_o};
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
@@ -254,7 +268,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     }
 #pragma unroll
     for (int i = 0; i < kColumns<A>; ++i) {
-      if (row >= tile.begin && row < tile.end) sums[kX] += x_row[i + 1];
+      if constexpr (!backward)
+        if (row >= tile.begin && row < tile.end) sums[kX] += x_row[i + 1];
       p_above[i] = p_row[i + 1] - shift.p;
     }
   }
@@ -327,9 +342,11 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 
 // What gradients_kernel sums up: correlations of g with x (times a) and with p, nine each; the
 // gradient of a normed branch, alone and with the branch less its mean.
-enum GradientSum : int { kVWeight = 0, kPrevWeight = 9, kBranch = 18, kBranchWithZ, kGradientSums };
+enum MapGradientSum : int {
+  kVWeight = 0, kPrevWeight = 9, kBranch = 18, kBranchWithZ, kMapGradientSums
+};
 
-// g = out_scale grad_out + slope (o - mean) + level + grad_o: PlaneOfO's GradientOfO in arrays.
+// g = out_scale grad_out + slope (o - mean) + level + grad_o: GradientOfO in arrays.
 template <class A>
 struct GradientFactors {
   const A* out_scale;             // [batch, channels]
@@ -348,7 +365,7 @@ struct Gradients {
   bool residual;
   bool scaled;  // whether dx is that of the branch, else that of the normed branch
   T *dx, *dp;   // dp may be null
-  A* partial;   // [kGradientSums, batch, pieces, channels]
+  A* partial;   // [kMapGradientSums, batch, pieces, channels]
 };
 
 // A block makes g for its pixels and those around them, in shared memory; then dx, dp and the sums.
@@ -364,7 +381,7 @@ struct GradientsOfTile {
   const bool through_norm;
   const A out_scale;
   A mean = 0, slope = 0, level = 0, of_x, of_p = 0;
-  A sums[kGradientSums] = {};
+  A sums[kMapGradientSums] = {};
 
   __device__ GradientsOfTile(const Gradients<T>& pass, const Maps<T, channels_last>& maps,
                              Shared<A> memory)
@@ -481,7 +498,7 @@ struct GradientsOfTile {
 #pragma unroll
     for (int i = 0; i < 9; ++i) sums[kVWeight + i] *= filters.a;
     const Size size = pass.plan.batch * pass.plan.pieces() * pass.plan.channels;
-    tile.template finish<kGradientSums>(sums, exchange, [&](int i, Size piece, A total) {
+    tile.template finish<kMapGradientSums>(sums, exchange, [&](int i, Size piece, A total) {
       pass.partial[i * size + piece] = total;
     });
     tile.flush(maps.x, pass.dx);
@@ -493,7 +510,7 @@ template <class T, bool channels_last>
 __global__ void __launch_bounds__(kTileThreads, 3)
     gradients_kernel(const __grid_constant__ Gradients<T> pass) {
   using A = Compute<T>;
-  DLA_SHARED(A, exchange, kGradientSums * kTileThreads);
+  DLA_SHARED(A, exchange, kMapGradientSums * kTileThreads);
   DLA_DYNAMIC_SHARED(T, buffers);
   DLA_DYNAMIC_SHARED(A, memory);
   const Tile<T, channels_last> tile(pass.plan);

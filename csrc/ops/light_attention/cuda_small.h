@@ -8,18 +8,27 @@
 
 namespace dla::cuda::light {
 
-// Where the sums of strips go: the table of the planes' numbers, whose shifts are there already.
+// Arrays [batch, channels]: the summary, or a table of sums over planes.
+template <class A>
+struct Fields {
+  A* data;
+  Size planes;
+
+  DLA_HOST_DEVICE A* operator[](int field) const { return data + field * planes; }
+};
+
+// Where the sums of strips go in the forward pass: a table whose shifts are there already.
 template <class A>
 struct ToTable {
   double pixels;
-  A *table;         // [kPlaneFields, batch, channels]
-  A *y, *pooled_p;  // means of x and p; null: not wanted
+  Fields<A> table;
+  A *y, *pooled_p;  // means of x and p; the latter null: not wanted
 
-  __device__ void put(int field, Size planes, Size i, double sum) const {
-    table[field * planes + i] = static_cast<A>(sum);
-    if (field == kX && y != nullptr) y[i] = static_cast<A>(sum / pixels);
+  __device__ void put(int field, Size, Size i, double sum) const {
+    table[field][i] = static_cast<A>(sum);
+    if (field == kX) y[i] = static_cast<A>(sum / pixels);
     if (field == kP && pooled_p != nullptr)
-      pooled_p[i] = static_cast<A>(table[kShiftP * planes + i] + sum / pixels);
+      pooled_p[i] = static_cast<A>(table[kShiftP][i] + sum / pixels);
   }
 };
 
@@ -139,13 +148,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- statistics and gradients of channels -------------------------------------------------------
 
-// The numbers of a plane in a table [kPlaneFields, batch, channels].
+// The numbers of a plane.
 template <class A>
 struct PlaneNumbers {
-  const A* table;
-  Size planes, i;
+  Fields<const A> fields;
+  Size i;
 
-  DLA_HOST_DEVICE double operator()(int field) const { return table[field * planes + i]; }
+  DLA_HOST_DEVICE double operator()(int field) const { return fields[field][i]; }
 };
 
 // The planes of the thread's channel.
@@ -153,27 +162,40 @@ template <class A>
 struct Planes {
   Size batch, channels;
   double pixels;
-  const A *table, *a, *d, *lam;
+  Fields<const A> table, summary;
+  const A* lam;
 
-  __device__ PlaneOfO<PlaneNumbers<A>> operator[](Size i) const {
-    return {{table, batch * channels, i}, pixels, a[i], d[i],
-            lam[own_channel(channels)]};
+  __device__ MixtureOfO<double> mixture(Size i) const {
+    return {summary[kAttention][i], summary[kGate][i], lam[own_channel(channels)]};
+  }
+  __device__ auto of_o(Size i) const {
+    return PlaneOfO{PlaneNumbers<A>{table, i}, pixels, mixture(i)};
+  }
+  __device__ auto of_gradient(Size i) const {
+    const auto covariance = [this, i](int f) -> double { return summary[kCovarianceU + f][i]; };
+    return PlaneOfGradient{PlaneNumbers<A>{table, i}, covariance, pixels, mixture(i)};
   }
   __device__ double count() const { return static_cast<double>(batch) * pixels; }
-  // Mean of o over batch and space. All threads of the block call it.
-  __device__ double mean() const {
-    return add_rows(batch, channels, [&](Size, Size i) { return (*this)[i].mean(); }) /
+  // Mean over the batch of what `plane` gives. All threads of the block call it.
+  template <class Plane>
+  __device__ double mean(const Plane& plane) const {
+    return add_rows(batch, channels, [&](Size, Size i) { return plane(i); }) /
            static_cast<double>(batch);
   }
 };
 
+// Mean and variance of o over batch and space; and what the summary has for backward.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    output_statistics_kernel(Planes<A> planes, A* mean, A* var) {
+    output_statistics_kernel(Planes<A> planes, Fields<A> summary, A* mean, A* var) {
   const Size channels = planes.channels;
-  const double centre = planes.mean();
+  const double centre = planes.mean([&](Size i) { return planes.of_o(i).mean(); });
   const double square = add_rows(planes.batch, channels, [&](Size, Size i) {
-    const auto plane = planes[i];
+    const auto plane = planes.of_o(i);
+    plane.for_maps([&](int f, double of_map, double with_o) {
+      summary[kMeanU + f][i] = static_cast<A>(of_map);
+      summary[kCovarianceU + f][i] = static_cast<A>(with_o);
+    });
     const double off = plane.mean() - centre, within = plane.centred_square();
     return (within < 0 ? 0 : within) + planes.pixels * off * off;
   });
@@ -207,23 +229,26 @@ __global__ void __launch_bounds__(kThreads)
   const bool exists = c < channels;
   const double rstd = exists ? end.norm.rstd(c) : 1;
   const double weight = exists ? end.norm.scale(c, rstd) : 1;
-  // Not the mean that was rounded: it is multiplied by sums of gradients over whole planes.
-  const double mean = of_batch ? planes.mean() : exists ? end.norm.centre(c) : 0;
+  // Of the batch: that of the shifts, which are the means of the planes. Not the mean that was
+  // rounded: it is multiplied by sums of gradients over whole planes.
+  const auto shift = [&](Size i) { return planes.of_gradient(i).shift(); };
+  const double mean = of_batch ? planes.mean(shift) : exists ? end.norm.centre(c) : 0;
   GradientOfO<double> g{weight, mean};
   const double dweight = rstd * add_rows(planes.batch, channels, [&](Size b, Size i) {
-    return end.drop(b) * planes[i].with_out(mean);
+    return end.drop(b) * planes.of_gradient(i).with_out(mean);
   });
   const double dbias = add_rows(planes.batch, channels, [&](Size b, Size i) {
-    return end.drop(b) * planes[i].at(kG);
+    return end.drop(b) * planes.table[kG][i];
   });
   if (of_batch) g.pass_norm(rstd, dweight, dbias, planes.count());
   const double dlam = add_rows(planes.batch, channels, [&](Size b, Size i) {
-    const auto plane = planes[i];
-    const double out_scale = weight * end.drop(b), d = planes.d[i];
-    const auto found = plane.with_g(g, out_scale);
+    const auto plane = planes.of_gradient(i);
+    const double out_scale = weight * end.drop(b), d = planes.summary[kGate][i];
+    const auto found = of_batch ? plane.template with_g<true>(g, out_scale)
+                                : plane.template with_g<false>(g, out_scale);
     to.out_scale[i] = static_cast<A>(out_scale);
     to.da[i] = static_cast<A>(found.u);
-    const double dd = plane.lam * found.p;
+    const double dd = plane.mixture.lam * found.p;
     to.put_gate(planes.batch * channels, i, sigmoid_gate ? dd * d * (1 - d) : dd);
     return d * found.p + found.e;
   });
