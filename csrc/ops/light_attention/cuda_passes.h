@@ -206,7 +206,7 @@ struct Shifts {
 // The sums of PlaneSum, backward those of GradientSum. The shifts are written to shifts [3, batch,
 // channels].
 template <class T, bool channels_last, bool backward>
-__global__ void __launch_bounds__(kTileThreads, 3)
+__global__ void __launch_bounds__(kTileThreads, backward ? 4 : 3)
     plane_moments_kernel(const __grid_constant__ Tiling plan, Features<T> in,
                          Mixture<Compute<T>> mixture, Arriving<T> arriving,
                          KnownMeans<Compute<T>> means, Compute<T>* partial, Compute<T>* shifts) {
@@ -235,35 +235,33 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     rows_of_u.add(x_row, v_filter, u);
     rows_of_e.move_on(-shift.e, e);
     if (has_prev) rows_of_e.add(p_row, e_filter, e);
-    if (row > tile.begin) {
-      Row<A> grad_rows[2];
-      if constexpr (backward) {
-        if (grads.has_out) tile.read(grads.out, row - 1, grad_rows[0], false);
-        if (grads.has_o) tile.read(grads.o, row - 1, grad_rows[1], false);
+    if (backward && row > tile.begin) {
+      const bool arrives[] = {grads.has_out, grads.has_o};
+      const Shared<T> arrived[] = {grads.out, grads.o};
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        if (!arrives[m]) continue;
+        Row<A> g;  // 0 where there is no pixel
+        tile.read(arrived[m], row - 1, g, false);
+#pragma unroll
+        for (int i = 0; i < kColumns<A>; ++i) {
+          const A with_g[] = {g[i + 1], g[i + 1] * u[i], g[i + 1] * p_above[i], g[i + 1] * e[i]};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[4 * m + k] += with_g[k];
+        }
       }
+    } else if (row > tile.begin) {
 #pragma unroll
       for (int i = 0; i < kColumns<A>; ++i) {
         if (i >= tile.count) continue;
         const A p = p_above[i];
-        if constexpr (!backward) {
-          const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
+        const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
 #pragma unroll
-          for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
-          if (!has_prev) continue;
-          const A more[] = {e[i], e[i] * e[i], p * e[i], u[i] * e[i]};
+        for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
+        if (!has_prev) continue;
+        const A more[] = {e[i], e[i] * e[i], p * e[i], u[i] * e[i]};
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sums[kE + k] += more[k];
-        } else {
-          const bool arrives[] = {grads.has_out, grads.has_o};
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            if (!arrives[m]) continue;
-            const A g = grad_rows[m][i + 1];
-            const A with_g[] = {g, g * u[i], g * p, g * e[i]};
-#pragma unroll
-            for (int k = 0; k < 4; ++k) sums[kG + 4 * m + k] += with_g[k];
-          }
-        }
+        for (int k = 0; k < 4; ++k) sums[kE + k] += more[k];
       }
     }
 #pragma unroll
