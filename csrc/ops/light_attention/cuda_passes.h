@@ -172,8 +172,8 @@ struct KnownMeans {
   const A* filtered;  // [3, batch, channels], of u, p and e
 };
 
-// u, p and e of a plane are shifted by their means, or by what they would be if x and p were everywhere
-// as their means or, where these are not known either, as they are at its middle.
+// u, p and e of a plane are shifted by their means or, where these are not known, by what they
+// would be if x and p were everywhere as their means, or else as they are at its middle.
 template <class A>
 struct Shifts {
   A u = 0, p = 0, e = 0;
@@ -235,33 +235,34 @@ __global__ void __launch_bounds__(kTileThreads, backward ? 4 : 3)
     rows_of_u.add(x_row, v_filter, u);
     rows_of_e.move_on(-shift.e, e);
     if (has_prev) rows_of_e.add(p_row, e_filter, e);
-    if (backward && row > tile.begin) {
-      const bool arrives[] = {grads.has_out, grads.has_o};
-      const Shared<T> arrived[] = {grads.out, grads.o};
+    if (row > tile.begin) {
+      if constexpr (backward) {
+        const bool arrives[] = {grads.has_out, grads.has_o};
+        const Shared<T> arrived[] = {grads.out, grads.o};
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        if (!arrives[m]) continue;
-        Row<A> g;  // 0 where there is no pixel
-        tile.read(arrived[m], row - 1, g, false);
+        for (int m = 0; m < 2; ++m) {
+          if (!arrives[m]) continue;
+          Row<A> grad;  // 0 where there is no pixel
+          tile.read(arrived[m], row - 1, grad, false);
+#pragma unroll
+          for (int i = 0; i < kColumns<A>; ++i) {
+            const A g = grad[i + 1], products[] = {g, g * u[i], g * p_above[i], g * e[i]};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[kG + 4 * m + k] += products[k];
+          }
+        }
+      } else {
 #pragma unroll
         for (int i = 0; i < kColumns<A>; ++i) {
-          const A with_g[] = {g[i + 1], g[i + 1] * u[i], g[i + 1] * p_above[i], g[i + 1] * e[i]};
+          if (i >= tile.count) continue;
+          const A p = p_above[i], products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sums[4 * m + k] += with_g[k];
+          for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
+          if (!has_prev) continue;
+          const A more[] = {e[i], e[i] * e[i], p * e[i], u[i] * e[i]};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[kE + k] += more[k];
         }
-      }
-    } else if (row > tile.begin) {
-#pragma unroll
-      for (int i = 0; i < kColumns<A>; ++i) {
-        if (i >= tile.count) continue;
-        const A p = p_above[i];
-        const A products[] = {u[i], u[i] * u[i], p, p * p, u[i] * p};
-#pragma unroll
-        for (int k = 0; k < 5; ++k) sums[kU + k] += products[k];
-        if (!has_prev) continue;
-        const A more[] = {e[i], e[i] * e[i], p * e[i], u[i] * e[i]};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[kE + k] += more[k];
       }
     }
 #pragma unroll
