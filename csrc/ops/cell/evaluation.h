@@ -35,13 +35,13 @@ struct Stage {
 template <class Body>
 Stage(Size, Size, Body) -> Stage<Body>;
 
-// body(index, group, first, count) for every index < `sets` of such n values.
+// body(index, group, first, count) for every index < `sets` of such n values. Blocks of all sets take
+// turns: sets may differ in work, threads should not.
 template <class Body>
 auto stage_of_sets(Size sets, Size n, Size block, const Body& body) {
-  const Size padded = round_up(n, block);
-  return Stage{sets * padded, block, [=](Size group, Size first, Size) {
-                 const Size from = first % padded;
-                 body(static_cast<int>(first / padded), group, from, std::min(block, n - from));
+  return Stage{sets * round_up(n, block), block, [=](Size group, Size first, Size) {
+                 const Size turn = first / block, from = turn / sets * block;
+                 body(static_cast<int>(turn % sets), group, from, std::min(block, n - from));
                }};
 }
 

@@ -43,8 +43,7 @@ class Gradients {
                             [this](int source, Size group, Size c, Size n) {
                               if (!sums_rows(source)) input_gradients(source, group, c, n);
                             }));
-    parallel_loops(threads, hidden_weights_loop(), gate_weights_loop(), gate_bias_loop(),
-                   first_row_loop());
+    parallel_loops(threads, hidden_weights_loop(), gate_weights_loop(), first_row_loop());
   }
 
  private:
@@ -210,7 +209,7 @@ class Gradients {
                                     }));
   }
 
-  // W2 of a branch, rows [first, first + n).
+  // W2 of a branch, rows [first, first + n), and b2.
   void gate_weights(int b, Size group, Size first, Size n) const {
     const Rows<const A> input = cell_.gate_input_rows(b, group);
     const Size inputs = cell_.gate_inputs();
@@ -218,17 +217,9 @@ class Gradients {
     if (starts(group)) std::fill_n(weights, n * inputs, A(0));
     multiply_add<A>(n, inputs, input.count, {gates_.of(group, first), width(), 1}, input.data,
                     input.stride, weights, inputs);
-  }
-
-  // The gates are a sum over the branches: all their biases have one gradient.
-  auto gate_bias_loop() const {
-    return all_groups(Stage{all_gates(), kChannels, [this](Size group, Size first, Size n) {
-      for (int b = 0; b < layout().branches; ++b) {
-        A* bias = to_.params[layout().branch[b].b2] + first;
-        if (starts(group)) std::fill_n(bias, n, A(0));
-        add_row_sums(gates_.of(group, first), n, width(), bias);
-      }
-    }});
+    A* bias = to_.params[layout().branch[b].b2] + first;
+    if (starts(group)) std::fill_n(bias, n, A(0));
+    add_row_sums(gates_.of(group, first), n, width(), bias);
   }
 
   const Evaluation<A>& cell_;
