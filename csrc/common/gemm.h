@@ -60,10 +60,13 @@ class BroadcastColumn {
 
 // c[m][j] += sum over k of a(m, k) b[k][j] for `rows` m and `vectors` whole vectors of j, of which
 // the last has `tail` lanes. The sum over k is sequential in every element. `adjacent`: a.row is 1.
+// Otherwise the next rows of a are fetched on the way, line by line: weights come from far when passes
+// over maps lie between two evaluations of a cell.
 template <int rows, int vectors, bool whole, bool adjacent, class A>
 inline void multiply_block(Size depth, Strided<A> a, const A* b, Size b_stride, A* c, Size c_stride,
                            int tail) {
   constexpr int lanes = kLanes<A>;
+  constexpr Size line = 64 / sizeof(A), pause = std::max<Size>(line / rows, 1);
   const auto columns = [&](int v) { return whole || v < vectors - 1 ? lanes : tail; };
   Vec<A> sums[rows][vectors];
 #pragma GCC unroll 16
@@ -73,6 +76,8 @@ inline void multiply_block(Size depth, Strided<A> a, const A* b, Size b_stride, 
       sums[m][v] = load_n(c + m * c_stride + v * lanes, columns(v));
   BroadcastColumn<rows, adjacent, A> column(a);
   for (Size k = 0; k < depth; ++k) {
+    if (!adjacent && rows > 1 && k % pause == 0)
+      __builtin_prefetch(a.data + (rows + k / pause % rows) * a.row + k / pause / rows * line);
     Vec<A> row[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) row[v] = load_n(b + v * lanes, columns(v));
