@@ -163,7 +163,9 @@ struct Window {
   A* origin;  // of row 0
   int64_t row_stride, stride_of_vectors;
   Upcoming next;
-  bool streamed = false;  // to be written past the caches
+  // Whether it is to be written past the caches. As wide as the rest: padding makes compilers copy windows
+  // in odd pieces, which wait for each other.
+  int64_t streamed = false;
 
   explicit operator bool() const { return origin != nullptr; }
   A* at(int64_t row, int64_t vector) const {

@@ -527,7 +527,8 @@ inline void fold_lanes(Vec<A>* v) {
   }
 }
 
-// out[i] = sum of the lanes of v[i].
+// out[i] = sum of the lanes of v[i]. Writes whole vectors: numbers read back one by one would wait long
+// for a masked store.
 template <class A>
 inline void lane_sums(const Vec<A>* v, int count, A* out) {
   constexpr int n = kLanes<A>;
@@ -537,7 +538,7 @@ inline void lane_sums(const Vec<A>* v, int count, A* out) {
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) block[i] = i < used ? v[first + i] : Vec<A>{};
     fold_lanes<A>(block);
-    store_n(out + first, block[0], used);
+    store(out + first, block[0]);
   }
 }
 
