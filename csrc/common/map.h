@@ -325,13 +325,16 @@ struct Place {
   int64_t ahead;  // elements from there to the strip that is next
 
   // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
-  In open(Feature feature, int64_t halo, A* memory) const {
+  // Inlined: a window that comes back through memory is read there in pieces other than it was written
+  // in, and these wait.
+  inline __attribute__((always_inline)) In open(Feature feature, int64_t halo, A* memory) const {
     if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
     return copy(feature, halo, memory);
   }
 
   // The same if taps are to be taken, unless all that is `wanted` of them is the centre.
-  In open_bordered(Feature feature, int64_t halo, A* memory, bool wanted = true) const {
+  inline __attribute__((always_inline)) In open_bordered(Feature feature, int64_t halo, A* memory,
+                                                         bool wanted = true) const {
     if (kPixelLanes || !wanted) return open(feature, halo, memory);
     clear_border(memory, halo);
     return copy(feature, halo, memory);
@@ -367,7 +370,7 @@ struct Place {
   }
 
   // A feature to be written, in place or in `memory` until close().
-  Out open(OutFeature feature, A* memory) const {
+  inline __attribute__((always_inline)) Out open(OutFeature feature, A* memory) const {
     if (!written_in_place(feature)) return on_memory(memory, strip.first);
     Out to = on_feature(as<A>(feature.data));
     to.streamed = feature.streamed && has_whole_lines(feature);

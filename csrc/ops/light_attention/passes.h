@@ -26,7 +26,9 @@ struct InputMap {
 
   // `p` has been opened with as many rows around the strip.
   template <class Place>
-  auto open_bordered(const Place& place, typename Place::In& p, int64_t halo, A* memory) const {
+  inline __attribute__((always_inline)) auto open_bordered(const Place& place,
+                                                           typename Place::In& p, int64_t halo,
+                                                           A* memory) const {
     if (!join) return place.open_bordered(feature, halo, memory);
     const bool normed = scale != nullptr;
     return place.open_joined(
