@@ -324,10 +324,11 @@ struct Place {
   int64_t start;  // where it begins, in elements of a map
   int64_t ahead;  // elements from there to the strip that is next
 
-  // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`.
-  // Inlined: a window that comes back through memory is read there in pieces other than it was written
-  // in, and these wait.
+  // A feature to be read, with up to `halo` rows above and below; in place or copied to `memory`. Null if
+  // there is none. Inlined, and best made where it stays: copies of windows are read in pieces other than
+  // they were written in, and these wait.
   inline __attribute__((always_inline)) In open(Feature feature, int64_t halo, A* memory) const {
+    if (!feature) return {};
     if (in_place(feature.dtype)) return on_feature(as<A>(feature.data));
     return copy(feature, halo, memory);
   }
@@ -335,7 +336,7 @@ struct Place {
   // The same if taps are to be taken, unless all that is `wanted` of them is the centre.
   inline __attribute__((always_inline)) In open_bordered(Feature feature, int64_t halo, A* memory,
                                                          bool wanted = true) const {
-    if (kPixelLanes || !wanted) return open(feature, halo, memory);
+    if (kPixelLanes || !wanted || !feature) return open(feature, halo, memory);
     clear_border(memory, halo);
     return copy(feature, halo, memory);
   }

@@ -544,7 +544,7 @@ struct ValueGradientsPass {
     const In dv = form(place, channels, arena);
     correlate(place, channels, dv, place.open_bordered(x, 1, arena.take<A>(elements)));
     A* passed_memory = arena.take<A>(elements);
-    const In shortcut = passed ? place.open(passed, 0, passed_memory) : In{};
+    const In shortcut = place.open(passed, 0, passed_memory);
     A* memory = arena.take<A>(elements);
     spread(place, channels, dv, shortcut, place.open(dx, memory));
     place.close(dx, memory);

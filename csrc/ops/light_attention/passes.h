@@ -27,8 +27,8 @@ struct InputMap {
   // `p` has been opened with as many rows around the strip.
   template <class Place>
   inline __attribute__((always_inline)) auto open_bordered(const Place& place,
-                                                           typename Place::In& p, int64_t halo,
-                                                           A* memory) const {
+                                                           const typename Place::In& p,
+                                                           int64_t halo, A* memory) const {
     if (!join) return place.open_bordered(feature, halo, memory);
     const bool normed = scale != nullptr;
     return place.open_joined(
@@ -116,7 +116,7 @@ struct PlaneSumsPass {
     V shift[3], sums[kSums];
     Mask<A> channels;
   };
-  enum { kX_, kP_, kOut_, kO_, kInputs };
+  enum { kP_, kX_, kOut_, kO_, kInputs };
 
   void begin(int64_t b, int64_t group, Plane& plane) const {
     plane.v_filter = {v_filters, group};
@@ -248,7 +248,6 @@ struct PlaneSumsPass {
   }
 
   void run(int threads) const {
-    const Feature features[kInputs] = {{}, p, grad_out, grad_o};
     parallel_for(threads, units.count(), [&](int64_t unit) {
       if (branch != nullptr) branch->template finish_unit<kPixelLanes>(units, unit);
       thread_local Arena arena;
@@ -261,12 +260,10 @@ struct PlaneSumsPass {
         const Strip& strip = place.strip;
         Plane& plane = planes[slot];
         if (strip.first == 0) begin(place.b, place.group, plane);
-        In in[kInputs] = {};
-        for (int f = 0; f < kInputs; ++f)
-          if (features[f])
-            in[f] = f == kP_ ? place.open_bordered(p, 1, memory[f], prev_filters != nullptr)
-                             : place.open(features[f], 0, memory[f]);
-        in[kX_] = x.open_bordered(place, in[kP_], 1, memory[kX_]);
+        const In in[kInputs] = {place.open_bordered(p, 1, memory[kP_], prev_filters != nullptr),
+                                x.open_bordered(place, in[kP_], 1, memory[kX_]),
+                                place.open(grad_out, 0, memory[kOut_]),
+                                place.open(grad_o, 0, memory[kO_])};
         for_blocks(grid, strip.first, strip.last,
                    [&]<int R>(int64_t row) { add_block<R>(row, in, plane); });
         if (strip.last == grid.shape.height)
@@ -377,7 +374,7 @@ struct StencilPass {
       for_strips<kPixelLanes>(units, grid, unit, [&](const Place& place, int64_t slot) {
         Plane& plane = planes[slot];
         if (place.strip.first == 0) begin(place.b, place.group, plane);
-        In p_in = p ? place.open_bordered(p, 1, memory[1], mixture.convolves_p()) : In{};
+        const In p_in = place.open_bordered(p, 1, memory[1], mixture.convolves_p());
         const In x_in = x.open_bordered(place, p_in, 1, memory[0]);
         const Out to = place.open(out, memory[2]);
         const Out o_to = o ? place.open(o, memory[3]) : Out{};
@@ -418,7 +415,7 @@ struct GradientsPass {
   const Units<A>& units;
   const BranchGradients<A>* branch;  // what is to follow where the branch is normed; else null
 
-  enum { kX_, kP_, kOut_, kO_, kInputs };
+  enum { kP_, kX_, kOut_, kO_, kInputs };
 
   // Sums that the gradient of a normed branch needs: of dx, and of dx (z - mean).
   struct BranchSums {
@@ -560,14 +557,10 @@ struct GradientsPass {
 
   void visit(const Place& place, Plane& c, const Memory& memory, V* weight_sums) const {
     const Strip& strip = place.strip;
-    const Feature features[kInputs] = {{}, p, grad_out, grad_o};
-    In in[kInputs] = {};
-    for (int f = 0; f < kInputs; ++f)
-      if (features[f])
-        in[f] = f == kP_
-                    ? place.open_bordered(p, 2, memory.inputs[f], mixture.convolves_p())
-                    : place.open(features[f], 1, memory.inputs[f]);
-    in[kX_] = x.open_bordered(place, in[kP_], 2, memory.inputs[kX_]);
+    const In in[kInputs] = {
+        place.open_bordered(p, 2, memory.inputs[kP_], mixture.convolves_p()),
+        x.open_bordered(place, in[kP_], 2, memory.inputs[kX_]),
+        place.open(grad_out, 1, memory.inputs[kOut_]), place.open(grad_o, 1, memory.inputs[kO_])};
     // g is needed one row beyond the strip.
     const Strip around{std::max<int64_t>(0, strip.first - 1),
                        std::min(grid.shape.height, strip.last + 1)};
