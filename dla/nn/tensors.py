@@ -8,10 +8,8 @@ def parameter(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None
     """The attribute, in ``dtype``. If it is a plain parameter (not parametrized, say), without the
     search that nn.Module adds to every access, which takes a microsecond. If it is none, hooks may
     have to make it (torch.nn.utils.prune, weight_norm), since nobody calls the module."""
-    parameters = module._parameters
-    if name in parameters:
-        x = parameters[name]
-        return x if x is None or x.dtype == dtype else x.to(dtype)
+    if name in module._parameters:
+        return cast(module._parameters[name], dtype)
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
     return cast(getattr(module, name), dtype)

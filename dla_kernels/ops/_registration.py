@@ -270,7 +270,8 @@ def _register_autograd(
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
-    # What function.apply does where no transform of torch.func is active, in half the time.
+    # What function.apply does where no transform of torch.func is active, in half the time; but for
+    # unwrapping tensors that have outlived their transform, which kernels refuse.
     apply_plainly = super(torch.autograd.Function, function).apply
 
     def autograd(keyset: Any, *args: Any) -> Any:

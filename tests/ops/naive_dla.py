@@ -155,6 +155,7 @@ def light_attention(
     if norm == "batch":
         maps = keys, np.zeros_like(x) if p is None else p, earlier
         summary += [m.mean(axis=(2, 3)) for m in maps]
+        summary += 3 * [np.zeros_like(y)]  # what rounding took from these
         summary += [covariance(o, m) for m in maps]
     kept = o if return_o else np.zeros(0)
     return out, kept, new_state, mean, var, *branch_statistics, np.stack(summary)

@@ -278,6 +278,34 @@ def test_mean_a_thousand_times_the_deviation(
     assert_close(undone(out), undone(want_out), name="out", case=case.dtype)
 
 
+@each_backend("light_attention", but="reference")  # which in float32 cannot do it
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_gradients_where_everything_has_a_mean(
+    backend: str, layout: str, generator: torch.Generator
+) -> None:
+    """A norm by statistics of the batch takes the mean out of gradients: no rounding may be left of
+    it when u and p have one as well."""
+    case = Case((4, 6, 28, 28), cell="none", has_prev=False, arrives=("out",))
+    case = case.in_layout(layout)
+    inputs = case.inputs(generator)
+    inputs["x"], inputs["p"] = inputs["x"] + 100, inputs["p"] + 100
+    (grad,) = case.cotangents(generator).values()
+    names = "p", "lam", "norm_weight"
+
+    def gradients(function: Any, arguments: list[Any], grad: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(inputs, arguments, strict=True))
+        wanted = [named[name].requires_grad_() for name in names]
+        out = function(*named.values(), **case.flags())[0]
+        return torch.autograd.grad(out, wanted, grad)
+
+    exact = in_float64([*inputs.values(), grad + 10])
+    expected = gradients(reference("light_attention"), exact[:-1], exact[-1])
+    with use_backend(backend):
+        found = gradients(dla_kernels.light_attention, list(inputs.values()), grad + 10)
+    for name, one, want in zip(names, found, expected, strict=True):
+        assert_close(one, want, name=name, dtype=case.dtype, gradient=True)
+
+
 def per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
@@ -385,6 +413,20 @@ def test_large_maps_are_taken_in_parts(
     for name, one, two, all_, want in zip(Case.outputs, *found.values(), expected, strict=True):
         assert torch.equal(one, two) and torch.equal(one, all_), name
         assert_close(one, want, name=name)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("cell", CELLS)
+def test_parts_of_many_samples_are_as_all_at_once(cell: str, generator: torch.Generator) -> None:
+    """The cell takes the samples of a part together, in groups whose size depends on theirs."""
+    case = Case((40, 24, 52, 52), head_dim=4, cell=cell, norm="running")
+    arguments, found = case.inputs(generator).values(), []
+    for count in (1, 4, 32):  # parts of 8, of 32, of all
+        torch.set_num_threads(count)
+        with use_backend("cpp"):
+            found.append(dla_kernels.light_attention(*arguments, **case.flags()))
+    for name, one, two, all_ in zip(Case.outputs, *found, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, all_), name
 
 
 @each_backend("light_attention")

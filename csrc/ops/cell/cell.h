@@ -23,9 +23,10 @@ struct CellInputs {
   bool first_sample = false;  // every row reads row 0 of the state
   // Rows of a slot of the old state and the new one; more than `batch` where these are parts.
   std::int64_t slot_rows = batch;
-  // Whether these are small parts. How a row is computed depends on this and on slot_rows, not on the
-  // part it is in, whose size may depend on the number of threads.
-  bool small_parts = false;
+  // Forward, whether rows are evaluated one by one, as is done with few of them: faster where parts have
+  // few rows. A row's result depends on this and on slot_rows, not on the part that it is in, whose size
+  // may depend on the number of threads.
+  bool row_by_row = false;
 };
 
 // Slots of the state of a kind.

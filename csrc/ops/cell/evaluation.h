@@ -88,7 +88,7 @@ class Evaluation {
   }
 
   static bool are_few(const CellInputs<A>& in) {
-    return in.small_parts || in.slot_rows <= kLanes<A> / 4;
+    return in.row_by_row || in.slot_rows <= kLanes<A> / 4;
   }
 
   // The backward pass also wants the inputs of its layers as rows.

@@ -217,6 +217,7 @@ class Gradients {
     if (starts(group)) std::fill_n(weights, n * inputs, A(0));
     multiply_add<A>(n, inputs, input.count, {gates_.of(group, first), width(), 1}, input.data,
                     input.stride, weights, inputs);
+    // The gates are a sum over the branches: all their biases have one gradient.
     A* bias = to_.params[layout().branch[b].b2] + first;
     if (starts(group)) std::fill_n(bias, n, A(0));
     add_row_sums(gates_.of(group, first), n, width(), bias);

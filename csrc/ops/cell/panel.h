@@ -3,7 +3,8 @@
 // they lie in memory, forward or transposed, nothing is summed across lanes, and no number of
 // channels leaves a remainder. Lanes without a row hold zeros, or what is computed from zeros.
 // Of few rows, most lanes would be such. Forward, a row then is a group of its own, of width 1: weights
-// are multiplied where they lie and summed across lanes.
+// are multiplied where they lie and summed across lanes. What then lies behind the last value, up to a
+// whole vector, is arbitrary and leads to nothing.
 #pragma once
 
 #include <algorithm>
@@ -80,7 +81,7 @@ template <class A>
   });
 }
 
-// The other way: rows = panel, or rows += panel.
+// The other way: rows = panel, or rows += panel (not of width 1).
 template <bool add, class A>
 [[gnu::noinline]] void unpack(const A* panel, Size n, Size width, Rows<A> rows) {
   if (!add && width == 1) return static_cast<void>(std::copy_n(panel, n, rows.data));

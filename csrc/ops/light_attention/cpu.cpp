@@ -138,15 +138,15 @@ struct ForwardStep : Step<A> {
 
   const LightAttentionForward& args;
   const int64_t whole_batch;  // that state, new_state and summary are of; shape.batch or more
-  const bool small_parts;     // whether steps are of few samples
+  const bool row_by_row;      // how the cell is evaluated, see CellInputs
   const bool fetches_next;    // whether more samples follow, likely from memory
 
-  ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool small_parts,
+  ForwardStep(const LightAttentionForward& args, int64_t whole_batch, bool row_by_row,
               bool fetches_next)
       : Step<A>(args),
         args(args),
         whole_batch(whole_batch),
-        small_parts(small_parts),
+        row_by_row(row_by_row),
         fetches_next(fetches_next) {}
 
   // What the planes of o of one sample are, in some channels.
@@ -164,8 +164,10 @@ struct ForwardStep : Step<A> {
       const auto plane = this->plane(table, summary, b, c);
       moments.add(plane.mean(), plane.centred_square(), plane.pixels);
       plane.for_maps([&](int f, Doubles mean, Doubles covariance) {
-        c.store(to.of(kMeanU + f) + b * shape.channels, mean);
-        c.store(to.of(kCovarianceU + f) + b * shape.channels, covariance);
+        const int64_t row = b * shape.channels;
+        c.store(to.of(kMeanU + f) + row, mean);
+        c.store(to.of(kRestU + f) + row, mean - c.load(to.of(kMeanU + f) + row));
+        c.store(to.of(kCovarianceU + f) + row, covariance);
       });
     }
     c.store(as<A>(args.mean), moments.mean());
@@ -212,7 +214,7 @@ struct ForwardStep : Step<A> {
   void evaluate_cell(const Summary<A>& to) const {
     A* new_state = as<A>(args.new_state);
     if (this->dynamic())
-      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch, false, whole_batch, small_parts},
+      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch, false, whole_batch, row_by_row},
                       new_state, false, args.threads);
     if (!this->gated()) {
       std::fill_n(to.pooled_p, planes, A(0));
@@ -221,7 +223,7 @@ struct ForwardStep : Step<A> {
     }
     cell_forward<A>(this->cell,
                     {to.pooled_p, new_state, shape.batch, args.first_sample, whole_batch,
-                     small_parts},
+                     row_by_row},
                     to.d, true, args.threads);
     if (args.sigmoid_gate) this->transform(to.d, [](Vec<A> v) { return sigmoid<A>(v); });
   }
@@ -347,10 +349,10 @@ struct BackwardStep : Step<A> {
 
   // What the planes of g = dL/do of one sample are, in some channels.
   auto plane(PlaneTable<A> table, int64_t b, const ChannelLanes& c) const {
-    const auto covariance = [this, c, row = b * shape.channels](int f) {
-      return c.load(summary.of(kCovarianceU + f) + row);
+    const auto kept = [this, c, row = b * shape.channels](int field) {
+      return c.load(summary.of(field) + row);
     };
-    return PlaneOfGradient(this->fields_of(table, b, c), covariance,
+    return PlaneOfGradient(this->fields_of(table, b, c), kept,
                            static_cast<double>(shape.pixels()),
                            this->mixture_of_planes(summary, b, c));
   }
@@ -359,7 +361,7 @@ struct BackwardStep : Step<A> {
   // gradients over whole planes, which may be large.
   Doubles mean_of_o(PlaneTable<A> table, const ChannelLanes& c) const {
     Doubles sum{};
-    for (int64_t b = 0; b < shape.batch; ++b) sum += plane(table, b, c).shift();
+    for (int64_t b = 0; b < shape.batch; ++b) sum += plane(table, b, c).mean();
     return sum / static_cast<double>(shape.batch);
   }
 
@@ -530,11 +532,12 @@ void light_attention_forward(const LightAttentionForward& args) {
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     const int64_t step = samples_at_a_time(args);
-    const bool small_parts = are_apart(args) && sample_bytes(args) > 1 << 20;
+    // Of large samples few come at a time. Not told by `step`, which depends on the threads.
+    const bool row_by_row = are_apart(args) && sample_bytes(args) > 1 << 20;
     for (int64_t first = 0; first < args.batch; first += step) {
       const int64_t count = std::min(step, args.batch - first);
       const LightAttentionForward part = samples<A>(args, first, count);
-      ForwardStep<A>(part, args.batch, small_parts, first + count < args.batch).run();
+      ForwardStep<A>(part, args.batch, row_by_row, first + count < args.batch).run();
     }
   });
 }

@@ -172,8 +172,8 @@ struct Planes {
     return PlaneOfO{PlaneNumbers<A>{table, i}, pixels, mixture(i)};
   }
   __device__ auto of_gradient(Size i) const {
-    const auto covariance = [this, i](int f) -> double { return summary[kCovarianceU + f][i]; };
-    return PlaneOfGradient{PlaneNumbers<A>{table, i}, covariance, pixels, mixture(i)};
+    const auto kept = [this, i](int field) -> double { return summary[field][i]; };
+    return PlaneOfGradient{PlaneNumbers<A>{table, i}, kept, pixels, mixture(i)};
   }
   __device__ double count() const { return static_cast<double>(batch) * pixels; }
   // Mean over the batch of what `plane` gives. All threads of the block call it.
@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(kThreads)
   const double square = add_rows(planes.batch, channels, [&](Size, Size i) {
     const auto plane = planes.of_o(i);
     plane.for_maps([&](int f, double of_map, double with_o) {
-      summary[kMeanU + f][i] = static_cast<A>(of_map);
+      const A rounded = summary[kMeanU + f][i] = static_cast<A>(of_map);
+      summary[kRestU + f][i] = static_cast<A>(of_map - rounded);
       summary[kCovarianceU + f][i] = static_cast<A>(with_o);
     });
     const double off = plane.mean() - centre, within = plane.centred_square();
@@ -231,8 +232,8 @@ __global__ void __launch_bounds__(kThreads)
   const double weight = exists ? end.norm.scale(c, rstd) : 1;
   // Of the batch: that of the shifts, which are the means of the planes. Not the mean that was
   // rounded: it is multiplied by sums of gradients over whole planes.
-  const auto shift = [&](Size i) { return planes.of_gradient(i).shift(); };
-  const double mean = of_batch ? planes.mean(shift) : exists ? end.norm.centre(c) : 0;
+  const auto mean_of_plane = [&](Size i) { return planes.of_gradient(i).mean(); };
+  const double mean = of_batch ? planes.mean(mean_of_plane) : exists ? end.norm.centre(c) : 0;
   GradientOfO<double> g{weight, mean};
   const double dweight = rstd * add_rows(planes.batch, channels, [&](Size b, Size i) {
     return end.drop(b) * planes.of_gradient(i).with_out(mean);

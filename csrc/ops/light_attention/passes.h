@@ -95,7 +95,7 @@ struct PlaneMeans {
   bool filtered;
 };
 
-// Fills the table of FeatureSum, or backward that of GradientSum.
+// Fills the table of PlaneSum, or backward that of GradientSum.
 template <class A, bool kPixelLanes, bool kBackward>
 struct PlaneSumsPass {
   using V = Vec<A>;

@@ -23,10 +23,11 @@ enum GradientSum : int {
 };
 
 // Arrays [B, C] of the summary that a forward step leaves; those from kMeanU on under a norm by the
-// statistics of the batch.
+// statistics of the batch. Rests are what rounding took from the means: without them, u, p and e less
+// their means would not add up to zero, nor would errors cancel where arriving gradients have a mean.
 enum SummaryField : int {
   kMeanX, kPooledP, kAttention, kGate,
-  kMeanU, kMeanP, kMeanE, kCovarianceU, kCovarianceP, kCovarianceE
+  kMeanU, kMeanP, kMeanE, kRestU, kRestP, kRestE, kCovarianceU, kCovarianceP, kCovarianceE
 };
 
 // How much of u, p and e there is in o, for a plane. A Number is a double, or a vector of them for
@@ -95,18 +96,22 @@ struct GradientOfO {
   }
 };
 
-// Such planes in the backward pass. at(field) is of its table; covariance(f) that of u, p and e with o,
-// which is asked for only where the shifts are the means of the planes.
-template <class At, class Covariance>
+// Such planes in the backward pass. at(field) is of its table; kept(field) of the summary, which is asked
+// for only where the shifts are the means in it.
+template <class At, class Kept>
 struct PlaneOfGradient {
   using Number = decltype(std::declval<At>()(0));
   At at;
-  Covariance covariance;
+  Kept kept;
   double pixels;
   MixtureOfO<Number> mixture;
 
   DLA_HOST_DEVICE Number shift() const {
     return mixture(at(kGradientShiftU), at(kGradientShiftP), at(kGradientShiftE));
+  }
+  // Mean of o over the plane.
+  DLA_HOST_DEVICE Number mean() const {
+    return shift() + mixture(kept(kRestU), kept(kRestP), kept(kRestE));
   }
   // Sum of (o - centre) grad_out.
   DLA_HOST_DEVICE Number with_out(Number centre) const {
@@ -119,17 +124,19 @@ struct PlaneOfGradient {
   // Sums of g f for f = u, p, e, from the products of f with grad_out, o, 1 and grad_o.
   template <bool kThroughNorm>
   DLA_HOST_DEVICE Products with_g(const GradientOfO<Number>& g, Number out_scale) const {
-    Number alone = out_scale * at(kG) + at(kD);
-    if constexpr (kThroughNorm) alone += (g.slope * (shift() - g.mean) + g.level) * pixels;
+    Number through_norm{}, alone = out_scale * at(kG) + at(kD);
+    if constexpr (kThroughNorm) through_norm = (g.slope * (mean() - g.mean) + g.level) * pixels;
+    alone += through_norm;
     const auto product = [&](int f) {
       Number sum = out_scale * at(kGU + f) + at(kDU + f) + at(kGradientShiftU + f) * alone;
-      if constexpr (kThroughNorm) sum += g.slope * pixels * covariance(f);
+      if constexpr (kThroughNorm)
+        sum += g.slope * pixels * kept(kCovarianceU + f) + through_norm * kept(kRestU + f);
       return sum;
     };
     return {product(0), product(1), product(2)};
   }
 };
-template <class At, class Covariance, class Number>
-PlaneOfGradient(At, Covariance, double, MixtureOfO<Number>) -> PlaneOfGradient<At, Covariance>;
+template <class At, class Kept, class Number>
+PlaneOfGradient(At, Kept, double, MixtureOfO<Number>) -> PlaneOfGradient<At, Kept>;
 
 }  // namespace dla::DLA_ISA

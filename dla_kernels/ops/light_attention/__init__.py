@@ -99,10 +99,10 @@ def light_attention(
         out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
         ``norm="batch"``, else empty; those of x for ``branch_norm="batch"``; summary [4, B, C]: the
         means of x (joined) and of p (zeros where no gate reads it), a, and d (ones where there is
-        no gate). Under ``norm="batch"`` it is [10, B, C] and goes on, for backward, with the means
-        over space of u = conv(x, v_weight), p and e = conv(p, prev_weight) and their covariances
-        with o over space (zeros where there is no p or e). Statistics and summary are not
-        differentiable.
+        no gate). Under ``norm="batch"`` it is [13, B, C] and goes on, for backward, with the means
+        over space of u = conv(x, v_weight), p and e = conv(p, prev_weight), what rounding took from
+        these, and the covariances of u, p and e with o over space (zeros where there is no p or e).
+        Statistics and summary are not differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.

@@ -102,7 +102,7 @@ def light_attention(
                 e = depthwise(p, prev_weight)
                 history = history + e
             o = scale(attention, u) + lam[:, None, None] * history
-        of_planes = covariances(o, u, p, e) if norm == "batch" else []
+        of_planes = moments_of_planes(o, u, p, e) if norm == "batch" else []
         summary = torch.stack([y, pooled_p, attention, gates, *of_planes]).detach()
 
         out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
@@ -113,19 +113,28 @@ def light_attention(
 
 def summary_size(norm: str) -> int:
     """How many arrays [B, C] the summary of a step has."""
-    return 10 if norm == "batch" else 4
+    return 13 if norm == "batch" else 4
 
 
-def covariances(o: Tensor, *maps: Tensor | None) -> list[Tensor]:
-    """Means of maps over space, then their covariances with o: [B, C] each, zeros for None."""
-    none = torch.zeros_like(o[:, :, 0, 0])
-    means = [none if m is None else global_pool(m) for m in maps]
+@torch.no_grad()
+def moments_of_planes(o: Tensor, *maps: Tensor | None) -> list[Tensor]:
+    """Means of maps over space, what rounding took from these, and their covariances with o.
+
+    [B, C] each, zeros for None.
+    """
     o = o - global_pool(o)[:, :, None, None]
-    products = [
-        none if m is None else (o * (m - mean[:, :, None, None])).mean((2, 3))
-        for m, mean in zip(maps, means, strict=True)
-    ]
-    return means + products
+    none = torch.zeros_like(o[:, :, 0, 0])
+    found = []
+    for m in maps:
+        if m is None:
+            found.append((none, none, none))
+            continue
+        mean = global_pool(m)
+        rest = m.double().mean((2, 3)) - mean
+        product = (o * (m - mean[:, :, None, None])).mean((2, 3))
+        found.append((mean, rest.to(o.dtype), product))
+    means, rests, products = zip(*found, strict=True)
+    return [*means, *rests, *products]
 
 
 def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> Tensor:

@@ -383,21 +383,21 @@ def _channel_gradients(
 ) -> tuple[Tensor | Rule, ...]:
     """Gradients of a, d [B, C], of lam and of the norm's weight and bias [C]; what g is made by.
 
-    known: [6, B, C], the means and covariances of a step whose norm took statistics of the batch;
-    else empty.
+    known: [9, B, C] of the summary of a step whose norm took statistics of the batch: the means of
+    u, p and e, what rounding took from these, and the covariances with o; else empty.
     """
     batch, channels, height, width = inputs.x.shape
     through_norm = len(known) > 0
-    shifts, covariances = mixture.a.new_zeros(3, batch, channels), None
+    shifts, kept = mixture.a.new_zeros(3, batch, channels), None
     if through_norm:
-        shifts, covariances = known.split(3)
+        shifts, kept = known[:3], known[3:]
     found = _moments(inputs, arriving, shifts, KNOWN=through_norm)
     of_planes = mixture.a.new_empty(3, batch, channels)
     of_channels = mixture.a.new_empty(6, channels)
     launch(
         channel_gradients_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(found, covariances, mixture, end, of_planes, of_channels),
+        *(found, kept, mixture, end, of_planes, of_channels),
         *(batch, channels, height * width),
         EPS=eps,
         maxnreg=GRADIENTS_REGISTERS,

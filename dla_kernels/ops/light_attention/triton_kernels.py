@@ -345,7 +345,8 @@ def statistics_kernel(
 ):  # fmt: skip
     """Mean and biased variance of o, for some channels.
 
-    of_planes [6, B, C], for backward: means of u, p and e, and their covariances with o.
+    of_planes [9, B, C], for backward: means of u, p and e, what rounding took from these, and the
+    covariances with o.
     """
     sums, shifts, planes = moments
     total = tl.zeros((ROWS, CHANNELS), tl.float64)
@@ -370,11 +371,12 @@ def statistics_kernel(
             of_f = of_field(sums, planes, U + i, index, inside)
             product = products[i] - of_f * mean_of_o
             square += k[i] * product
-            to = of_planes + tl.cast(planes, tl.int64) * i + index
             mean_of_f = of_field(shifts, planes, i, index, inside) + of_f / area
-            tl.store(to, mean_of_f.to(of_planes.dtype.element_ty), inside)
-            to += tl.cast(planes, tl.int64) * 3
-            tl.store(to, (product / area).to(of_planes.dtype.element_ty), inside)
+            rounded = mean_of_f.to(of_planes.dtype.element_ty)
+            kept = (rounded, mean_of_f - rounded.to(tl.float64), product / area)
+            for j in tl.static_range(3):
+                to = of_planes + tl.cast(planes, tl.int64) * (i + 3 * j) + index
+                tl.store(to, kept[j].to(of_planes.dtype.element_ty), inside)
         deviation = mix(shifts, planes, 0, 1, 2, index, inside, k) + mean_of_o - middle[None, :]
         spread = tl.where(square > 0, square, 0.0) + deviation * deviation * area
         total += tl.where(inside, spread, 0.0)
@@ -386,13 +388,14 @@ def statistics_kernel(
 
 @triton.jit
 def channel_gradients_kernel(
-    moments, covariances, mixture, end, of_planes, of_channels, batch, channels, area,
+    moments, kept, mixture, end, of_planes, of_channels, batch, channels, area,
     EPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """What follows from the moments of G = dL/dout, for some channels.
 
-    covariances: [3, B, C], of u, p and e with o, if the gradient passes statistics of the batch
-    (the shifts then are means of planes), else None. of_planes [3, B, C]: da, dd and the factor of
+    kept: [6, B, C] if the gradient passes statistics of the batch (the shifts then are means of
+    planes): what rounding took from these, and the covariances of u, p and e with o; else None.
+    of_planes [3, B, C]: da, dd and the factor of
     the `Rule`. of_channels [6, C]: gradients of lam and of the norm's weight and bias; mean, slope
     and level of the `Rule`.
     """
@@ -413,17 +416,19 @@ def channel_gradients_kernel(
         scale = double(end.drop_scale, index // channels, inside, 1.0)
         alone = of_field(sums, planes, G, index, inside)
         total += shift
+        if kept is not None:
+            total += mix(kept, planes, 0, 1, 2, index, inside, k)
         dbias += scale * alone
         dweight += scale * (mix(sums, planes, GU, GP, GE, index, inside, k) + shift * alone)
     middle = double(end.mean, line, exists)
-    if covariances is not None:
+    if kept is not None:
         # Not the one that was rounded: it is multiplied by sums of gradients over whole planes.
         middle = tl.sum(total, axis=0) / batch
     dbias = tl.sum(dbias, axis=0)
     dweight = (tl.sum(dweight, axis=0) - middle * dbias) * rstd
     slope = tl.zeros((CHANNELS,), tl.float64)
     level = tl.zeros((CHANNELS,), tl.float64)
-    if covariances is not None:
+    if kept is not None:
         slope = -weight * rstd * dweight / batch / area
         level = -weight * dbias / batch / area
     dlam = tl.zeros((ROWS, CHANNELS), tl.float64)
@@ -432,18 +437,24 @@ def channel_gradients_kernel(
         k = coefficients(mixture, index, channel, inside)
         factor = weight[None, :] * double(end.drop_scale, index // channels, inside, 1.0)
         # Sums over the plane of g, and of g f for f = u, p, e.
-        shift = mix(shifts, planes, 0, 1, 2, index, inside, k)
         alone = factor * of_field(sums, planes, G, index, inside)
         alone += of_field(sums, planes, D, index, inside)
-        alone += area * (slope[None, :] * (shift - middle[None, :]) + level[None, :])
+        through_norm = tl.zeros((ROWS, CHANNELS), tl.float64)
+        if kept is not None:
+            mean_of_o = mix(shifts, planes, 0, 1, 2, index, inside, k)
+            mean_of_o += mix(kept, planes, 0, 1, 2, index, inside, k)
+            through_norm += slope[None, :] * (mean_of_o - middle[None, :]) + level[None, :]
+            through_norm *= area
+        alone += through_norm
         products = ()
         for i in tl.static_range(3):
             product = factor * of_field(sums, planes, GU + i, index, inside)
             product += of_field(sums, planes, DU + i, index, inside)
             product += of_field(shifts, planes, i, index, inside) * alone
-            if covariances is not None:
-                covariance = of_field(covariances, planes, i, index, inside)
+            if kept is not None:
+                covariance = of_field(kept, planes, 3 + i, index, inside)
                 product += area * slope[None, :] * covariance
+                product += through_norm * of_field(kept, planes, i, index, inside)
             products = products + (product,)
         dlam += double(mixture.d, index, inside) * products[1] + products[2]
         found = (products[0], k[2] * products[1], factor)
