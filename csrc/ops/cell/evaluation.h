@@ -169,9 +169,11 @@ class Evaluation {
  private:
   template <class Value>
   void fill(Size n, const Value& value, A* panel) const {
-    for (Size i = 0; i < n && groups.single(); ++i) panel[i] = value(i);
-    if (groups.single()) return;
     for (Size i = 0; i < n; ++i) {
+      if (groups.single()) {
+        panel[i] = value(i);
+        continue;
+      }
       const Vec<A> row = splat<A>(value(i));
       for (Size lane = 0; lane < groups.width; lane += kLanes<A>)
         store(panel + i * groups.width + lane, row);

@@ -161,14 +161,14 @@ struct ForwardStep : Step<A> {
     const Summary<const A> summary(to.data, planes);
     RunningMoments moments;
     for (int64_t b = 0; b < shape.batch; ++b) {
+      const int64_t row = b * shape.channels;
       const auto plane = this->plane(table, summary, b, c);
-      moments.add(plane.mean(), plane.centred_square(), plane.pixels);
-      plane.for_maps([&](int f, Doubles mean, Doubles covariance) {
-        const int64_t row = b * shape.channels;
+      const Doubles variance = plane.for_maps([&](int f, Doubles mean, Doubles covariance) {
         c.store(to.of(kMeanU + f) + row, mean);
         c.store(to.of(kRestU + f) + row, mean - c.load(to.of(kMeanU + f) + row));
         c.store(to.of(kCovarianceU + f) + row, covariance);
       });
+      moments.add(plane.mean(), variance * plane.pixels, plane.pixels);
     }
     c.store(as<A>(args.mean), moments.mean());
     c.store(as<A>(args.var), moments.variance());
@@ -214,7 +214,8 @@ struct ForwardStep : Step<A> {
   void evaluate_cell(const Summary<A>& to) const {
     A* new_state = as<A>(args.new_state);
     if (this->dynamic())
-      cell_forward<A>(this->cell, {to.y, as<A>(args.state), shape.batch, false, whole_batch, row_by_row},
+      cell_forward<A>(this->cell,
+                      {to.y, as<A>(args.state), shape.batch, false, whole_batch, row_by_row},
                       new_state, false, args.threads);
     if (!this->gated()) {
       std::fill_n(to.pooled_p, planes, A(0));

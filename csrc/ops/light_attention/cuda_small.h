@@ -192,13 +192,13 @@ __global__ void __launch_bounds__(kThreads)
   const double centre = planes.mean([&](Size i) { return planes.of_o(i).mean(); });
   const double square = add_rows(planes.batch, channels, [&](Size, Size i) {
     const auto plane = planes.of_o(i);
-    plane.for_maps([&](int f, double of_map, double with_o) {
+    const double variance = plane.for_maps([&](int f, double of_map, double with_o) {
       const A rounded = summary[kMeanU + f][i] = static_cast<A>(of_map);
       summary[kRestU + f][i] = static_cast<A>(of_map - rounded);
       summary[kCovarianceU + f][i] = static_cast<A>(with_o);
     });
-    const double off = plane.mean() - centre, within = plane.centred_square();
-    return (within < 0 ? 0 : within) + planes.pixels * off * off;
+    const double off = plane.mean() - centre;
+    return planes.pixels * ((variance < 0 ? 0 : variance) + off * off);
   });
   if (!writes_channel(channels)) return;
   mean[own_channel(channels)] = static_cast<A>(centre);

@@ -53,29 +53,25 @@ struct PlaneOfO {
   double pixels;
   MixtureOfO<Number> mixture;
 
-  // Calls body(offset from u, mean, covariance with o) for u, p and e: over the plane.
+  // Calls body(offset from u, mean, covariance with o) for u, p and e: over the plane. Returns the
+  // variance of o (but for rounding, at least 0).
   template <class Body>
-  DLA_HOST_DEVICE void for_maps(const Body& body) const {
+  DLA_HOST_DEVICE Number for_maps(const Body& body) const {
+    const Number of_o = mix(kU, kP, kE);
     const auto map = [&](int f, int sum, int with_u, int with_p, int with_e) {
       const Number mean = at(sum) / pixels;
-      const Number product = mix(with_u, with_p, with_e) - mix(kU, kP, kE) * mean;
-      body(f, at(kShiftU + f) + mean, product / pixels);
+      const Number covariance = (mix(with_u, with_p, with_e) - of_o * mean) / pixels;
+      body(f, at(kShiftU + f) + mean, covariance);
+      return covariance;
     };
-    map(0, kU, kUU, kUP, kUE);
-    map(1, kP, kUP, kPP, kPE);
-    map(2, kE, kUE, kPE, kEE);
+    return mixture(map(0, kU, kUU, kUP, kUE), map(1, kP, kUP, kPP, kPE),
+                   map(2, kE, kUE, kPE, kEE));
   }
   DLA_HOST_DEVICE Number mix(int of_u, int of_p, int of_e) const {
     return mixture(at(of_u), at(of_p), at(of_e));
   }
   DLA_HOST_DEVICE Number mean() const {
     return mix(kShiftU, kShiftP, kShiftE) + mix(kU, kP, kE) / pixels;
-  }
-  // Sum of squares about the mean of the plane (but for rounding, at least 0).
-  DLA_HOST_DEVICE Number centred_square() const {
-    const Number sum = mix(kU, kP, kE);
-    const Number square = mixture(mix(kUU, kUP, kUE), mix(kUP, kPP, kPE), mix(kUE, kPE, kEE));
-    return square - sum * sum / pixels;
   }
 };
 template <class At, class Number>

@@ -395,9 +395,8 @@ def channel_gradients_kernel(
 
     kept: [6, B, C] if the gradient passes statistics of the batch (the shifts then are means of
     planes): what rounding took from these, and the covariances of u, p and e with o; else None.
-    of_planes [3, B, C]: da, dd and the factor of
-    the `Rule`. of_channels [6, C]: gradients of lam and of the norm's weight and bias; mean, slope
-    and level of the `Rule`.
+    of_planes [3, B, C]: da, dd and the factor of the `Rule`. of_channels [6, C]: gradients of lam
+    and of the norm's weight and bias; mean, slope and level of the `Rule`.
     """
     sums, shifts, planes = moments
     line = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
