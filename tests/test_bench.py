@@ -89,7 +89,7 @@ def test_resnet56_keeps_little_more_than_plain() -> None:
         network = cases.Network(settings, case, training=True, backend="auto")
         kept[name] = measure.saved_bytes(network.forward, network.model.parameters())
     assert kept["plain"] / 2**20 == pytest.approx(279.5, abs=0.1)
-    assert kept["DLA-L fused"] <= 1.07 * kept["plain"]
+    assert kept["DLA-L fused"] <= 1.06 * kept["plain"]
 
 
 @pytest.mark.parametrize("suite", ["family", "depth"])

@@ -154,7 +154,8 @@ def light_attention(
     summary = [y, pooled_p, a, gates]
     if norm == "batch":
         maps = keys, np.zeros_like(x) if p is None else p, earlier
-        summary += [m.mean(axis=(2, 3)) for m in maps]
+        means = [m.mean(axis=(2, 3)) for m in maps]
+        summary = [y, means[1], a, gates, means[0], means[2]]
         summary += 3 * [np.zeros_like(y)]  # what rounding took from these
         summary += [covariance(o, m) for m in maps]
     kept = o if return_o else np.zeros(0)

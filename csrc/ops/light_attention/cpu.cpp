@@ -17,13 +17,13 @@ template <class A>
 struct Summary {
   A* data;
   int64_t planes;
-  A *y, *pooled_p, *a, *d;
+  A *y, *mean_p, *a, *d;
 
   Summary(A* data, int64_t planes)
       : data(data),
         planes(planes),
         y(of(kMeanX)),
-        pooled_p(of(kPooledP)),
+        mean_p(of(kMeanP)),
         a(of(kAttention)),
         d(of(kGate)) {}
   A* of(int field) const { return data + field * planes; }
@@ -164,8 +164,9 @@ struct ForwardStep : Step<A> {
       const int64_t row = b * shape.channels;
       const auto plane = this->plane(table, summary, b, c);
       const Doubles variance = plane.for_maps([&](int f, Doubles mean, Doubles covariance) {
-        c.store(to.of(kMeanU + f) + row, mean);
-        c.store(to.of(kRestU + f) + row, mean - c.load(to.of(kMeanU + f) + row));
+        A* const rounded = to.of(mean_of_map(f)) + row;
+        c.store(rounded, mean);
+        c.store(to.of(kRestU + f) + row, mean - c.load(rounded));
         c.store(to.of(kCovarianceU + f) + row, covariance);
       });
       moments.add(plane.mean(), variance * plane.pixels, plane.pixels);
@@ -177,13 +178,13 @@ struct ForwardStep : Step<A> {
   void pool(const InputMap<A>& x, const Summary<A>& to) const {
     if (args.join)
       return run_pass<JoinedMeansPass>(args.threads, grid, x, this->feature(args.p), to.y,
-                                       this->gated() ? to.pooled_p : nullptr);
+                                       this->gated() ? to.mean_p : nullptr);
     GlobalPoolForward pooling{args.x,     to.y,  shape.batch, shape.channels, shape.pixels(),
                               args.dtype, shape.channels_last, args.threads};
     global_pool_forward(pooling);
     if (!this->gated()) return;
     pooling.x = args.p;
-    pooling.out = to.pooled_p;
+    pooling.out = to.mean_p;
     global_pool_forward(pooling);
   }
 
@@ -194,7 +195,7 @@ struct ForwardStep : Step<A> {
       const int64_t i = b * shape.channels + c;
       const auto field = [&](int f) { return load(table.record(b, c) + f * kLanes<A>); };
       store_n(to.y + i, field(kX) * scale, n);
-      if (this->gated()) store_n(to.pooled_p + i, field(kShiftP) + field(kP) * scale, n);
+      if (this->gated()) store_n(to.mean_p + i, field(kShiftP) + field(kP) * scale, n);
     }
   }
 
@@ -218,12 +219,12 @@ struct ForwardStep : Step<A> {
                       {to.y, as<A>(args.state), shape.batch, false, whole_batch, row_by_row},
                       new_state, false, args.threads);
     if (!this->gated()) {
-      std::fill_n(to.pooled_p, planes, A(0));
+      std::fill_n(to.mean_p, planes, A(0));
       std::fill_n(to.d, planes, A(1));
       return;
     }
     cell_forward<A>(this->cell,
-                    {to.pooled_p, new_state, shape.batch, args.first_sample, whole_batch,
+                    {to.mean_p, new_state, shape.batch, args.first_sample, whole_batch,
                      row_by_row},
                     to.d, true, args.threads);
     if (args.sigmoid_gate) this->transform(to.d, [](Vec<A> v) { return sigmoid<A>(v); });
@@ -426,7 +427,7 @@ struct BackwardStep : Step<A> {
     }
     if (this->gated())
       cell_backward<A>(this->cell,
-                       {summary.pooled_p, as<A>(args.new_state), shape.batch, args.first_sample},
+                       {summary.mean_p, as<A>(args.new_state), shape.batch, args.first_sample},
                        dd, true, dpooled_p, grad_state, dparams, true, args.threads);
     A* dstate = as<A>(args.dstate);
     std::fill_n(dstate, this->slots() * planes, A(0));
@@ -488,9 +489,9 @@ struct BackwardStep : Step<A> {
                                     branch_sums + 2 * planes};
 
     const bool through_norm = args.norm == Norm::batch;
-    PlaneMeans<A> means{summary.y, this->gated() ? summary.pooled_p : nullptr, nullptr, false};
+    PlaneMeans<A> means{summary.y, this->gated() ? summary.mean_p : nullptr, nullptr, false};
     if (through_norm)
-      means = {summary.of(kMeanU), summary.of(kMeanP), summary.of(kMeanE), true};
+      means = {summary.of(kMeanU), summary.mean_p, summary.of(kMeanE), true};
     run_pass<GradientSumsPass>(args.threads, grid, x, this->feature(args.p),
                                this->feature(args.grad_out), this->feature(args.grad_o),
                                this->v_filters.data(), this->prev_filters.data(), means, table,

@@ -110,7 +110,7 @@ struct ForwardStep : Step<T> {
     });
     this->fold(kFeatureSums, moments.pieces(), partial,
                ToTable<A>{pixels, {table, planes}, found[kMeanX],
-                          gated() ? found[kPooledP] : nullptr});
+                          gated() ? found[kMeanP] : nullptr});
   }
 
   void pool_alone(const Features<T>& in) const {
@@ -129,10 +129,10 @@ struct ForwardStep : Step<T> {
            found[kAttention]);
     if (dynamic()) this->evaluate_cell(found[kMeanX], args.state, args.batch, args.new_state);
     if (gated())
-      this->evaluate_cell(found[kPooledP], args.new_state, args.batch, gate_state,
+      this->evaluate_cell(found[kMeanP], args.new_state, args.batch, gate_state,
                           args.first_sample);
     launch(call, gates_kernel<A>, grid_of(planes), planes, gated() ? gate_state : nullptr,
-           args.sigmoid_gate, found[kGate], found[kPooledP]);
+           args.sigmoid_gate, found[kGate], found[kMeanP]);
   }
 
   void run() const {
@@ -216,8 +216,10 @@ struct BackwardStep : Step<T> {
   }
 
   void channel_gradients(const Features<T>& in, const Arriving<T>& arriving) const {
-    const KnownMeans<A> means{summary[kMeanX], gated() ? summary[kPooledP] : nullptr,
-                              args.norm == Norm::batch ? summary[kMeanU] : nullptr};
+    const bool filtered = args.norm == Norm::batch;
+    const KnownMeans<A> means{summary[kMeanX], filtered || gated() ? summary[kMeanP] : nullptr,
+                              filtered ? summary[kMeanU] : nullptr,
+                              filtered ? summary[kMeanE] : nullptr};
     with_format(args.channels_last, [&](auto last) {
       launch(call, plane_moments_kernel<T, last.value, true>, tile_grid(moments, moments_bytes),
              moments, in, this->mixture(), arriving, means, partial,
@@ -232,7 +234,7 @@ struct BackwardStep : Step<T> {
   // Of both evaluations, the gates' first.
   void cell_gradients() const {
     if (gated())
-      this->differentiate_cell(found.dgate, summary[kPooledP], args.new_state, args.batch,
+      this->differentiate_cell(found.dgate, summary[kMeanP], args.new_state, args.batch,
                                dpooled_p, of_gates, args.dcell_params, cell_scratch, false,
                                args.first_sample);
     launch(call, state_gradients_kernel<A>, grid_of(state_size), state_size, args.batch,

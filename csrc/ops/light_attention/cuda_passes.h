@@ -168,8 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 // Means of planes [batch, channels], as far as they are known: else null.
 template <class A>
 struct KnownMeans {
-  const A *x, *p;
-  const A* filtered;  // [3, batch, channels], of u, p and e
+  const A *x, *p, *u, *e;  // u and e are known both or neither, and then p is
 };
 
 // u, p and e of a plane are shifted by their means or, where these are not known, by what they
@@ -182,12 +181,10 @@ struct Shifts {
   __device__ Shifts(const Features<T>& in, const Maps<T, channels_last>& maps,
                     const KnownMeans<A>& means, const A (&v_filter)[9], const A (&e_filter)[9]) {
     const auto& tile = maps.tile;
-    if (means.filtered != nullptr) {
-      const A* const of_plane = means.filtered + tile.plane;
-      const Size planes = tile.plan.batch * tile.plan.channels;
-      u = of_plane[0];
-      p = of_plane[planes];
-      e = of_plane[2 * planes];
+    if (means.u != nullptr) {
+      u = means.u[tile.plane];
+      p = means.p[tile.plane];
+      e = means.e[tile.plane];
       return;
     }
     const Size middle = tile.offset(tile.plan.height / 2, tile.plan.width / 2);

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
   const double square = add_rows(planes.batch, channels, [&](Size, Size i) {
     const auto plane = planes.of_o(i);
     const double variance = plane.for_maps([&](int f, double of_map, double with_o) {
-      const A rounded = summary[kMeanU + f][i] = static_cast<A>(of_map);
+      const A rounded = summary[mean_of_map(f)][i] = static_cast<A>(of_map);
       summary[kRestU + f][i] = static_cast<A>(of_map - rounded);
       summary[kCovarianceU + f][i] = static_cast<A>(with_o);
     });

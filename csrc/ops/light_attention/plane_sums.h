@@ -26,9 +26,13 @@ enum GradientSum : int {
 // statistics of the batch. Rests are what rounding took from the means: without them, u, p and e less
 // their means would not add up to zero, nor would errors cancel where arriving gradients have a mean.
 enum SummaryField : int {
-  kMeanX, kPooledP, kAttention, kGate,
-  kMeanU, kMeanP, kMeanE, kRestU, kRestP, kRestE, kCovarianceU, kCovarianceP, kCovarianceE
+  kMeanX, kMeanP, kAttention, kGate,
+  kMeanU, kMeanE, kRestU, kRestP, kRestE, kCovarianceU, kCovarianceP, kCovarianceE
 };
+// The mean of u, p or e, which are maps 0, 1 and 2.
+DLA_HOST_DEVICE constexpr SummaryField mean_of_map(int map) {
+  return map == 0 ? kMeanU : map == 1 ? kMeanP : kMeanE;
+}
 
 // How much of u, p and e there is in o, for a plane. A Number is a double, or a vector of them for
 // several channels.

@@ -98,10 +98,11 @@ def light_attention(
     Returns:
         out like x; o like x, or empty; state' [S, B, C]; mean and (biased) variance [C] for
         ``norm="batch"``, else empty; those of x for ``branch_norm="batch"``; summary [4, B, C]: the
-        means of x (joined) and of p (zeros where no gate reads it), a, and d (ones where there is
-        no gate). Under ``norm="batch"`` it is [13, B, C] and goes on, for backward, with the means
-        over space of u = conv(x, v_weight), p and e = conv(p, prev_weight), what rounding took from
-        these, and the covariances of u, p and e with o over space (zeros where there is no p or e).
+        means over space of x (joined) and of p (zeros where no gate reads it), a, and d (ones where
+        there is no gate). Under ``norm="batch"`` it is [12, B, C], always has the mean of p (zeros
+        where there is none) and goes on, for backward, with those of u = conv(x, v_weight) and
+        e = conv(p, prev_weight), what rounding took from the means of u, p and e, and the
+        covariances of u, p and e with o over space.
         Statistics and summary are not differentiable.
 
     Raises:

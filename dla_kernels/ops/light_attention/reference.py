@@ -102,18 +102,21 @@ def light_attention(
                 e = depthwise(p, prev_weight)
                 history = history + e
             o = scale(attention, u) + lam[:, None, None] * history
-        of_planes = moments_of_planes(o, u, p, e) if norm == "batch" else []
-        summary = torch.stack([y, pooled_p, attention, gates, *of_planes]).detach()
+        summary = [y, pooled_p, attention, gates]
+        if norm == "batch":
+            mean_u, summary[1], *rest = moments_of_planes(o, u, p, e)
+            summary += [mean_u, *rest]
 
         out, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
         out = add_branch(x, out, drop_scale, residual)
         kept = o.to(feature_dtype) if return_o else x.new_empty(0, dtype=feature_dtype)
+        summary = torch.stack(summary).detach()
         return out.to(feature_dtype), kept, new_state, mean, var, *branch_statistics, summary
 
 
 def summary_size(norm: str) -> int:
     """How many arrays [B, C] the summary of a step has."""
-    return 13 if norm == "batch" else 4
+    return 12 if norm == "batch" else 4
 
 
 @torch.no_grad()

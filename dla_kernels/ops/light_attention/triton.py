@@ -28,6 +28,7 @@ from dla_kernels.ops.light_attention.triton_kernels import (
     Inputs,
     Mixture,
     Moments,
+    OfMaps,
     P,
     Rule,
     Size,
@@ -186,7 +187,7 @@ def forward(
         launch(
             statistics_kernel,
             (triton.cdiv(channels, FOLD["CHANNELS"]),),
-            *(found, mixture, mean, var, summary[4:], batch, channels, area),
+            *(found, mixture, mean, var, _of_maps(summary), batch, channels, area),
             **FOLD,
         )
     used = (mean_in, var_in) if norm == "running" else (mean, var)
@@ -251,7 +252,9 @@ def backward(
     y, pooled_p, a, d = summary[:4]
     mixture = Mixture(a, d, lam.contiguous())
     end = ending(norm, mean, var, norm_weight, norm_bias, drop_scale)
-    found = _channel_gradients(inputs, arriving, mixture, end, eps, summary[4:])
+    found = _channel_gradients(
+        inputs, arriving, mixture, end, eps, _of_maps(summary) if norm == "batch" else None
+    )
     da, dd, dlam, dnorm_weight, dnorm_bias, rule = found
 
     dy, dq, dk = differentiate(
@@ -295,6 +298,11 @@ def _gradient_of(weight: Tensor | None, found: Tensor | None) -> Tensor | None:
     if weight is None:
         return None
     return weight.new_empty(weight.shape).copy_(found.reshape(weight.shape))
+
+
+def _of_maps(summary: Tensor) -> OfMaps:
+    """What the summary of a step whose norm takes statistics of the batch has for backward."""
+    return OfMaps(summary[4], summary[1], summary[5], summary[6:9], summary[9:])
 
 
 class _Branch(NamedTuple):
@@ -379,25 +387,22 @@ def _channel_gradients(
     mixture: Mixture,
     end: Ending,
     eps: float,
-    known: Tensor,
+    known: OfMaps | None,
 ) -> tuple[Tensor | Rule, ...]:
     """Gradients of a, d [B, C], of lam and of the norm's weight and bias [C]; what g is made by.
 
-    known: [9, B, C] of the summary of a step whose norm took statistics of the batch: the means of
-    u, p and e, what rounding took from these, and the covariances with o; else empty.
+    known: of a step whose norm took statistics of the batch.
     """
     batch, channels, height, width = inputs.x.shape
-    through_norm = len(known) > 0
-    shifts, kept = mixture.a.new_zeros(3, batch, channels), None
-    if through_norm:
-        shifts, kept = known[:3], known[3:]
+    through_norm = known is not None
+    shifts = torch.stack(known[:3]) if through_norm else mixture.a.new_zeros(3, batch, channels)
     found = _moments(inputs, arriving, shifts, KNOWN=through_norm)
     of_planes = mixture.a.new_empty(3, batch, channels)
     of_channels = mixture.a.new_empty(6, channels)
     launch(
         channel_gradients_kernel,
         (triton.cdiv(channels, FOLD["CHANNELS"]),),
-        *(found, kept, mixture, end, of_planes, of_channels),
+        *(found, known, mixture, end, of_planes, of_channels),
         *(batch, channels, height * width),
         EPS=eps,
         maxnreg=GRADIENTS_REGISTERS,

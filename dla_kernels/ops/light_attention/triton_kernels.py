@@ -80,6 +80,17 @@ class Moments(NamedTuple):
     planes: int  # B * C
 
 
+class OfMaps(NamedTuple):
+    """What a forward step leaves of u, p and e for backward: their means [B, C]; what rounding took
+    from these, and the covariances with o, [3, B, C]."""
+
+    mean_u: Any
+    mean_p: Any
+    mean_e: Any
+    rests: Any
+    covariances: Any
+
+
 class Rule(NamedTuple):
     """g = factor * dL/dout [+ slope * (o - mean) + level] [+ the gradient that arrives at o].
 
@@ -340,14 +351,10 @@ def block(start, batch, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    moments, mixture, mean, var, of_planes, batch, channels, area,
+    moments, mixture, mean, var, of_maps, batch, channels, area,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance of o, for some channels.
-
-    of_planes [9, B, C], for backward: means of u, p and e, what rounding took from these, and the
-    covariances with o.
-    """
+    """Mean and biased variance of o, for some channels; and what there is to be `OfMaps`."""
     sums, shifts, planes = moments
     total = tl.zeros((ROWS, CHANNELS), tl.float64)
     for start in range(0, batch, ROWS):
@@ -372,11 +379,12 @@ def statistics_kernel(
             product = products[i] - of_f * mean_of_o
             square += k[i] * product
             mean_of_f = of_field(shifts, planes, i, index, inside) + of_f / area
-            rounded = mean_of_f.to(of_planes.dtype.element_ty)
-            kept = (rounded, mean_of_f - rounded.to(tl.float64), product / area)
-            for j in tl.static_range(3):
-                to = of_planes + tl.cast(planes, tl.int64) * (i + 3 * j) + index
-                tl.store(to, kept[j].to(of_planes.dtype.element_ty), inside)
+            rounded = mean_of_f.to(of_maps.rests.dtype.element_ty)
+            tl.store(of_maps[i] + index, rounded, inside)
+            at = tl.cast(planes, tl.int64) * i + index
+            rest = mean_of_f - rounded.to(tl.float64)
+            tl.store(of_maps.rests + at, rest.to(rounded.dtype), inside)
+            tl.store(of_maps.covariances + at, (product / area).to(rounded.dtype), inside)
         deviation = mix(shifts, planes, 0, 1, 2, index, inside, k) + mean_of_o - middle[None, :]
         spread = tl.where(square > 0, square, 0.0) + deviation * deviation * area
         total += tl.where(inside, spread, 0.0)
@@ -388,13 +396,12 @@ def statistics_kernel(
 
 @triton.jit
 def channel_gradients_kernel(
-    moments, kept, mixture, end, of_planes, of_channels, batch, channels, area,
+    moments, known, mixture, end, of_planes, of_channels, batch, channels, area,
     EPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """What follows from the moments of G = dL/dout, for some channels.
 
-    kept: [6, B, C] if the gradient passes statistics of the batch (the shifts then are means of
-    planes): what rounding took from these, and the covariances of u, p and e with o; else None.
+    known: `OfMaps` if the gradient passes statistics of the batch; the shifts then are its means.
     of_planes [3, B, C]: da, dd and the factor of the `Rule`. of_channels [6, C]: gradients of lam
     and of the norm's weight and bias; mean, slope and level of the `Rule`.
     """
@@ -415,19 +422,19 @@ def channel_gradients_kernel(
         scale = double(end.drop_scale, index // channels, inside, 1.0)
         alone = of_field(sums, planes, G, index, inside)
         total += shift
-        if kept is not None:
-            total += mix(kept, planes, 0, 1, 2, index, inside, k)
+        if known is not None:
+            total += mix(known.rests, planes, 0, 1, 2, index, inside, k)
         dbias += scale * alone
         dweight += scale * (mix(sums, planes, GU, GP, GE, index, inside, k) + shift * alone)
     middle = double(end.mean, line, exists)
-    if kept is not None:
+    if known is not None:
         # Not the one that was rounded: it is multiplied by sums of gradients over whole planes.
         middle = tl.sum(total, axis=0) / batch
     dbias = tl.sum(dbias, axis=0)
     dweight = (tl.sum(dweight, axis=0) - middle * dbias) * rstd
     slope = tl.zeros((CHANNELS,), tl.float64)
     level = tl.zeros((CHANNELS,), tl.float64)
-    if kept is not None:
+    if known is not None:
         slope = -weight * rstd * dweight / batch / area
         level = -weight * dbias / batch / area
     dlam = tl.zeros((ROWS, CHANNELS), tl.float64)
@@ -439,9 +446,9 @@ def channel_gradients_kernel(
         alone = factor * of_field(sums, planes, G, index, inside)
         alone += of_field(sums, planes, D, index, inside)
         through_norm = tl.zeros((ROWS, CHANNELS), tl.float64)
-        if kept is not None:
+        if known is not None:
             mean_of_o = mix(shifts, planes, 0, 1, 2, index, inside, k)
-            mean_of_o += mix(kept, planes, 0, 1, 2, index, inside, k)
+            mean_of_o += mix(known.rests, planes, 0, 1, 2, index, inside, k)
             through_norm += slope[None, :] * (mean_of_o - middle[None, :]) + level[None, :]
             through_norm *= area
         alone += through_norm
@@ -450,10 +457,10 @@ def channel_gradients_kernel(
             product = factor * of_field(sums, planes, GU + i, index, inside)
             product += of_field(sums, planes, DU + i, index, inside)
             product += of_field(shifts, planes, i, index, inside) * alone
-            if kept is not None:
-                covariance = of_field(kept, planes, 3 + i, index, inside)
+            if known is not None:
+                covariance = of_field(known.covariances, planes, i, index, inside)
                 product += area * slope[None, :] * covariance
-                product += through_norm * of_field(kept, planes, i, index, inside)
+                product += through_norm * of_field(known.rests, planes, i, index, inside)
             products = products + (product,)
         dlam += double(mixture.d, index, inside) * products[1] + products[2]
         found = (products[0], k[2] * products[1], factor)
