@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 import dla_kernels
 from dla.models import create_model
 from dla.nn import DLALayer, DLAState
-from dla_kernels.backend import implementations
+from dla_kernels.backend import backends_of, implementation
 from dla_kernels.ops.cell.reference import CELLS
 from dla_kernels.ops.cell.reference import cell as reference_cell
 from dla_kernels.ops.common import compute_dtype
@@ -178,8 +178,8 @@ class OpCase:
         x = torch.empty(0, dtype=settings.dtype, device=settings.device)
         return [
             name
-            for name, module in implementations(self.op).items()
-            if name != "reference" and module.unsupported(x) is None
+            for name in backends_of(self.op)
+            if name != "reference" and implementation(self.op, name).unsupported(x) is None
         ]
 
     def contestants(self, settings: Settings, shape: Shape, mode: str) -> Iterator[Contestant]:

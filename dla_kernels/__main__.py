@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dla_kernels
 from dla_kernels import native, ops
-from dla_kernels.backend import BACKENDS, implementations, use_backend
+from dla_kernels.backend import BACKENDS, implementation, use_backend
 
 FAILED = "[red]fails[/]"
 NOT_TUNED = os.environ.get("DLA_AUTOTUNE") == "0"
@@ -103,7 +103,7 @@ def error_of(op: str, backend: str, device: torch.device) -> float:
 
 def check(op: str, backend: str) -> tuple[str, str | None]:
     """One cell of the table, and what there is to say about it."""
-    module = implementations(op).get(backend)
+    module = implementation(op, backend)
     if module is None:
         return "[dim]none yet[/]", None
     gpu = backend in ("cuda", "triton") and torch.cuda.is_available()

@@ -16,7 +16,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ContextDecorator
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,7 +26,8 @@ from dla_kernels.ops.common import shape_class
 AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 
-_requested: ContextVar[str] = ContextVar("dla_kernels_backend", default=AUTO)
+# The names that `use_backend` asks for, the innermost first.
+_requested: ContextVar[tuple[str, ...]] = ContextVar("dla_kernels_backend", default=(AUTO,))
 _log = logging.getLogger("dla_kernels")
 
 
@@ -58,23 +59,18 @@ class use_backend(ContextDecorator):
             known = ", ".join((AUTO, *BACKENDS))
             raise ValueError(f"name: expected one of {known}; got {name!r}")
         self.name = name
-        self._tokens: list[Token[str]] = []
-
-    def _recreate_cm(self) -> use_backend:
-        """For a decorator: each call of the function has its own, in whatever thread."""
-        return use_backend(self.name)
 
     def __enter__(self) -> use_backend:
-        self._tokens.append(_requested.set(self.name))
+        _requested.set((self.name, *_requested.get()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        _requested.reset(self._tokens.pop())
+        _requested.set(_requested.get()[1:])
 
 
 def requested() -> str:
     """The name that the innermost `use_backend` asks for; "auto" outside of any."""
-    return _requested.get()
+    return _requested.get()[0]
 
 
 def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:
@@ -83,18 +79,18 @@ def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implement
     Raises:
         RuntimeError: the requested backend cannot.
     """
-    name = _requested.get()
+    name = requested()
     if name != AUTO:
         return _demand(op, name, x, args, backward)
     refusals = []
-    available = implementations(op)
     for name in _automatic_order(op, _class_of(x, args) if x.is_cuda else None):
-        if name not in available:
+        module = implementation(op, name)
+        if module is None:
             continue
-        reason = _refusal(available[name], x, args, backward)
+        reason = _refusal(module, x, args, backward)
         if reason is None:
             _report(op, name, tuple(refusals))
-            return available[name]
+            return module
         refusals.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
 
@@ -106,13 +102,13 @@ def _refusal(module: Implementation, x: Tensor, args: Sequence[Any], backward: b
 
 
 def _demand(op: str, name: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:
-    available = implementations(op)
-    if name not in available:
-        problem = f"{op} has no such implementation (it has {', '.join(available)})"
-    elif reason := _refusal(available[name], x, args, backward):
+    module = implementation(op, name)
+    if module is None:
+        problem = f"{op} has no such implementation (it has {', '.join(backends_of(op))})"
+    elif reason := _refusal(module, x, args, backward):
         problem = reason
     else:
-        return available[name]
+        return module
     raise RuntimeError(
         f"backend {name!r}, asked for by use_backend, cannot serve {op}: {problem}; "
         f"use_backend({AUTO!r}) takes what is available"
@@ -120,27 +116,32 @@ def _demand(op: str, name: str, x: Tensor, args: Sequence[Any], backward: bool) 
 
 
 @functools.cache
-def implementations(op: str) -> dict[str, Implementation]:
-    """The implementations of an op by backend; one that cannot be imported refuses every call."""
-    package = f"dla_kernels.ops.{op}"
-    names = (name for name in BACKENDS if importlib.util.find_spec(f"{package}.{name}"))
-    return {name: _import(f"{package}.{name}") for name in names}
+def backends_of(op: str) -> list[str]:
+    """The backends that an op has implementations for, whether or not these can be imported."""
+    return [name for name in BACKENDS if importlib.util.find_spec(f"dla_kernels.ops.{op}.{name}")]
 
 
-def _import(module: str) -> Implementation:
+@functools.cache
+def implementation(op: str, name: str) -> Implementation | None:
+    """The implementation of an op for a backend, which refuses every call if it cannot be imported;
+    None if there is none. Imported when it is asked for: a broken Triton does not concern a CPU."""
+    if name not in backends_of(op):
+        return None
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
+        return importlib.import_module(f"dla_kernels.ops.{op}.{name}")
+    except Exception as error:  # whatever is wrong with what it imports
         return _NotImportable(error)
 
 
 class _NotImportable:
     """In place of a module that lacks something: a refusal with the remedy."""
 
-    def __init__(self, error: ImportError) -> None:
-        missing = isinstance(error, ModuleNotFoundError) and error.name
-        remedy = f"; pip install {error.name.partition('.')[0]}" if missing else ""
-        self._reason = f"{error}{remedy}"
+    def __init__(self, error: Exception) -> None:
+        self._reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ImportError):
+            missing = isinstance(error, ModuleNotFoundError) and error.name
+            remedy = f"; pip install {error.name.partition('.')[0]}" if missing else ""
+            self._reason = f"{error}{remedy}"
 
     def unsupported(self, x: Tensor) -> str:
         return self._reason

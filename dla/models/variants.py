@@ -15,6 +15,7 @@ from dla.models.registry import register_variant
 from dla.nn import DIAStage, DLAStage, ECAGate, SEGate
 from dla.nn.checks import match_autocast
 from dla.nn.form import SPECS
+from dla.nn.stage import parts_of
 from dla_kernels.ops.checks import one_of
 
 # In the authors' key: the stem and the head, then what a block consists of.
@@ -51,7 +52,7 @@ class ChannelGateStage(nn.Module):
     """Blocks whose residual branches are scaled by channel gates: [B, C_in, H, W] -> [B, C, ...].
 
     Args:
-        blocks: each with ``parts(x)``, its residual branch and its shortcut.
+        blocks: each with ``parts(x)``, its residual branch and its shortcut, see `DIAStage`.
         gates: a module per block, from means of the branch [B, C] to gates [B, C].
     """
 
@@ -61,8 +62,8 @@ class ChannelGateStage(nn.Module):
         self.layers = nn.ModuleList(gates)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block, layer in zip(self.blocks, self.layers, strict=True):
-            branch, shortcut = block.parts(x)
+        for index, layer in enumerate(self.layers):
+            branch, shortcut = parts_of(self.blocks, index, x)
             gate = layer(dla_kernels.global_pool(branch))
             x = dla_kernels.residual_gate(branch, gate, match_autocast(shortcut, branch))
         return x

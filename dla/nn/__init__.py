@@ -1,6 +1,6 @@
 """Layers of Dynamic Layer Attention."""
 
-from dla.nn.cells import Cell, DSUCell, DSUSplitCell
+from dla.nn.cells import Cell, DIACell, DSUCell, DSUSplitCell, LSTMCell, RNNCell
 from dla.nn.channel import DIALayer, ECAGate, SEGate
 from dla.nn.drop import DropPath
 from dla.nn.layer import DLALayer, MRLALayer
@@ -9,6 +9,7 @@ from dla.nn.state import DLAState
 
 __all__ = [
     "Cell",
+    "DIACell",
     "DIALayer",
     "DIAStage",
     "DLALayer",
@@ -18,6 +19,8 @@ __all__ = [
     "DSUSplitCell",
     "DropPath",
     "ECAGate",
+    "LSTMCell",
     "MRLALayer",
+    "RNNCell",
     "SEGate",
 ]

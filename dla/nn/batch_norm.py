@@ -38,6 +38,8 @@ def batch_norm_arguments(
     if norm is None:
         return BatchNormArguments("none", 0.0, None, None, None, None)
     weight, bias = (parameter(norm, name, dtype) for name in ("weight", "bias"))
+    if weight is not None and bias is None:  # BatchNorm2d(bias=False)
+        bias = torch.zeros_like(weight)
     if not norm.training:
         mean, var = norm.running_mean, norm.running_var
         if mean is not None and var is not None:

@@ -22,8 +22,9 @@ class DLAStage(nn.Module):
     ``prev_from="shortcut"`` attend to, has the shape of the output; it is the block's input unless
     the block returns it. A block may have a method ``raw_parts(x) -> (branch, norm, shortcut)``;
     its output is then relu(norm(branch) + shortcut), norm a module or None, and left to fused
-    operations: to the layer's own step if that reads the shortcut. The recurrent state starts anew
-    in every call.
+    operations: to the layer's own step if that reads the shortcut. A block with hooks, or in a
+    wrapper (activation checkpointing, FSDP, torch.compile), is called instead. The recurrent state
+    starts anew in every call.
 
     Args:
         blocks: at least one; all put out ``channels`` channels at one resolution.
@@ -97,7 +98,7 @@ class DLAStage(nn.Module):
         for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             reads_shortcut = layer.form.prev_from == "shortcut"
             options = {}
-            if hasattr(block, "raw_parts") and is_unhooked(block):
+            if _has(block, "raw_parts") and is_unhooked(block) and not block._compiled_call_impl:
                 parts = block.raw_parts(x)
                 out, norm, shortcut = _checked_parts(block, "raw_parts", parts, _RAW_PARTS)
                 if reads_shortcut:
@@ -125,7 +126,8 @@ class DIAStage(nn.Module):
 
     Args:
         blocks: at least one; ``block.parts(x)`` gives a residual branch and its shortcut, both of
-            ``channels`` channels at one resolution.
+            ``channels`` channels at one resolution. Blocks are not called, so that wrappers of them
+            are refused: wrap the stage.
         channels: C.
         cell, reduction, fused, activation, initial_state: see `DIALayer`.
 
@@ -150,11 +152,7 @@ class DIAStage(nn.Module):
         super().__init__()
         self.blocks = module_list("blocks", blocks)
         for index, block in enumerate(self.blocks):
-            if not callable(getattr(block, "parts", None)):
-                raise TypeError(
-                    f"blocks[{index}]: expected a Module with a method parts(x), "
-                    f"got {type(block).__name__}"
-                )
+            _check_has_parts(index, block)
         self.layers = nn.ModuleList(
             DIALayer(channels, cell, fused=fused, shared=True) for _ in self.blocks
         )
@@ -167,14 +165,38 @@ class DIAStage(nn.Module):
             ValueError, TypeError: what a block puts out does not fit.
         """
         state = None
-        for block, layer in zip(self.blocks, self.layers, strict=True):
-            branch, shortcut = _checked_parts(block, "parts", block.parts(x), _PARTS)
+        for index, layer in enumerate(self.layers):
+            branch, shortcut = parts_of(self.blocks, index, x)
             x, state = layer(branch, shortcut, state, cell=self.cell)
         return x
 
 
 _PARTS = {"output": Tensor, "shortcut": Tensor}
 _RAW_PARTS = {"branch": Tensor, "norm": nn.Module | None, "shortcut": Tensor}
+
+
+def parts_of(blocks: nn.ModuleList, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``blocks[index].parts(x)``, a residual branch and its shortcut.
+
+    Raises:
+        TypeError: the block has no such method, or it gives something else.
+    """
+    block = blocks[index]
+    _check_has_parts(index, block)
+    return _checked_parts(block, "parts", block.parts(x), _PARTS)
+
+
+def _check_has_parts(index: int, block: nn.Module) -> None:
+    if not _has(block, "parts"):
+        raise TypeError(
+            f"blocks[{index}]: expected a Module with a method parts(x), got "
+            f"{type(block).__name__}; a wrapper of one would not be called: wrap the stage"
+        )
+
+
+def _has(block: nn.Module, method: str) -> bool:
+    """Whether it is the block's own: wrappers pass attributes on, but want to be called."""
+    return hasattr(type(block), method)
 
 
 def _checked_parts(block: nn.Module, method: str, parts: Any, types: Mapping[str, Any]) -> Any:

@@ -16,10 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from dla_kernels.ops import triton_tuning
 from dla_kernels.ops.common import LAYOUTS, class_of, compute_dtype, dense_format
 
+OLDEST = "3.6"  # Triton that compiles all kernels; torch 2.9 still brings 3.5
 # TRITON_INTERPRET=1: the kernels run as Python on the CPU, slowly, to be checked.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -33,6 +35,11 @@ SUMMED_PIXELS = {torch.contiguous_format: 4096, torch.channels_last: 256}
 
 def unsupported(x: Tensor) -> str | None:
     """Why the Triton kernels cannot serve ``x``, or None."""
+    if TorchVersion(triton.__version__) < OLDEST:
+        return (
+            f"the kernels need Triton {OLDEST} or newer, found {triton.__version__}; "
+            "pip install -U torch, which brings it"
+        )
     if x.is_cuda or (INTERPRETED and x.is_cpu):
         return None
     return f"Triton kernels run on GPUs, x is on {x.device} (TRITON_INTERPRET=1: slowly on CPUs)"

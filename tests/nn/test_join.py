@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dla.models import create_model
 from dla.nn import DIAStage, DLALayer, DLAStage
 from refusals import assert_refused
 from tolerances import MODELS, assert_close, assert_gradients_close
@@ -129,6 +130,51 @@ def test_a_hook_on_the_block_is_called(form: str) -> None:
     assert len(calls) == 3
 
 
+class Wrapper(nn.Module):
+    """As activation checkpointing and FSDP wrap modules: attributes are passed on."""
+
+    def __init__(self, block: nn.Module, calls: list[int]) -> None:
+        super().__init__()
+        self.block, self.calls = block, calls
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block, name)
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls.append(1)
+        return self.block(x)
+
+
+@each_form
+def test_wrapped_blocks_are_called(form: str) -> None:
+    model, calls = stage(form, "plain"), []
+    expected = model(images())
+    model.blocks = nn.ModuleList(Wrapper(block, calls) for block in model.blocks)
+    assert_close(model(images()), expected, name="out", table=MODELS)
+    assert len(calls) == 3
+
+
+@each_form
+def test_compiled_blocks_are_called(form: str) -> None:
+    model, calls = stage(form, "plain"), []
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend=lambda graph, _: calls.append(1) or graph.forward)
+    model(images())
+    assert calls
+
+
+@pytest.mark.parametrize("variant", ["dia", "se", "eca"])
+def test_wrapped_blocks_that_cannot_be_called_are_refused(variant: str) -> None:
+    model = create_model(f"resnet20_{variant}")
+    blocks = model.stages[0].blocks
+    blocks[1] = Wrapper(blocks[1], [])
+    assert_refused(lambda: model(torch.randn(1, 3, 8, 8)), "blocks[1]", "parts(x)", "Wrapper")
+
+
 @each_form
 def test_under_autocast(form: str) -> None:
     """The branch comes in bfloat16, the shortcut of a first block in float32."""
@@ -141,12 +187,9 @@ def test_under_autocast(form: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-class Handing(nn.Module):
+def handing(method: str, parts: Callable[[Tensor], Any]) -> nn.Module:
     """A block whose method hands over anything."""
-
-    def __init__(self, method: str, parts: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        setattr(self, method, parts)
+    return type("Handing", (nn.Module,), {method: staticmethod(parts)})()
 
 
 NORM = nn.BatchNorm2d(CHANNELS)
@@ -167,7 +210,7 @@ BAD_PARTS: dict[str, tuple[Callable[[Tensor], Any], ...]] = {
 def test_bad_parts(bad: str, form: str, fused: bool) -> None:
     parts, name, *words = BAD_PARTS[bad]
     model = DLAStage(
-        [Handing("raw_parts", parts)], CHANNELS, head_dim=4, fused=fused, **FORMS[form]
+        [handing("raw_parts", parts)], CHANNELS, head_dim=4, fused=fused, **FORMS[form]
     )
     name = "shortcut" if (name, form) == ("prev", "base") else name
     assert_refused(lambda: model(images().float()), name, *words)
@@ -175,9 +218,9 @@ def test_bad_parts(bad: str, form: str, fused: bool) -> None:
 
 def test_bad_results_of_blocks() -> None:
     x = images().float()
-    light = DLAStage([Handing("forward", lambda x: (x, x, x))], CHANNELS, head_dim=4)
+    light = DLAStage([handing("forward", lambda x: (x, x, x))], CHANNELS, head_dim=4)
     assert_refused(lambda: light(x), "blocks", "(output, shortcut)", "(Tensor, Tensor, Tensor)")
-    dia = DIAStage([Handing("parts", lambda x: (x, 1.0))], CHANNELS)
+    dia = DIAStage([handing("parts", lambda x: (x, 1.0))], CHANNELS)
     assert_refused(lambda: dia(x), "blocks", "Handing.parts", "(Tensor, float)")
     layer = DLALayer(CHANNELS, spec="official", head_dim=4)
     assert_refused(lambda: layer(x, x, join=True, branch_norm=3), "branch_norm", "Module", "int 3")

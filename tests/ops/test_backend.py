@@ -16,10 +16,10 @@ import torch
 
 import dla_kernels
 from dla_kernels import native, use_backend
-from dla_kernels.backend import BACKENDS, _automatic_order, _class_of, implementations
+from dla_kernels.backend import BACKENDS, _automatic_order, _class_of, implementation
 from dla_kernels.ops import cuda_common
 from dla_kernels.ops.common import CLASS_SIZES, LAYOUTS
-from op_cases import op_names, python
+from op_cases import op_names, python, skips
 from op_samples import NAMES, SMALL, Call, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,12 @@ EACH_OP = pytest.mark.parametrize("op", op_names())
 WITHOUT_EXTENSION = "import sys; sys.modules['_dla_native'] = None\n"
 WITHOUT_CUDA = "import sys; sys.modules['_dla_native_cuda'] = None\n"
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
+BROKEN_TRITON = """
+import sys, types
+parts = "", ".language", ".runtime", ".runtime.cache"
+sys.modules.update((name, types.ModuleType(name)) for name in ("triton" + part for part in parts))
+sys.modules["triton.runtime.cache"].get_cache_manager = None
+"""
 POOL = """
 import torch, dla_kernels
 x = torch.ones(2, 3, 4, 4)
@@ -175,16 +181,42 @@ def test_cuda_kernels_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_request_of_cuda_where_there_is_none() -> None:
     """Both that the kernels are not built, with the way to get them, and that x is on the CPU."""
-    for message in refusals("cuda", WITHOUT_CUDA).values():
+    said = refusals("cuda", WITHOUT_CUDA)
+    assert said.keys() == set(op_names())
+    for message in said.values():
         for words in ("_dla_native_cuda is not installed", "DLA_BUILD_CUDA=1", "x is on cpu"):
             assert words in message, message
 
 
 def test_request_of_a_backend_that_does_not_import() -> None:
     """The package imports; only asking for Triton is an error, with the way to get it."""
-    for op, message in refusals("triton", WITHOUT_TRITON).items():
-        if "triton" in implementations(op):
-            assert "triton" in message and "pip install triton" in message, message
+    said = refusals("triton", WITHOUT_TRITON)
+    assert said.keys() == set(op_names())
+    for message in said.values():
+        assert "triton" in message and "pip install triton" in message, message
+
+
+def test_request_of_a_backend_that_is_broken() -> None:
+    """Whatever its import raises is the reason."""
+    said = refusals("triton", BROKEN_TRITON)
+    assert said.keys() == set(op_names())
+    for message in said.values():
+        assert "AttributeError: module 'triton' has no attribute" in message, message
+
+
+@pytest.mark.parametrize("version", [pytest.param("3.5.1", marks=skips("triton"))])
+def test_old_triton_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_common = importlib.import_module("dla_kernels.ops.triton_common")
+    monkeypatch.setattr(triton_common.triton, "__version__", version)
+    reason = triton_common.unsupported(torch.ones(1, 1, 1, 1))
+    assert "3.6" in reason and version in reason and "pip install" in reason
+
+
+def test_what_is_not_asked_for_is_not_imported() -> None:
+    """A broken Triton does not matter to a call on a CPU."""
+    run = "dla_kernels.global_pool(x); assert 'dla_kernels.ops.triton_common' not in sys.modules"
+    done = python(BROKEN_TRITON + POOL + run)
+    assert done.returncode == 0, done.stderr
 
 
 @EACH_OP
@@ -272,7 +304,7 @@ def test_call_that_is_refused_goes_to_the_next_backend(
 ) -> None:
     """A backend may refuse a single call: the next one serves it, and the reason is logged once."""
     seen = serving("global_pool", monkeypatch)
-    cpp = implementations("global_pool")["cpp"]
+    cpp = implementation("global_pool", "cpp")
     monkeypatch.setattr(
         cpp,
         "refuses",

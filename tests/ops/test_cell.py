@@ -16,7 +16,7 @@ import dla_kernels
 from base_cases import Case as BaseCase
 from dla_kernels import backend as dispatch
 from dla_kernels import use_backend
-from dla_kernels.backend import implementations
+from dla_kernels.backend import implementation
 from dla_kernels.ops.cell.reference import CELLS
 from light_cases import Case as LightCase
 from op_cases import backends, compare, each_backend, each_case, random_small, reference
@@ -176,7 +176,7 @@ def test_step_with_a_cell_too_wide(
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_widest_cell_that_fits(backend: str, kind: str, direction: str) -> None:
     """What is refused is what the kernels cannot run."""
-    module = implementations("cell")[backend]
+    module = implementation("cell", backend)
 
     def arguments(channels: int) -> tuple[Any, ...]:
         call = call_of(kind, channels)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dla_kernels.backend import implementations
+from dla_kernels.backend import backends_of
 from op_cases import op_names, python, skips
 
-OPS = [op for op in op_names() if "triton" in implementations(op)]
+OPS = [op for op in op_names() if "triton" in backends_of(op)]
 REGISTERS = 65536  # of a multiprocessor, of every generation
 SHARED = 48 * 1024  # bytes: several programs fit on a multiprocessor
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dla_kernels.backend import implementations
+from dla_kernels.backend import backends_of
 from op_cases import DENSE, INTERPRETED, compare, op_names, python, skips
 from op_samples import SAMPLES, sample
 
 pytestmark = skips("triton")
-OPS = [op for op in op_names() if "triton" in implementations(op)]
+OPS = [op for op in op_names() if "triton" in backends_of(op)]
 SETTINGS = ("first", "second", "third")
 # Where a plane is larger than a tile; where channels are more than a few.
 SHAPES = {"nchw": (1, 2, 17, 31), "nhwc": (1, 20, 3, 5)}

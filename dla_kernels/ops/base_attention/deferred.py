@@ -46,6 +46,11 @@ class WeightedSum(Tensor):
             return cls([*args[0].terms, *args[1].terms])
         if all_sums and func is torch.ops.aten.detach.default:
             return cls(args[0].terms)
+        if func._schema.is_mutable:
+            raise NotImplementedError(
+                "the gradient of a value is a sum that is not yet formed and cannot be changed in "
+                "place; a hook may return another one, such as grad * 0.5"
+            )
         plain = torch.utils._pytree.tree_map_only(cls, cls.formed, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
