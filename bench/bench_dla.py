@@ -16,8 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 SUITES = ("layer", "model", "ops", "first", "family", "depth")
+BACKENDS = ("auto", "all", "cpp", "cuda", "triton", "reference")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -38,16 +41,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an option that takes one or more words, with commas between them."""
 
+    def chosen(text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not names or not set(names) <= set(choices):
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, not {text!r}")
+        return names
 
-def suites(text: str) -> tuple[str, ...]:
-    chosen = names(text)
-    unknown = [name for name in chosen if name not in SUITES]
-    if unknown or not chosen:
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SUITES)}, not {text!r}")
     return chosen
+
+
+def new_file(text: str) -> str:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, not {text!r}")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,21 +65,36 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = result.add_argument
-    add("--suite", type=suites, default=("layer", "model"), help=f"some of {','.join(SUITES)}")
+    add(
+        "--suite",
+        type=some_of(SUITES),
+        default=("layer", "model"),
+        help=f"some of {','.join(SUITES)}",
+    )
     add("--device", help="cpu, cuda, cuda:1 ..; by default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, default="float32", help="feature dtype (autocast for models)")
     add("--shapes", type=shape, nargs="+", help="BxCxHxW .. for the suites layer and ops")
-    add("--backends", type=names, default=("auto",), help="of auto,all,cpp,cuda,triton,reference")
+    add("--backends", type=some_of(BACKENDS), default=("auto",), help=f"of {','.join(BACKENDS)}")
     add("--spec", choices=("official", "paper"), default="official", help="preset of DLA-L")
-    add("--model", default="resnet56", help="family and depth of the suites model, family")
-    add("--batch", type=positive, default=32, help="batch size of the networks")
+    add("--model", help="family and depth of the suites model, family; by default resnet56")
+    add("--batch", type=positive, help="batch size of the networks; by default 32")
     add("--channels-last", action="store_true", help="run the networks in channels_last")
     add("--threads", type=positive, help="CPU threads; by default what torch chooses")
-    add("--repeats", type=positive, help="rounds over all peers; by default 30, models 10")
+    add("--repeats", type=positive, help="rounds over all peers; by default 30, models 10, depth 5")
     add("--no-compile", action="store_true", help="leave out the torch.compile peer (slow start)")
     add("--quick", action="store_true", help="smoke test: tiny shapes, 2 repeats, no torch.compile")
-    add("--json", metavar="FILE", help="write all rows here, again after every measurement")
-    add("--plot", metavar="PNG", help="draw the results (needs matplotlib: the extra 'bench')")
+    add(
+        "--json",
+        metavar="FILE",
+        type=new_file,
+        help="write all rows here, again after every measurement",
+    )
+    add(
+        "--plot",
+        metavar="PNG",
+        type=new_file,
+        help="draw the results (needs matplotlib: the extra 'bench')",
+    )
     # How this program calls itself for what has to be measured in a process of its own.
     add("--child", type=json.loads, help=argparse.SUPPRESS)
     return result

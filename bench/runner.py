@@ -303,17 +303,17 @@ def default_device(name: str | None) -> torch.device:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    settings = Settings(
+    quick = options.quick
+    return Settings(
         device=default_device(options.device),
         dtype=getattr(torch, options.dtype),
         backends=options.backends,
         spec=options.spec,
-        compile=not (options.no_compile or options.quick),
+        compile=not (options.no_compile or quick),
         channels_last=options.channels_last,
-        model=options.model,
-        batch=options.batch,
+        model=options.model or ("resnet20" if quick else "resnet56"),
+        batch=options.batch or (4 if quick else 32),
     )
-    return replace(settings, model="resnet20", batch=4) if options.quick else settings
 
 
 def print_child(child: Row) -> int:

@@ -36,12 +36,26 @@ def test_shapes_are_read(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--shapes", "2x3"], ["--suite", "lairs"], ["--repeats", "0"]]
+    "arguments",
+    [
+        ["--shapes", "2x3"],
+        ["--suite", "lairs"],
+        ["--suite", ","],
+        ["--backends", "cpp,gpu"],
+        ["--repeats", "0"],
+        ["--json", "no/folder/results.json"],
+    ],
 )
 def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_dla.parser().parse_args(arguments)
     assert arguments[1] in capsys.readouterr().err
+
+
+def test_quick_only_sets_defaults() -> None:
+    asked = quick_bench("--model", "resnet29", "--batch", "2").settings
+    assert (asked.model, asked.batch) == ("resnet29", 2)
+    assert (quick_bench().settings.model, quick_bench().settings.batch) == ("resnet20", 4)
 
 
 def test_all_backends_are_those_with_kernels_for_the_device() -> None:

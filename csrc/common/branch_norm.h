@@ -75,17 +75,18 @@ struct BranchStatistics {
             fill_block(plane, V{});
             plane[0] = kPixelLanes ? splat<A>(corner[0]) : corner;
           }
-          for (int64_t row = place.strip.first; row < place.strip.last; ++row) {
-            V sum{}, square{};
-            for (int64_t k = 0; k < grid.vectors; ++k) {
-              const Mask<A> own = grid.own(k, channels);
-              const V v = keep<A>(own, load_masked<A>(in.at(row, k), own) - plane[0]);
-              sum += v;
-              square += v * v;
-            }
-            plane[1] += sum;
-            plane[2] += square;
-          }
+          for (int64_t row = place.strip.first; row < place.strip.last; ++row)
+            for_runs(grid.vectors, [&](int64_t first, int64_t last) {
+              V sum{}, square{};
+              for (int64_t k = first; k < last; ++k) {
+                const Mask<A> own = grid.own(k, channels);
+                const V v = keep<A>(own, load_masked<A>(in.at(row, k), own) - plane[0]);
+                sum += v;
+                square += v * v;
+              }
+              plane[1] += sum;
+              plane[2] += square;
+            });
           if (place.strip.last < grid.shape.height) return;
           A* to = sums + place.b * grid.shape.channels;
           store_channel_vector(to, plane[0], grid, place.group);

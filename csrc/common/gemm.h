@@ -163,7 +163,7 @@ template <class A>
 template <class A>
 [[gnu::noinline]] void multiply_add(Size rows, Size columns, Size depth, Strided<A> a, const A* b,
                                     Size b_stride, A* c, Size c_stride) {
-  if (columns == 1 && a.column == 1 && b_stride == 1)
+  if (columns == 1 && a.column == 1 && b_stride == 1 && c_stride == 1)
     return multiply_add_column(rows, depth, a.data, a.row, b, c);
   constexpr Size max_depth = 256;  // a block of b, two vectors wide, stays in the L1 cache
   for (Size k = 0; k < depth; k += max_depth) {

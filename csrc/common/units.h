@@ -105,6 +105,15 @@ inline void for_strips(const Units<A>& units, const Grid<A>& grid, int64_t unit,
   }
 }
 
+// Calls body(first, last) for runs of a row's vectors, of which sums are formed on their own: long chains
+// of additions lose digits.
+template <class Body>
+inline __attribute__((always_inline)) void for_runs(int64_t vectors, const Body& body) {
+  constexpr int64_t most = 64;
+  for (int64_t first = 0; first < vectors; first += most)
+    body(first, std::min(vectors, first + most));
+}
+
 // Calls body(row, vector, mask of the lanes within the map) for a strip.
 template <class Place, class Body>
 inline void for_strip_vectors(const Place& place, const Body& body) {

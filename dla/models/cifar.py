@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dla.models.blocks import BLOCKS, ResidualBlock, init_convolutions
 from dla.models.registry import VARIANTS, register_family
+from dla.nn.checks import positive_int
+from dla_kernels.ops.checks import one_of
 
 _DEPTHS = (20, 29, 47, 56, 110, 164)
 _WIDTHS = (16, 32, 64)
@@ -16,11 +18,9 @@ _STEM_CHANNELS = 16
 
 
 def _blocks_per_stage(depth: int, block: str) -> int:
-    if block not in BLOCKS:
-        raise ValueError(f"block: expected one of {', '.join(BLOCKS)}, got {block!r}")
     # A stage's block has three convolutions (two in a basic block); stem and classifier are 2.
-    per_block = {"bottleneck": 9, "basic": 6}[block]
-    count, rest = divmod(depth - 2, per_block)
+    per_block = {"bottleneck": 9, "basic": 6}[one_of("block", block, BLOCKS)]
+    count, rest = divmod(positive_int("depth", depth) - 2, per_block)
     if rest or count < 1:
         raise ValueError(
             f"block: {block!r} blocks need a depth of {per_block}n + 2, which {depth} is not"
@@ -50,8 +50,8 @@ class CifarResNet(nn.Module):
         num_features: channels that reach the classifier.
 
     Raises:
-        ValueError: unknown ``variant`` or ``block``, a ``depth`` that does not fit, or an
-            option's value out of its range.
+        ValueError, TypeError: unknown ``variant`` or ``block``, a ``depth`` that does not fit, or
+            an option's value out of its range or of the wrong type.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class CifarResNet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        one_of("variant", variant, VARIANTS)
         blocks_per_stage = _blocks_per_stage(depth, block)
         block_type = BLOCKS[block]
         self.depth, self.variant, self.block = depth, variant, block

@@ -97,11 +97,18 @@ def register_family(
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Register ``build(depth, variant, num_classes, **options)`` as a backbone family.
 
-    Families share the name scheme, so their ``depths`` must not overlap.
+    Families share the name scheme.
+
+    Raises:
+        ValueError: another family has one of the ``depths``.
     """
+    depths = tuple(depths)
+    for other in FAMILIES.values():
+        if shared := set(other.depths) & set(depths):
+            raise ValueError(f"depths: the family {other.name!r} has {sorted(shared)} already")
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        FAMILIES[name] = Family(name, tuple(depths), num_classes, build)
+        FAMILIES[name] = Family(name, depths, num_classes, build)
         return build
 
     return register

@@ -40,9 +40,11 @@ def batch_norm_arguments(
     weight, bias = (parameter(norm, name, dtype) for name in ("weight", "bias"))
     if weight is not None and bias is None:  # BatchNorm2d(bias=False)
         bias = torch.zeros_like(weight)
+    elif bias is not None and weight is None:
+        weight = torch.ones_like(bias)
     if not norm.training:
         mean, var = norm.running_mean, norm.running_var
-        if mean is not None and var is not None:
+        if mean is not None or var is not None:
             statistics = cast(mean, dtype), cast(var, dtype)
             return BatchNormArguments("running", norm.eps, weight, bias, *statistics)
     if x.numel() == x.shape[1]:

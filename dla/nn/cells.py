@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import dla_kernels
-from dla.nn.checks import check_rows, hidden_width
+from dla.nn.checks import check_rows, hidden_width, positive_int
 from dla.nn.tensors import parameter
 from dla_kernels.ops.cell import ACTIVATIONS
 from dla_kernels.ops.checks import one_of
@@ -35,6 +35,7 @@ class Cell(nn.Module):
 
     kind: ClassVar[str]
     slots: ClassVar[int]
+    has_hidden: ClassVar[bool] = True
     # The gate that the official model puts on the output, which must come to lie in (0, 1).
     official_gate: ClassVar[str]
 
@@ -48,7 +49,8 @@ class Cell(nn.Module):
         super().__init__()
         if not hasattr(self, "kind"):
             raise TypeError(f"{type(self).__name__}: expected a kind of cell, such as DSUCell")
-        self.channels, self.hidden = channels, hidden_width(channels, reduction)
+        self.channels = positive_int("channels", channels)
+        self.hidden = hidden_width(channels, reduction) if self.has_hidden else None
         self.activation = one_of("activation", activation, ACTIVATIONS)
         self.start = one_of("initial_state", initial_state, INITIAL_STATES)
         self._bounds: dict[str, float] = {}
@@ -57,8 +59,8 @@ class Cell(nn.Module):
         self._add_weights(channels, self.hidden)
         self.reset_parameters()
 
-    def _add_weights(self, channels: int, hidden: int) -> None:
-        """Calls ``_add_weight`` for every parameter of the kind."""
+    def _add_weights(self, channels: int, hidden: int | None) -> None:
+        """Calls ``_add_weight`` for every parameter of the kind; hidden: None if it has no such."""
         raise NotImplementedError
 
     def _add_weight(self, name: str, *shape: int, fan_in: int) -> None:
@@ -73,8 +75,9 @@ class Cell(nn.Module):
         if self.initial is not None:
             nn.init.zeros_(self.initial)
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """The parameters in the order that ``dla_kernels.cell`` takes them, in ``dtype``."""
+    def weights(self, dtype: torch.dtype | None) -> list[Tensor]:
+        """The parameters in the order that ``dla_kernels.cell`` takes them, in ``dtype`` (None:
+        their own)."""
         return [parameter(self, name, dtype) for name in self._bounds]
 
     def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -97,7 +100,8 @@ class Cell(nn.Module):
         return dla_kernels.cell(y, state, self.weights(y.dtype), self.kind, self.activation)
 
     def extra_repr(self) -> str:
-        text = f"{self.channels}, hidden={self.hidden}, initial_state={self.start!r}"
+        hidden = f", hidden={self.hidden}" if self.has_hidden else ""
+        text = f"{self.channels}{hidden}, initial_state={self.start!r}"
         return text + (f", activation={self.activation!r}" if self.kind == "dsu" else "")
 
 
@@ -143,10 +147,11 @@ class LSTMCell(Cell):
 
     kind = "lstm"
     slots = 2
+    has_hidden = False
     official_gate = "sigmoid"
     gates: ClassVar[int] = 4
 
-    def _add_weights(self, channels: int, hidden: int) -> None:
+    def _add_weights(self, channels: int, hidden: None) -> None:
         gates = self.gates * channels
         self._add_weight("weight_ih", gates, channels, fan_in=channels)
         self._add_weight("weight_hh", gates, channels, fan_in=channels)

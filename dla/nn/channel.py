@@ -135,7 +135,7 @@ class DIALayer(nn.Module):
         """
         cell = self.cell if cell is None else cell
         check_kind(cell, self.kind, self.channels)
-        check_features("u", u, self.channels, next(cell.parameters()))
+        check_features("u", u, self.channels, cell.weights(None)[0])
         dtype = compute_dtype(u.dtype)
         if state is None:
             context = cell.initial_state(u.shape[0], dtype, u.device)

@@ -63,8 +63,10 @@ def hidden_width(channels: int, reduction: int) -> int:
 
 
 def check_rows(name: str, y: Any, channels: int) -> None:
-    """Raises unless ``y`` is [B, channels]."""
+    """Raises unless ``y`` is [B, channels], of floating point."""
     a_tensor(name, y)
+    if not y.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {describe(y)}")
     if y.dim() != 2 or y.shape[1] != channels:
         raise ValueError(f"{name}: expected [B, {channels}], got {describe(y)}")
 

@@ -46,6 +46,8 @@ def resolve_form(
     if cell is None:
         cell = "dsu" if paper else "dsu_split"
     static = one_of("cell", cell, (*CELLS, STATIC)) == STATIC
+    if static and gate is not None:
+        raise ValueError(f"gate: expected None under cell={STATIC!r}, which has none, got {gate!r}")
     if gate is None:
         gate = "identity" if paper or static else CELLS[cell].official_gate
     one_of("gate", gate, GATES)

@@ -32,7 +32,7 @@ from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state, check_tensors
 from dla.nn.tensors import parameter
 from dla_kernels.ops.base_attention import reference as base_reference
-from dla_kernels.ops.checks import one_of, strided
+from dla_kernels.ops.checks import like, one_of
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
 from dla_kernels.ops.step_checks import CONTEXTS, STATIC
@@ -107,9 +107,9 @@ class DLALayer(nn.Module):
         prev_from: "output" or "shortcut", where p comes from; None: the spec's. "light" only.
         gated: "projections" or "features", see above; None: the spec's. "base" only.
 
-    The convolutions and the cell are never called: the layer reads their weights. Of hooks on them
-    those run that make a weight (``torch.nn.utils.prune``, ``weight_norm``), no others; those of
-    ``norm`` and ``drop_path`` do.
+    The convolutions and the cell are never called: the layer reads their weights and nothing else.
+    Of hooks on them those before the call run if the weight is no parameter, as they may be what
+    makes it (``torch.nn.utils.prune``, ``weight_norm``); those of ``norm`` and ``drop_path`` run.
 
     Raises:
         ValueError, TypeError: an argument out of its range or of the wrong type.
@@ -210,7 +210,7 @@ class DLALayer(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        check_features("x", x, self.channels, self.v_conv.weight)
+        check_features("x", x, self.channels, parameter(self.v_conv, "weight", None))
         boolean("keep_output", keep_output)
         boolean("join", join)
         cell, prev_conv = self._parts(cell, prev_conv)
@@ -452,15 +452,8 @@ class DLALayer(nn.Module):
             if state.output is None:
                 return None
             prev = state.output
-        if not isinstance(prev, Tensor):
-            raise TypeError(f"{name}: expected a Tensor or None, got {type(prev).__name__}")
-        strided(name, prev)
         prev = match_autocast(prev, x)
-        if prev.shape != x.shape or prev.dtype != x.dtype or prev.device != x.device:
-            raise ValueError(
-                f"{name}: expected shape, dtype and device of x, {describe(x)}, "
-                f"got {describe(prev)}"
-            )
+        like(name, prev, x.shape, x.dtype, x.device)
         return prev
 
 

@@ -22,9 +22,9 @@ class DLAStage(nn.Module):
     ``prev_from="shortcut"`` attend to, has the shape of the output; it is the block's input unless
     the block returns it. A block may have a method ``raw_parts(x) -> (branch, norm, shortcut)``;
     its output is then relu(norm(branch) + shortcut), norm a module or None, and left to fused
-    operations: to the layer's own step if that reads the shortcut. A block with hooks, or in a
-    wrapper (activation checkpointing, FSDP, torch.compile), is called instead. The recurrent state
-    starts anew in every call.
+    operations: to the layer's own step if that reads the shortcut. A block with hooks, with a
+    ``forward`` that is more derived, or in a wrapper (activation checkpointing, FSDP,
+    torch.compile) is called instead. The recurrent state starts anew in every call.
 
     Args:
         blocks: at least one; all put out ``channels`` channels at one resolution.
@@ -98,7 +98,7 @@ class DLAStage(nn.Module):
         for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             reads_shortcut = layer.form.prev_from == "shortcut"
             options = {}
-            if _has(block, "raw_parts") and is_unhooked(block) and not block._compiled_call_impl:
+            if _hands_over(block) and is_unhooked(block) and not block._compiled_call_impl:
                 parts = block.raw_parts(x)
                 out, norm, shortcut = _checked_parts(block, "raw_parts", parts, _RAW_PARTS)
                 if reads_shortcut:
@@ -187,16 +187,22 @@ def parts_of(blocks: nn.ModuleList, index: int, x: Tensor) -> tuple[Tensor, Tens
 
 
 def _check_has_parts(index: int, block: nn.Module) -> None:
-    if not _has(block, "parts"):
+    if not hasattr(type(block), "parts"):
         raise TypeError(
             f"blocks[{index}]: expected a Module with a method parts(x), got "
             f"{type(block).__name__}; a wrapper of one would not be called: wrap the stage"
         )
 
 
-def _has(block: nn.Module, method: str) -> bool:
-    """Whether it is the block's own: wrappers pass attributes on, but want to be called."""
-    return hasattr(type(block), method)
+def _hands_over(block: nn.Module) -> bool:
+    """Whether calling the block is what its ``raw_parts`` says. Not so for a wrapper, which passes
+    on that of its block, nor for a class that inherits it and has a ``forward`` of its own."""
+    for owner in type(block).__mro__:
+        if "raw_parts" in owner.__dict__:
+            return True
+        if "forward" in owner.__dict__:
+            return False
+    return False
 
 
 def _checked_parts(block: nn.Module, method: str, parts: Any, types: Mapping[str, Any]) -> Any:

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 
-def parameter(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None:
-    """The attribute, in ``dtype``. If it is a plain parameter (not parametrized, say), without the
-    search that nn.Module adds to every access, which takes a microsecond. If it is none, hooks may
-    have to make it (torch.nn.utils.prune, weight_norm), since nobody calls the module."""
+def parameter(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor | None:
+    """The attribute, in ``dtype`` (None: its own). If it is a plain parameter (not parametrized,
+    say), without the search that nn.Module adds to every access, which takes a microsecond. If it
+    is none, hooks may have to make it (torch.nn.utils.prune, weight_norm), since nobody calls the
+    module."""
     if name in module._parameters:
         return cast(module._parameters[name], dtype)
     for hook in module._forward_pre_hooks.values():
@@ -15,6 +16,6 @@ def parameter(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None
     return cast(getattr(module, name), dtype)
 
 
-def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``x`` in ``dtype``, without a call where it is already."""
-    return x if x is None or x.dtype == dtype else x.to(dtype)
+def cast(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """``x`` in ``dtype``, without a call where it is already or none is asked for."""
+    return x if x is None or dtype is None or x.dtype == dtype else x.to(dtype)

@@ -46,7 +46,7 @@ _PLAIN = {
 }
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
 _metadata = attrgetter("shape", "dtype", "device", "layout")
-_REMEMBERED = 4096  # calls that an op has checked
+_REMEMBERED = 1024  # calls that an op has checked
 
 
 def define(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dla.models import CifarResNet, create_model, list_models, register_variant
-from dla.models.registry import VARIANTS
+from dla.models.registry import VARIANTS, register_family
 from tolerances import MODELS, assert_close, assert_gradients_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,6 +213,11 @@ def test_a_new_variant_is_one_function() -> None:
             create_model("resnet20_twice", fused=True)
     finally:
         del VARIANTS["twice"]
+
+
+def test_families_do_not_take_each_others_names() -> None:
+    with pytest.raises(ValueError, match=r"depths: .*'cifar'.*\[56\]"):
+        register_family("other", depths=(55, 56), num_classes=10)
 
 
 # --- the network as a component ------------------------------------------------------------------

@@ -137,6 +137,23 @@ def test_bad_input() -> None:
     assert_refused(lambda: lone(u, u), "cell", "shared=True", "'none'")
 
 
+@pytest.mark.parametrize("kind", ["lstm", "rnn"])
+def test_cells_without_a_hidden_layer_have_no_reduction(kind: str) -> None:
+    cell = DIALayer(CHANNELS, kind, reduction=7).cell
+    assert "hidden" not in repr(cell)
+
+
+def test_replica_of_data_parallel() -> None:
+    """It has its parameters as plain attributes."""
+    layer = DIALayer(CHANNELS, "dsu_split").double()
+    replica = layer._replicate_for_data_parallel()
+    replica.cell = layer.cell._replicate_for_data_parallel()
+    for name, parameter in layer.cell.named_parameters():
+        replica.cell.__dict__[name] = parameter.clone()
+    u = images()
+    assert torch.equal(replica(u, u)[0], layer(u, u)[0])
+
+
 def test_bad_options() -> None:
     assert_refused(lambda: DIALayer(CHANNELS, "gru"), "cell", "dsu_split", "gru")
     assert_refused(lambda: DIALayer(CHANNELS, "dsu", 7), "reduction", "6", "7")
@@ -151,4 +168,5 @@ def test_bad_options() -> None:
     assert_refused(lambda: ECAGate(0), "channels", "1", "0")
     for gate in (SEGate(32), ECAGate(32)):
         assert_refused(lambda gate=gate: gate(torch.ones(2, 32, 1, 1)), "y", "[B, 32]", "1, 1]")
+        assert_refused(lambda gate=gate: gate(torch.ones(2, 32).int()), "y", "floating", "int32")
     assert_refused(lambda: Cell(32), "Cell", "DSUCell")

@@ -38,6 +38,12 @@ def hooked() -> nn.Module:
     return norm
 
 
+def without_bias() -> nn.Module:
+    norm = nn.BatchNorm2d(CHANNELS)
+    norm.bias = None
+    return norm
+
+
 class OwnNorm(nn.BatchNorm2d):
     """A subclass may do anything."""
 
@@ -49,6 +55,7 @@ NORMS = {
     "plain": lambda: nn.BatchNorm2d(CHANNELS),
     "momentum None": lambda: nn.BatchNorm2d(CHANNELS, momentum=None),
     "no affine": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
+    "no bias": without_bias,
     "no running statistics": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     "eps": lambda: nn.BatchNorm2d(CHANNELS, eps=0.1),
     "none": lambda: None,
@@ -155,6 +162,21 @@ def test_wrapped_blocks_are_called(form: str) -> None:
     model.blocks = nn.ModuleList(Wrapper(block, calls) for block in model.blocks)
     assert_close(model(images()), expected, name="out", table=MODELS)
     assert len(calls) == 3
+
+
+@each_form
+def test_a_more_derived_forward_is_called(form: str) -> None:
+    calls = []
+
+    class Own(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return super().forward(x)
+
+    model = stage(form, "plain")
+    model.blocks[1] = Own(NORMS["plain"]()).double()
+    model(images())
+    assert len(calls) == 1
 
 
 @each_form

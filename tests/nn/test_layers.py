@@ -120,12 +120,20 @@ def test_twenty_steps_fused_and_unfused(form: str) -> None:
     assert_close(out, unfused(features()), table=MODELS)
 
 
+def without_bias() -> nn.BatchNorm2d:
+    """BatchNorm2d(bias=False), which older versions of torch do not take."""
+    norm = nn.BatchNorm2d(CHANNELS)
+    norm.bias = None
+    return norm
+
+
 NORMS: dict[str, Callable[[], nn.Module | None]] = {
     "none": lambda: None,
     "cumulative": lambda: nn.BatchNorm2d(CHANNELS, momentum=None),
     "no momentum": lambda: nn.BatchNorm2d(CHANNELS, momentum=0.0),
     "batch statistics always": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     "no parameters": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
+    "no bias": without_bias,
     "large eps": lambda: nn.BatchNorm2d(CHANNELS, eps=0.3),
     "group": lambda: nn.GroupNorm(3, CHANNELS),
     "identity": lambda: nn.Identity(),
@@ -592,6 +600,11 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_a_static_layer_has_no_gate(variant: str) -> None:
+    assert_refused(lambda: DLALayer(8, variant, cell="none", gate="sigmoid"), "gate", "None", "sig")
+
+
 @pytest.mark.parametrize("bad", BAD_CALLS)
 def test_bad_input(bad: str) -> None:
     call, *words = BAD_CALLS[bad]
@@ -642,6 +655,15 @@ def test_pruned_convolution(fused: bool) -> None:
         with torch.no_grad():
             layer.v_conv.weight_orig.mul_(2)
     assert not torch.equal(*outputs)
+
+
+@each_fused
+def test_pruned_convolution_in_another_dtype(fused: bool) -> None:
+    """What the hook made in the old dtype is no part of the module."""
+    layer = DLALayer(CHANNELS, head_dim=4, fused=fused)
+    prune.l1_unstructured(layer.v_conv, "weight", amount=0.5)
+    layer.double()
+    assert layer(map_(dtype=torch.float64))[0].dtype == torch.float64
 
 
 def test_bad_shortcut_of_a_block() -> None:

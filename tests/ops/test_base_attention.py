@@ -422,6 +422,17 @@ def test_failure_midway(backend: str) -> None:
 
 
 @each_backend("base_attention")
+def test_gradient_of_a_value_changed_in_place(backend: str) -> None:
+    """It would be lost; a hook that returns another one is heard."""
+    stage = stage_of("official")
+    with use_backend(backend):
+        outs, values = stage(entering())
+        values[0].register_hook(lambda grad: grad.mul_(0))
+        with pytest.raises(NotImplementedError, match="in place"):
+            outs[2].sum().backward()
+
+
+@each_backend("base_attention")
 def test_leaves_get_plain_gradients(backend: str, generator: torch.Generator) -> None:
     """Only this op's own backward pass is handed deferred sums."""
     inputs = Case().inputs(generator)

@@ -19,7 +19,16 @@ from dla_kernels import use_backend
 from dla_kernels.backend import implementation
 from dla_kernels.ops.cell.reference import CELLS
 from light_cases import Case as LightCase
-from op_cases import backends, compare, each_backend, each_case, random_small, reference
+from op_cases import (
+    backends,
+    compare,
+    each_backend,
+    each_case,
+    flatten,
+    random_small,
+    reference,
+    run,
+)
 from refusals import assert_refused
 from step_cases import SLOTS, StepCase, cell_params
 
@@ -105,6 +114,38 @@ def test_against_the_reference(backend: str, case: dict) -> None:
 )  # fmt: skip
 def test_any_shape(backend: str, **case) -> None:
     check(backend, **case)
+
+
+@each_backend("cell")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.simd
+def test_one_channel(backend: str, kind: str, batch: int) -> None:
+    """Rows and columns of one element, whose strides tell nothing."""
+    for hidden in (1, 3, 17):
+        check(backend, kind, "sigmoid", torch.float32, batch, 1, hidden, "dense", None)
+
+
+@each_backend("cell")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["y", "state"])
+def test_not_a_number(backend: str, kind: str, where: str, generator: torch.Generator) -> None:
+    """It goes wherever the reference lets it, in all gradients too."""
+    like = {"generator": generator, "dtype": torch.float32}
+    inputs = {
+        "y": random_small(3, 5, **like),
+        "state": random_small(SLOTS[kind], 3, 5, **like),
+        "params": cell_params(kind, 5, 4, **like),
+    }
+    flatten(inputs)[where].view(-1)[1] = float("nan")
+    cotangents = {0: random_small(SLOTS[kind], 3, 5, **like)}
+    options = {"kind": kind, "activation": "relu"}
+    with use_backend(backend):
+        found = run(dla_kernels.cell, inputs, cotangents, **options)
+    expected = run(reference("cell"), inputs, cotangents, **options)
+    for name, got in (("output", found[0][0]), *found[1].items()):
+        want = expected[0][0] if name == "output" else expected[1][name]
+        assert torch.equal(got.isnan(), want.isnan()), name
 
 
 @each_backend("cell")

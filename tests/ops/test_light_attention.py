@@ -129,6 +129,17 @@ def test_planes_cut_in_pieces(backend: str, layout: str, form: dict[str, Any]) -
     check(backend, Case(shape=(1, 2, 11, width), head_dim=2, **form).in_layout(layout))
 
 
+@each_backend("light_attention", but="reference", interpreted=False)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.simd
+def test_long_rows(backend: str, layout: str) -> None:
+    """Sums keep their digits."""
+    long = Case(
+        shape=(1, 6, 5, 1457), dtype=torch.float32, head_dim=3, join=True, branch_norm="batch"
+    )
+    check(backend, long.in_layout(layout))
+
+
 # What the layers really ask for, over all shapes, dtypes and (mixed) layouts.
 PRESETS = {
     "official": Case(),

@@ -288,7 +288,7 @@ struct PackBranch {
   }
   // Gradient of the normed o from that of out.
   __device__ A backward(A o, A grad, int e) const {
-    return relu && !(norm(o, e) > A(0)) ? A(0) : drop * grad;
+    return relu && norm(o, e) <= A(0) ? A(0) : drop * grad;
   }
 };
 

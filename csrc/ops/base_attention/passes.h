@@ -335,7 +335,7 @@ struct PlacedBranch {
   // Gradient of scale o + shift from that of out.
   V backward(V o, V grad) const {
     const V passed = drop * grad;
-    return relu ? (scale * o + shift > A(0) ? passed : V{}) : passed;
+    return relu ? (scale * o + shift <= A(0) ? V{} : passed) : passed;
   }
 };
 

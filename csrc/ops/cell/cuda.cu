@@ -330,7 +330,8 @@ struct Tile {
                  A grads[rows];
 #pragma unroll
                  for (int r = 0; r < rows; ++r) {
-                   grads[r] = value(hidden(b) + unit, r) > A(0) ? sums[r] : A(0);
+                   const A activated = value(hidden(b) + unit, r);
+                   grads[r] = activation_gradient(Activation::relu, activated, sums[r]);
                    value(grad_hidden(b) + unit, r) = grads[r];
                  }
                  keep(step.grad_hidden + b * step.batch * units, units, unit, grads);

@@ -41,7 +41,7 @@ struct LightAttentionForward : LightAttentionInputs {
   void *out, *o;                 // [B, C, H, W]; o may be null
   void* new_state;               // [S, B, C]; null when static
   void *mean, *var, *branch_mean, *branch_var;                    // [C], norm batch
-  void* summary;                 // [13 or 4, B, C]: SummaryField of plane_sums.h
+  void* summary;                 // [12 or 4, B, C]: SummaryField of plane_sums.h
 };
 
 struct LightAttentionBackward : LightAttentionInputs {

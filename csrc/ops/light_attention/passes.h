@@ -48,16 +48,16 @@ struct JoinedMeansPass {
   Feature p;
   A *x_means, *p_means;  // [B, C]; p_means may be null
 
-  // Row by row first: short chains of additions keep float sums accurate.
   V sum(const Place& place, const In& in) const {
     const Mask<A> channels = grid.channel_mask(place.group);
     V total{};
-    for (int64_t row = place.strip.first; row < place.strip.last; ++row) {
-      V of_row{};
-      for (int64_t k = 0; k < grid.vectors; ++k)
-        of_row += load_masked<A>(in.at(row, k), grid.own(k, channels));
-      total += of_row;
-    }
+    for (int64_t row = place.strip.first; row < place.strip.last; ++row)
+      for_runs(grid.vectors, [&](int64_t first, int64_t last) {
+        V of_run{};
+        for (int64_t k = first; k < last; ++k)
+          of_run += load_masked<A>(in.at(row, k), grid.own(k, channels));
+        total += of_run;
+      });
     return total;
   }
 
@@ -141,24 +141,27 @@ struct PlaneSumsPass {
     return kPixelLanes ? splat<A>(v[grid.shape.width / 2 % kLanes<A>]) : v;
   }
 
-  // Channel lanes see every pixel of a row: long sums are formed block by block.
+  // Channel lanes see every pixel of a row.
   template <int R>
   void add_block(int64_t row, const In (&in)[kInputs], Plane& plane) const {
     if constexpr (kPixelLanes) {
-      block<R>(row, in, plane, plane.sums);
+      block<R>(row, 0, grid.vectors, in, plane, plane.sums);
     } else {
-      V sums[kSums];
-      fill_block(sums, V{});
-      block<R>(row, in, plane, sums);
-      for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
+      for_runs(grid.vectors, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+        V sums[kSums];
+        fill_block(sums, V{});
+        block<R>(row, first, last, in, plane, sums);
+        for (int f = 0; f < kSums; ++f) plane.sums[f] += sums[f];
+      });
     }
   }
 
   template <int R>
-  void block(int64_t row, const In (&in)[kInputs], Plane& plane, V (&sums)[kSums]) const {
+  void block(int64_t row, int64_t first, int64_t last, const In (&in)[kInputs], Plane& plane,
+             V (&sums)[kSums]) const {
     const int64_t middle = grid.shape.width / 2 / (kPixelLanes ? kLanes<A> : 1);
     const FilterVectors<A> v_filter(plane.v_filter), e_filter(plane.e_filter);
-    for (int64_t i = 0; i < grid.vectors; ++i) {
+    for (int64_t i = first; i < last; ++i) {
       // From the middle on, where the shifts are taken.
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
       const Taps<A> taps = grid.taps(row, R, k, plane.channels);

@@ -71,7 +71,7 @@ struct Gradients {
 
   // Writes du and dshortcut of n elements and returns their terms of dh.
   Vec<A> operator()(Size i, int n, Vec<A> h) const {
-    const Vec<A> passed = load_n(out + i, n) > A(0) ? load_n(grad + i, n) : Vec<A>{};
+    const Vec<A> passed = load_n(out + i, n) <= A(0) ? Vec<A>{} : load_n(grad + i, n);
     const Vec<A> term = passed * load_n(u + i, n);
     du.put(i, passed * h, n);
     dshortcut.put(i, passed, n);

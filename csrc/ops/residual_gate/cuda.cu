@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     A passed[kPack<T>], scaled[kPack<T>];
 #pragma unroll
     for (int e = 0; e < kPack<T>; ++e) {
-      passed[e] = values[2][e] > A(0) ? values[0][e] : A(0);
+      passed[e] = values[2][e] <= A(0) ? A(0) : values[0][e];
       scaled[e] = passed[e] * factors[e];
       sums[e] += passed[e] * values[1][e];
     }

@@ -24,11 +24,9 @@ struct Step {
         norm{as<A>(args.weight), as<A>(args.bias), args.eps},
         threads(args.threads) {}
 
-  // Calls body(channels) for vectors of channels.
   template <class Body>
   void for_channels(const Body& body) const {
-    parallel_for(threads, units.group_units,
-                 [&](int64_t unit) { for_unit_channels(units, grid, unit, body); });
+    dla::DLA_ISA::for_channels(threads, shape.channels, body);
   }
   template <class Body>
   void for_units(const Body& body) const {
@@ -122,9 +120,9 @@ struct BackwardStep : Step<A> {
           if (place.strip.first == 0) totals[slot][0] = totals[slot][1] = V{};
           V alone{}, with_x{};
           for_strip_vectors(place, [&](int64_t row, int64_t k, Mask<A> own) {
-            const V passed = load_masked<A>(out.at(row, k), own) > A(0)
-                                 ? load_masked<A>(grad.at(row, k), own)
-                                 : V{};
+            const V passed = load_masked<A>(out.at(row, k), own) <= A(0)
+                                 ? V{}
+                                 : load_masked<A>(grad.at(row, k), own);
             store_at(to_x, row, k, own, passed);
             store_at(to_shortcut, row, k, own, passed);
             alone += passed;

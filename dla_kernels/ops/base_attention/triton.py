@@ -311,7 +311,7 @@ def unfinished(grad, o, end, row, exists, channels, EPS: tl.constexpr, RELU: tl.
     if end.drop_scale is not None:
         grad *= per_plane(end.drop_scale, row // channels, exists)
     if RELU:
-        grad = tl.where(result > 0, grad, 0.0)
+        grad = tl.where(result <= 0, 0.0, grad)
     return grad, deviation, rstd, factor
 
 

@@ -386,7 +386,7 @@ def statistics_kernel(
             tl.store(of_maps.rests + at, rest.to(rounded.dtype), inside)
             tl.store(of_maps.covariances + at, (product / area).to(rounded.dtype), inside)
         deviation = mix(shifts, planes, 0, 1, 2, index, inside, k) + mean_of_o - middle[None, :]
-        spread = tl.where(square > 0, square, 0.0) + deviation * deviation * area
+        spread = tl.where(square < 0, 0.0, square) + deviation * deviation * area
         total += tl.where(inside, spread, 0.0)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(mean + channel, middle.to(mean.dtype.element_ty), channel < channels)

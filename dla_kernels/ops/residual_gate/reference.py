@@ -32,7 +32,7 @@ def forward(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:
 
 def backward(grad: Tensor, u: Tensor, h: Tensor, out: Tensor) -> list[Tensor]:
     """Arguments and results of ``dla_kernels::residual_gate_backward``: of u, h and shortcut."""
-    passed = torch.where(out > 0, grad, 0)
+    passed = torch.where(out <= 0, 0, grad)
     wide = passed.to(h.dtype)
     du, dh = scale(h, wide).to(u.dtype), (wide * u.to(h.dtype)).sum(dim=(2, 3))
     return [dense_as(u, du), dh, dense_as(u, passed)]

@@ -67,6 +67,6 @@ def backward(
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
         return [normalise(x.to(dtype), norm, weight, bias, mean, var, eps)[0]]
 
-    passed = torch.where(out > 0, grad, 0)
+    passed = torch.where(out <= 0, 0, grad)
     dx, *dweights = differentiate(function, [x, weight, bias], [passed.to(dtype)])
     return [dense_as(x, dx), dense_as(x, passed), *dweights]

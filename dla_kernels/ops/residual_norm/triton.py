@@ -162,8 +162,8 @@ def _branch_kernel(
     product = tl.zeros((cut.PLANES, cut.PIXELS), dbias.dtype.element_ty)
     for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
         offset, inside = tile(cut, start, pixels, exists)
-        alive = tl.load(out + first + offset, inside, 0.0) > 0
-        passed = tl.where(alive, tl.load(grad + first + offset, inside, 0.0), 0.0)
+        stopped = tl.load(out + first + offset, inside, 0.0) <= 0
+        passed = tl.where(stopped, 0.0, tl.load(grad + first + offset, inside, 0.0))
         tl.store(dshortcut + first + offset, passed, inside)
         passed = passed.to(factor.dtype)
         total += passed
