@@ -317,6 +317,20 @@ def compare(
     return outputs, gradients
 
 
+def assert_shows_nan(
+    op: str, backend: str, inputs: dict[str, Any], cotangents: dict[int, Tensor], **options: Any
+) -> None:
+    """NaN among the inputs shows in outputs and gradients wherever it does in the reference's."""
+    with use_backend(backend):
+        outputs, gradients = run(getattr(dla_kernels, op), inputs, cotangents, **options)
+    expected, expected_gradients = run(reference(op), inputs, cotangents, **options)
+    results = {f"output {i}": pair for i, pair in enumerate(zip(outputs, expected, strict=True))}
+    results |= {name: (gradients[name], want) for name, want in expected_gradients.items()}
+    assert any(want.isnan().any() for _, want in results.values())
+    for name, (got, want) in results.items():
+        assert got[want.isnan()].isnan().all(), name
+
+
 def covering(
     axes: Mapping[str, Sequence[Any]],
     valid: Callable[[dict[str, Any]], bool] = lambda case: True,

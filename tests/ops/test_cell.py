@@ -20,6 +20,7 @@ from dla_kernels.backend import implementation
 from dla_kernels.ops.cell.reference import CELLS
 from light_cases import Case as LightCase
 from op_cases import (
+    assert_shows_nan,
     backends,
     compare,
     each_backend,
@@ -27,7 +28,6 @@ from op_cases import (
     flatten,
     random_small,
     reference,
-    run,
 )
 from refusals import assert_refused
 from step_cases import SLOTS, StepCase, cell_params
@@ -130,7 +130,6 @@ def test_one_channel(backend: str, kind: str, batch: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["y", "state"])
 def test_not_a_number(backend: str, kind: str, where: str, generator: torch.Generator) -> None:
-    """It goes wherever the reference lets it, in all gradients too."""
     like = {"generator": generator, "dtype": torch.float32}
     inputs = {
         "y": random_small(3, 5, **like),
@@ -139,13 +138,7 @@ def test_not_a_number(backend: str, kind: str, where: str, generator: torch.Gene
     }
     flatten(inputs)[where].view(-1)[1] = float("nan")
     cotangents = {0: random_small(SLOTS[kind], 3, 5, **like)}
-    options = {"kind": kind, "activation": "relu"}
-    with use_backend(backend):
-        found = run(dla_kernels.cell, inputs, cotangents, **options)
-    expected = run(reference("cell"), inputs, cotangents, **options)
-    for name, got in (("output", found[0][0]), *found[1].items()):
-        want = expected[0][0] if name == "output" else expected[1][name]
-        assert torch.equal(got.isnan(), want.isnan()), name
+    assert_shows_nan("cell", backend, inputs, cotangents, kind=kind, activation="relu")
 
 
 @each_backend("cell")

@@ -133,10 +133,8 @@ def test_planes_cut_in_pieces(backend: str, layout: str, form: dict[str, Any]) -
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.simd
 def test_long_rows(backend: str, layout: str) -> None:
-    """Sums keep their digits."""
-    long = Case(
-        shape=(1, 6, 5, 1457), dtype=torch.float32, head_dim=3, join=True, branch_norm="batch"
-    )
+    """Statistics keep their digits. (Gradients of so few planes would be mostly rounding.)"""
+    long = Case((1, 15, 3, 20_000), head_dim=3, join=True, branch_norm="batch", wants=())
     check(backend, long.in_layout(layout))
 
 

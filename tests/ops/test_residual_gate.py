@@ -15,8 +15,10 @@ from op_cases import (
     LAYOUTS,
     MAPS,
     assert_dense,
+    assert_shows_nan,
     compare,
     compute_dtype,
+    each_backend,
     each_case,
     feature,
     large,
@@ -51,6 +53,19 @@ def test_cpp_writes_maps_past_the_caches(layout: str, dtype: torch.dtype) -> Non
     layouts = dict.fromkeys(("u_layout", "shortcut_layout", "grad_layout"), layout)
     shape = large((16, 64, 64), dtype, megabytes=16)
     check("cpp", shape, {"dtype": dtype, "wants": None, **layouts})
+
+
+@each_backend("residual_gate")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("where", ["u", "h", "shortcut"])
+def test_not_a_number(backend: str, where: str, layout: str, generator: torch.Generator) -> None:
+    like = {"generator": generator, "dtype": torch.float32}
+    u, shortcut, grad = (
+        feature((2, 3, 5, 4), torch.float32, layout, generator=generator) for _ in range(3)
+    )
+    inputs = {"u": u, "h": random_small(2, 3, **like), "shortcut": shortcut}
+    inputs[where][1, 2] = float("nan")
+    assert_shows_nan("residual_gate", backend, inputs, {0: grad})
 
 
 def check(backend: str, shape: tuple[int, ...], case: dict[str, Any]) -> None:

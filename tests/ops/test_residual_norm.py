@@ -15,6 +15,7 @@ from op_cases import (
     LAYOUTS,
     SAMPLES,
     assert_dense,
+    assert_shows_nan,
     compare,
     compute_dtype,
     each_backend,
@@ -133,6 +134,21 @@ def test_mean_a_thousand_times_the_deviation(
         _, mean, var = dla_kernels.residual_norm(*inputs.values())
     assert_close(mean, want_mean, name="mean", dtype=torch.float32)
     assert_close(var, want_var, name="var", dtype=torch.float32)
+
+
+@each_backend("residual_norm")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("where", ["x", "shortcut"])
+@pytest.mark.parametrize("norm", ["batch", "running"])
+def test_not_a_number(
+    backend: str, norm: str, where: str, layout: str, generator: torch.Generator
+) -> None:
+    inputs = make_inputs((2, 3, 5, 4), torch.float32, norm, True, (layout,) * 2, generator)
+    inputs[where][1, 2, 3, 1] = float("nan")
+    grad = feature((2, 3, 5, 4), torch.float32, layout, generator=generator)
+    assert_shows_nan(
+        "residual_norm", backend, inputs, {0: grad}, constant=CONSTANT, norm=norm, eps=0.1
+    )
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
