@@ -53,7 +53,7 @@ def test_sources_do_not_include_torch() -> None:
         assert not [name for name in included if re.match(r"(torch|ATen|c10)/", name)], path
 
 
-def test_import_is_cheap_and_quiet(tmp_path: Path) -> None:
+def test_import_says_nothing(tmp_path: Path) -> None:
     """Importing prints nothing, and offers all that the README names."""
     code = "import dla, dla_kernels; dla.nn, dla.models; print(dla_kernels.__version__)"
     assert run_python(code, tmp_path) == dla_kernels.__version__

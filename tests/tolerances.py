@@ -32,10 +32,13 @@ OPS = {
     torch.bfloat16: Tolerance(forward=1e-2, gradient=2e-2),
 }
 
-# Whole networks: recorded values of the authors' models, and fused against unfused training.
+# Whole networks: recorded values of the authors' models, and fused against unfused training. Half
+# dtypes: against float64 on the same rounded numbers.
 MODELS = {
     torch.float64: Tolerance(forward=1e-9, gradient=1e-9),
     torch.float32: Tolerance(forward=1e-5, gradient=1e-4),
+    torch.float16: Tolerance(forward=3e-2, gradient=3e-2),
+    torch.bfloat16: Tolerance(forward=3e-2, gradient=3e-2),
 }
 
 FLOOR = 1e-6

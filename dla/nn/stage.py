@@ -211,10 +211,10 @@ def _checked_parts(block: nn.Module, method: str, parts: Any, types: Mapping[str
     if several and all(map(isinstance, parts, types.values())):
         return parts
     found = parts if isinstance(parts, tuple) else (parts,)
+    but = ", but for the norm, a Module or None" if "norm" in types else ""
     raise TypeError(
-        f"blocks: expected {type(block).__name__}.{method} to give ({', '.join(types)}), all of "
-        "them tensors except a norm, a Module or None; "
-        f"got ({', '.join(type(part).__name__ for part in found)})"
+        f"blocks: expected {type(block).__name__}.{method} to give ({', '.join(types)}), "
+        f"tensors{but}; got ({', '.join(type(part).__name__ for part in found)})"
     )
 
 

@@ -24,6 +24,7 @@ from op_cases import (
     each_backend,
     each_case,
     feature,
+    in_float64,
     large,
     random_small,
     reference,
@@ -222,21 +223,13 @@ def test_mean_a_thousand_times_the_deviation(
     case = Case(shape=(1, 6, 24, 21)).in_layout(layout)
     inputs = case.inputs(generator)
     inputs["values"] = [value + 1e3 for value in inputs["values"]]
-    exact = reference("base_attention")(
-        *(in_double(value) for value in inputs.values()), **case.flags()
-    )
+    exact = reference("base_attention")(*in_float64(inputs).values(), **case.flags())
     with use_backend(backend):
         got = dla_kernels.base_attention(*inputs.values(), **case.flags())
     mean, var = exact[7], exact[8]
     assert (mean.abs() / var.sqrt()).median() > 100, "the case is not what it is for"
     assert_close(got[7], mean, name="mean", dtype=case.dtype)
     assert_close(got[8], var, name="var", dtype=case.dtype)
-
-
-def in_double(value: Any) -> Any:
-    if isinstance(value, list):
-        return [in_double(v) for v in value]
-    return value.double() if isinstance(value, Tensor) else value
 
 
 @each_backend("base_attention")

@@ -28,7 +28,6 @@ from op_cases import (
     in_float64,
     large,
     mapped,
-    memory_format,
     random_small,
     reference,
     run,
@@ -400,7 +399,7 @@ def test_cpp_writes_maps_past_the_caches(
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["gated", "first", "joined"])
-def test_large_maps_are_taken_in_parts(
+def test_cpp_takes_large_maps_in_parts(
     form: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     """C++ kernels pass some samples at a time through the whole step, so many that their maps stay
@@ -426,7 +425,9 @@ def test_large_maps_are_taken_in_parts(
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("cell", CELLS)
-def test_parts_of_many_samples_are_as_all_at_once(cell: str, generator: torch.Generator) -> None:
+def test_cpp_parts_of_many_samples_are_as_all_at_once(
+    cell: str, generator: torch.Generator
+) -> None:
     """The cell takes the samples of a part together, in groups whose size depends on theirs."""
     case = Case((40, 24, 52, 52), head_dim=4, cell=cell, norm="running")
     arguments, found = case.inputs(generator).values(), []
@@ -645,12 +646,3 @@ def test_dsu_needs_one_slot(generator: torch.Generator) -> None:
         lambda: dla_kernels.light_attention(*inputs.values(), **case.flags()),
         "state", "1, 2, 6", "2, 2, 6",
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_format_follows_x(layout: str, generator: torch.Generator) -> None:
-    """p may come in the other format: the results follow x."""
-    other = {"nchw": "nhwc", "nhwc": "nchw"}[layout]
-    inputs = Case(x_layout=layout, p_layout=other).inputs(generator)
-    out = dla_kernels.light_attention(*inputs.values(), **Case().flags())[0]
-    assert out.is_contiguous(memory_format=memory_format(layout))

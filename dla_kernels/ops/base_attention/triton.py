@@ -1,9 +1,8 @@
 """``base_attention`` in Triton.
 
 Kernels pass over the maps and form the scores; what else is [T, B, C] or smaller is left to the
-formulas of the reference.
-The values of the earlier layers are a tuple of pointers. This layer's own value is formed from x
-wherever it is needed: unrounded, and for no more bytes than reading it.
+formulas of the reference. The values of the earlier layers are a tuple of pointers. This layer's
+own value is formed from x wherever it is needed: unrounded, and for no more bytes than reading it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Recurrent cells ("Dyn", Eq. 5) in plain PyTorch.
 
 A cell is a function ``(y, state, params, activation) -> new state``. Slot 0 of a state is always
-the output of the cell. A new kind of cell is one function and one line in ``CELLS``; a tail and its
-layout in ``csrc/ops/cell/tails.h``; a branch of ``_tail`` in ``triton.py``; a class in
-``dla/nn/cells.py``.
+the output of the cell. A new kind of cell is one function and one line in ``CELLS``; a number in
+``csrc/ops/cell/op.h`` and a tail with its layout in ``tails.h``; branches of ``_tail`` and of its
+gradients in ``triton.py``; a class in ``dla/nn/cells.py``.
 """
 
 from collections.abc import Callable, Sequence

@@ -28,7 +28,8 @@ def forward(
     scratch: Tensor | None = None,
     pieces: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results of ``dla_kernels::residual_norm``; the last two are for GPUs."""
+    """Arguments and results of ``dla_kernels::residual_norm``; those from ``load`` on are for
+    GPUs."""
     layout = dense_format(x)
     x, shortcut = dense(x, layout), dense(shortcut, layout)
     small = contiguous(weight=weight, bias=bias, mean_in=mean_in, var_in=var_in)
