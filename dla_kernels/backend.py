@@ -148,8 +148,7 @@ class _NotImportable:
 
 
 def _class_of(x: Tensor, args: Sequence[Any]) -> str:
-    """Shape class of a call: of its first map (`global_pool` backward begins with a [B, C]), or of
-    ``x`` if there is none."""
+    """Shape class of a call: of its first map, or of ``x`` if there is none."""
     maps = (value for value in (x, *args) if isinstance(value, Tensor) and value.dim() == 4)
     return shape_class(next(maps, x))
 

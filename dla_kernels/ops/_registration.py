@@ -39,8 +39,9 @@ _PLAIN = {
     "Tensor": frozenset({Tensor, torch.nn.Parameter}),
     "Optional[Tensor]": frozenset({Tensor, torch.nn.Parameter, type(None)}),
     "List[Tensor]": frozenset({list, tuple}),
+    "List[int]": frozenset({list, tuple}),
     "str": frozenset({str}),
-    "int": frozenset({int}),
+    "int": frozenset({int, torch.dtype}),  # a ScalarType is said to be an int
     "float": frozenset({int, float}),
     "bool": frozenset({bool}),
 }

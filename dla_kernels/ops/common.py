@@ -1,5 +1,6 @@
 """Small rules shared by all ops: precision, memory format, wording of errors."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -61,6 +62,14 @@ def contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
 def empty_features(x: Tensor) -> Tensor:
     """An uninitialised dense feature map of the shape, dtype and format of ``x``."""
     return torch.empty_like(x, memory_format=dense_format(x))
+
+
+def features_like(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """An uninitialised dense feature map on the device of ``like``."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
 
 
 def describe(value: object) -> str:

@@ -279,9 +279,7 @@ def finish(sums: Sequence[Tensor], count: int = 1) -> list[Tensor]:
 
 
 @triton.jit
-def _sum_kernel(
-    maps, sums, count, cut,
-):  # fmt: skip
+def _sum_kernel(maps, sums, count, cut):
     """sums[plane, chunk] = sum of the chunk's pixels / count, for the map on grid axis 1."""
     x, out = pick(maps, tl.program_id(1)), pick(sums, tl.program_id(1))
     first, _, exists, slot, pixels = place(cut)

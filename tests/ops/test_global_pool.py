@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import dla_kernels
 from dla_kernels import use_backend
@@ -113,6 +114,19 @@ def test_half_sums_beyond_the_range_of_half(backend: str) -> None:
     with use_backend(backend):
         got = dla_kernels.global_pool(x)
     assert_close(got, x.double().mean((2, 3)), dtype=torch.float32)
+
+
+@each_backend("global_pool")
+def test_features_may_be_changed_afterwards(backend: str, generator: torch.Generator) -> None:
+    """Nothing of them is kept for backward."""
+    x = feature((2, 3, 4, 5), torch.float32, "nhwc", generator=generator).requires_grad_()
+    h, kept = 2 * x, []
+    with use_backend(backend), saved_tensors_hooks(kept.append, lambda t: t):
+        y = dla_kernels.global_pool(h)
+    h.zero_()
+    y.sum().backward()
+    assert not kept
+    assert_close(x.grad, torch.full_like(x, 2 / 20))
 
 
 # The reference takes minutes: nothing of it is ours.

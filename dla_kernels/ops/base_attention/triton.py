@@ -363,9 +363,7 @@ def _output_kernel(
 
 
 @triton.jit
-def _norm_sums_kernel(
-    grad, mix, end, sums, cut, EPS: tl.constexpr, RELU: tl.constexpr
-):  # fmt: skip
+def _norm_sums_kernel(grad, mix, end, sums, cut, EPS: tl.constexpr, RELU: tl.constexpr):
     """What one chunk of planes adds to the gradients of the norm's weight and bias."""
     first, row, exists, slot, pixels = place(cut)
     dweight = tl.zeros((cut.PLANES, cut.PIXELS), mix.weights.dtype.element_ty)
@@ -432,9 +430,7 @@ def _mix_backward_kernel(
 
 
 @triton.jit
-def _value_gradient_kernel(
-    maps, count, weights, rows, dv, cut,
-):  # fmt: skip
+def _value_gradient_kernel(maps, count, weights, rows, dv, cut):
     """One tile of dv. weights: [count + 1, B, C]; the last is that of 1."""
     first, row, exists, _, pixels = place(cut)
     offset, inside = tile(cut, 0, pixels, exists)
@@ -444,9 +440,7 @@ def _value_gradient_kernel(
 
 
 @triton.jit
-def _value_backward_kernel(
-    dv, x, grad, dy, v_weight, dx, sums, size, cut,
-):  # fmt: skip
+def _value_backward_kernel(dv, x, grad, dy, v_weight, dx, sums, size, cut):
     """dx of one chunk of planes, and what it adds to the gradients of their filters."""
     first, row, exists, slot, pixels = place(cut)
     dtype = v_weight.dtype.element_ty

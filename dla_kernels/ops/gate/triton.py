@@ -65,9 +65,7 @@ def _alike(features: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 @triton.jit
-def _forward_kernel(
-    features, gates, outs, cut,
-):  # fmt: skip
+def _forward_kernel(features, gates, outs, cut):
     """One tile of the feature on grid axis 1."""
     number = tl.program_id(1)
     x, gate, out = pick(features, number), pick(gates, number), pick(outs, number)
@@ -79,9 +77,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    grads, features, gates, dx, sums, cut,
-):  # fmt: skip
+def _backward_kernel(grads, features, gates, dx, sums, cut):
     """dx of one chunk of planes, and what it adds to the gradients of the gates."""
     number = tl.program_id(1)
     grad, x, gate = pick(grads, number), pick(features, number), pick(gates, number)

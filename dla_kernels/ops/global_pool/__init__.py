@@ -1,12 +1,14 @@
 """``global_pool``: global average pooling."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
-from dla_kernels.ops.common import compute_dtype, empty_features
+from dla_kernels.ops.common import compute_dtype, dense_format, features_like
 
 
 def global_pool(x: Tensor) -> Tensor:
@@ -32,22 +34,25 @@ def _fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
 
 
-def _fake_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return empty_features(x)
+def _fake_backward(
+    grad: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    return features_like(grad, shape, dtype, channels_last)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
-    ctx.save_for_backward(*args)
+    (x,) = args  # of which nothing is kept
+    ctx.form = tuple(x.shape), x.dtype, dense_format(x) is torch.channels_last
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
-    return [_BACKWARD(grad, *ctx.saved_tensors)]
+    return [_BACKWARD(grad, *ctx.form)]
 
 
 _OPERATOR, _BACKWARD = define(
     "global_pool",
     "(Tensor x) -> Tensor",
-    "(Tensor grad, Tensor x) -> Tensor",
+    "(Tensor grad, SymInt[] shape, ScalarType dtype, bool channels_last) -> Tensor",
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,

@@ -1,10 +1,12 @@
 """``global_pool`` on the compiled CPU kernels (``csrc/ops/global_pool``)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dla_kernels import native
-from dla_kernels.ops.common import compute_dtype, dense, dense_format, empty_features
+from dla_kernels.ops.common import compute_dtype, dense, dense_format, features_like
 from dla_kernels.ops.cpp_common import DTYPES, Loader, execution
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 
@@ -17,9 +19,15 @@ def forward(x: Tensor, load: Loader = native.load) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, x: Tensor, load: Loader = native.load) -> Tensor:
+def backward(
+    grad: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    load: Loader = native.load,
+) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
-    grad, dx = grad.contiguous(), empty_features(x)
+    grad, dx = grad.contiguous(), features_like(grad, shape, dtype, channels_last)
     load().global_pool_backward(grad=grad, dx=dx, **_sizes(dx))
     return dx
 

@@ -1,10 +1,13 @@
 """``global_pool`` in Triton."""
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.ops.common import dense, dense_format, empty_features
+from dla_kernels.ops.common import dense, dense_format, features_like
 from dla_kernels.ops.triton_common import launch_tiles, place, plane_sums, tile, tiles
 from dla_kernels.ops.triton_common import unsupported as unsupported
 
@@ -15,18 +18,16 @@ def forward(x: Tensor) -> Tensor:
     return means
 
 
-def backward(grad: Tensor, x: Tensor) -> Tensor:
+def backward(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
     """Arguments and result of ``dla_kernels::global_pool_backward``."""
-    grad, dx = grad.contiguous(), empty_features(x)
+    grad, dx = grad.contiguous(), features_like(grad, shape, dtype, channels_last)
     plan = tiles(dx)
     launch_tiles(plan, _backward_kernel, grad, dx)
     return dx
 
 
 @triton.jit
-def _backward_kernel(
-    grad, dx, cut,
-):  # fmt: skip
+def _backward_kernel(grad, dx, cut):
     first, row, exists, _, pixels = place(cut)
     share = tl.load(grad + row, exists) / cut.area
     offset, inside = tile(cut, 0, pixels, exists)

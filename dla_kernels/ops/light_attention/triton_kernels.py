@@ -175,9 +175,7 @@ def mixed(mixture, row, channel, exists, values):
 
 
 @triton.jit
-def means_kernel(
-    inputs, of_x, of_p, channels, cut,
-):  # fmt: skip
+def means_kernel(inputs, of_x, of_p, channels, cut):
     """Sums of a joined x and of p over one chunk of planes."""
     first, row, exists, slot, pixels = place(cut)
     total_x = tl.zeros((cut.PLANES, cut.PIXELS), of_x.dtype.element_ty)
@@ -332,9 +330,7 @@ def coefficients(mixture, index, channel, inside):
 
 
 @triton.jit
-def mix(
-    values, planes, u: tl.constexpr, p: tl.constexpr, e: tl.constexpr, index, inside, k
-):  # fmt: skip
+def mix(values, planes, u: tl.constexpr, p: tl.constexpr, e: tl.constexpr, index, inside, k):
     """The same of o as three fields are of u, p and e."""
     of_u = of_field(values, planes, u, index, inside)
     of_p = of_field(values, planes, p, index, inside)
@@ -498,9 +494,7 @@ def output_kernel(
 
 
 @triton.jit
-def form_g(
-    inputs, gradients, mixture, rule, first, offset, inside, pixel, row, exists, size, step
-):  # fmt: skip
+def form_g(inputs, gradients, mixture, rule, first, offset, inside, pixel, row, exists, size, step):
     """g of a tile, see `Rule`."""
     g = tl.zeros_like(offset).to(rule.factor.dtype.element_ty)
     if rule.slope is not None:

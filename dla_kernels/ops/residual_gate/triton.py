@@ -35,9 +35,7 @@ def backward(grad: Tensor, u: Tensor, h: Tensor, out: Tensor) -> list[Tensor]:
 
 
 @triton.jit
-def _forward_kernel(
-    u, h, shortcut, out, cut,
-):  # fmt: skip
+def _forward_kernel(u, h, shortcut, out, cut):
     """One tile."""
     first, row, exists, _, pixels = place(cut)
     offset, inside = tile(cut, 0, pixels, exists)
@@ -49,9 +47,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    grad, u, h, out, du, dshortcut, sums, cut,
-):  # fmt: skip
+def _backward_kernel(grad, u, h, out, du, dshortcut, sums, cut):
     """du and dshortcut of one chunk of planes, and what it adds to dh."""
     first, row, exists, slot, pixels = place(cut)
     factor = tl.load(h + row, exists)[:, None]

@@ -117,9 +117,7 @@ def through_norm(
 
 
 @triton.jit
-def _moments_kernel(
-    x, means, squares, cut,
-):  # fmt: skip
+def _moments_kernel(x, means, squares, cut):
     """Moments of one chunk of planes."""
     first, _, exists, slot, pixels = place(cut)
     mean = tl.zeros((cut.PLANES, cut.PIXELS), squares.dtype.element_ty)
@@ -134,9 +132,7 @@ def _moments_kernel(
 
 
 @triton.jit
-def _forward_kernel(
-    x, shortcut, out, mean, var, weight, bias, channels, EPS: tl.constexpr, cut,
-):  # fmt: skip
+def _forward_kernel(x, shortcut, out, mean, var, weight, bias, channels, EPS: tl.constexpr, cut):
     """One tile."""
     first, row, exists, _, pixels = place(cut)
     offset, inside = tile(cut, 0, pixels, exists)
