@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dla.nn import DLALayer, DLAStage, DLAState, DropPath, DSUCell, DSUSplitCell, MRLALayer
 from refusals import assert_refused
-from tolerances import MODELS, OPS, assert_close, assert_gradients_close
+from tolerances import MODELS, OPS, STAGES, assert_close, assert_gradients_close
 
 CHANNELS = 12
 SIZE = (5, 6)
@@ -412,8 +412,7 @@ def test_model_in_another_dtype(form: str, dtype: torch.dtype, fused: bool) -> N
     assert out.dtype == dtype
     out.sum().backward()
     assert all(p.grad.dtype == dtype for p in stage.parameters() if p.grad is not None)
-    # In half types not the tolerance of one op: blocks and two layers round several times each.
-    table = OPS if dtype == torch.float64 else MODELS
+    table = STAGES if dtype in STAGES else OPS
     assert_close(out, wide(x.double()), dtype=dtype, table=table)
 
 
