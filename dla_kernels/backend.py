@@ -27,7 +27,7 @@ AUTO = "auto"
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 
 # The names that `use_backend` asks for, the innermost first.
-_requested: ContextVar[tuple[str, ...]] = ContextVar("dla_kernels_backend", default=(AUTO,))
+_requested: ContextVar[tuple[str, ...]] = ContextVar("dla_kernels_backend", default=())
 _log = logging.getLogger("dla_kernels")
 
 
@@ -70,7 +70,7 @@ class use_backend(ContextDecorator):
 
 def requested() -> str:
     """The name that the innermost `use_backend` asks for; "auto" outside of any."""
-    return _requested.get()[0]
+    return next(iter(_requested.get()), AUTO)
 
 
 def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:
@@ -137,11 +137,10 @@ class _NotImportable:
     """In place of a module that lacks something: a refusal with the remedy."""
 
     def __init__(self, error: Exception) -> None:
-        self._reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, ImportError):
-            missing = isinstance(error, ModuleNotFoundError) and error.name
-            remedy = f"; pip install {error.name.partition('.')[0]}" if missing else ""
-            self._reason = f"{error}{remedy}"
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        remedy = f"; pip install {error.name.partition('.')[0]}" if missing else ""
+        self._reason = f"{kind}{error}{remedy}"
 
     def unsupported(self, x: Tensor) -> str:
         return self._reason

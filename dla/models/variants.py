@@ -62,8 +62,8 @@ class ChannelGateStage(nn.Module):
         self.layers = nn.ModuleList(gates)
 
     def forward(self, x: Tensor) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            branch, shortcut = parts_of(self.blocks, index, x)
+        for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
+            branch, shortcut = parts_of(index, block, x)
             gate = layer(dla_kernels.global_pool(branch))
             x = dla_kernels.residual_gate(branch, gate, match_autocast(shortcut, branch))
         return x

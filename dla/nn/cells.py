@@ -151,7 +151,7 @@ class LSTMCell(Cell):
     official_gate = "sigmoid"
     gates: ClassVar[int] = 4
 
-    def _add_weights(self, channels: int, hidden: None) -> None:
+    def _add_weights(self, channels: int, hidden: int | None) -> None:
         gates = self.gates * channels
         self._add_weight("weight_ih", gates, channels, fan_in=channels)
         self._add_weight("weight_hh", gates, channels, fan_in=channels)

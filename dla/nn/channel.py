@@ -15,6 +15,7 @@ from dla.nn.checks import (
 )
 from dla.nn.form import channel_kernel_size, check_kind
 from dla.nn.state import DLAState, check_state
+from dla.nn.tensors import cast
 from dla_kernels.ops.cell import reference as cell_reference
 from dla_kernels.ops.checks import like, one_of
 from dla_kernels.ops.common import compute_dtype
@@ -135,7 +136,8 @@ class DIALayer(nn.Module):
         """
         cell = self.cell if cell is None else cell
         check_kind(cell, self.kind, self.channels)
-        check_features("u", u, self.channels, cell.weights(None)[0])
+        weights = cell.weights(None)
+        check_features("u", u, self.channels, weights[0])
         dtype = compute_dtype(u.dtype)
         if state is None:
             context = cell.initial_state(u.shape[0], dtype, u.device)
@@ -146,7 +148,7 @@ class DIALayer(nn.Module):
         pool = (dla_kernels if self.fused else pool_reference).global_pool
         step = (dla_kernels if self.fused else cell_reference).cell
         finish = (dla_kernels if self.fused else gate_reference).residual_gate
-        weights = cell.weights(dtype)
+        weights = [cast(weight, dtype) for weight in weights]
         context = step(pool(u), context, weights, cell.kind, cell.activation)
         h = torch.sigmoid(context[0]) if cell.kind == "dsu" else context[0]
         out = finish(u, h, shortcut)

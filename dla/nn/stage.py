@@ -98,7 +98,7 @@ class DLAStage(nn.Module):
         for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             reads_shortcut = layer.form.prev_from == "shortcut"
             options = {}
-            if _hands_over(block) and is_unhooked(block) and not block._compiled_call_impl:
+            if _hands_over(block):
                 parts = block.raw_parts(x)
                 out, norm, shortcut = _checked_parts(block, "raw_parts", parts, _RAW_PARTS)
                 if reads_shortcut:
@@ -165,8 +165,8 @@ class DIAStage(nn.Module):
             ValueError, TypeError: what a block puts out does not fit.
         """
         state = None
-        for index, layer in enumerate(self.layers):
-            branch, shortcut = parts_of(self.blocks, index, x)
+        for index, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
+            branch, shortcut = parts_of(index, block, x)
             x, state = layer(branch, shortcut, state, cell=self.cell)
         return x
 
@@ -175,13 +175,12 @@ _PARTS = {"output": Tensor, "shortcut": Tensor}
 _RAW_PARTS = {"branch": Tensor, "norm": nn.Module | None, "shortcut": Tensor}
 
 
-def parts_of(blocks: nn.ModuleList, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``blocks[index].parts(x)``, a residual branch and its shortcut.
+def parts_of(index: int, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``block.parts(x)``, a residual branch and its shortcut; ``index``: the block's in its stage.
 
     Raises:
         TypeError: the block has no such method, or it gives something else.
     """
-    block = blocks[index]
     _check_has_parts(index, block)
     return _checked_parts(block, "parts", block.parts(x), _PARTS)
 
@@ -195,8 +194,11 @@ def _check_has_parts(index: int, block: nn.Module) -> None:
 
 
 def _hands_over(block: nn.Module) -> bool:
-    """Whether calling the block is what its ``raw_parts`` says. Not so for a wrapper, which passes
-    on that of its block, nor for a class that inherits it and has a ``forward`` of its own."""
+    """Whether calling the block is what its ``raw_parts`` says. Not so with hooks or a call that is
+    compiled, for a wrapper, which passes on that of its block, nor for a class that inherits it and
+    has a ``forward`` of its own."""
+    if not is_unhooked(block) or block._compiled_call_impl is not None:
+        return False
     for owner in type(block).__mro__:
         if "raw_parts" in owner.__dict__:
             return True

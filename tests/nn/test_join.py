@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dla.models import create_model
 from dla.nn import DIAStage, DLALayer, DLAStage
+from norms import without_bias
 from refusals import assert_refused
 from tolerances import MODELS, assert_close, assert_gradients_close
 
@@ -38,12 +39,6 @@ def hooked() -> nn.Module:
     return norm
 
 
-def without_bias() -> nn.Module:
-    norm = nn.BatchNorm2d(CHANNELS)
-    norm.bias = None
-    return norm
-
-
 class OwnNorm(nn.BatchNorm2d):
     """A subclass may do anything."""
 
@@ -55,7 +50,7 @@ NORMS = {
     "plain": lambda: nn.BatchNorm2d(CHANNELS),
     "momentum None": lambda: nn.BatchNorm2d(CHANNELS, momentum=None),
     "no affine": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
-    "no bias": without_bias,
+    "no bias": lambda: without_bias(CHANNELS),
     "no running statistics": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     "eps": lambda: nn.BatchNorm2d(CHANNELS, eps=0.1),
     "none": lambda: None,

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dla.nn import DLALayer, DLAStage, DLAState, DropPath, DSUCell, DSUSplitCell, MRLALayer
+from norms import without_bias
 from refusals import assert_refused
 from tolerances import MODELS, OPS, STAGES, assert_close, assert_gradients_close
 
@@ -125,20 +126,13 @@ def test_twenty_steps_fused_and_unfused(form: str) -> None:
     assert_close(out, unfused(features()), table=MODELS)
 
 
-def without_bias() -> nn.BatchNorm2d:
-    """BatchNorm2d(bias=False), which older versions of torch do not take."""
-    norm = nn.BatchNorm2d(CHANNELS)
-    norm.bias = None
-    return norm
-
-
 NORMS: dict[str, Callable[[], nn.Module | None]] = {
     "none": lambda: None,
     "cumulative": lambda: nn.BatchNorm2d(CHANNELS, momentum=None),
     "no momentum": lambda: nn.BatchNorm2d(CHANNELS, momentum=0.0),
     "batch statistics always": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     "no parameters": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
-    "no bias": without_bias,
+    "no bias": lambda: without_bias(CHANNELS),
     "large eps": lambda: nn.BatchNorm2d(CHANNELS, eps=0.3),
     "group": lambda: nn.GroupNorm(3, CHANNELS),
     "identity": lambda: nn.Identity(),
@@ -602,6 +596,16 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
         "norm_weight", "12", "5",
     ),
 }  # fmt: skip
+
+
+@each_fused
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_norm_with_one_of_its_statistics(missing: str, fused: bool) -> None:
+    """In evaluation an error, as in torch; not the statistics of the batch."""
+    layer = DLALayer(CHANNELS, head_dim=4, fused=fused).eval()
+    setattr(layer.norm, missing, None)
+    with pytest.raises((ValueError, RuntimeError), match=r"mean|var"):
+        layer(map_())
 
 
 @pytest.mark.parametrize("variant", ["light", "base"])

@@ -136,6 +136,28 @@ def test_decorated_function_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == ["reference", "reference", "cpp"]
 
 
+def test_one_object_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which leave its blocks in the order in which they entered them."""
+    seen = serving("global_pool", monkeypatch)
+    shared, entered, left = use_backend("reference"), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with shared:
+            entered.set()
+            assert left.wait(10)
+            call("global_pool")
+        call("global_pool")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with shared:
+            future = pool.submit(other)
+            assert entered.wait(10)
+        left.set()
+        future.result()
+    call("global_pool")
+    assert seen == ["reference", "cpp", "cpp"]
+
+
 def refusals(requested: str, prefix: str = "") -> dict[str, str]:
     """What each op says in a process of its own when CPU tensors are to be served by a backend."""
     done = python(

@@ -1,6 +1,5 @@
 """``global_pool``: global average pooling."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,12 +33,6 @@ def _fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
 
 
-def _fake_backward(
-    grad: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
-) -> Tensor:
-    return features_like(grad, shape, dtype, channels_last)
-
-
 def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
     (x,) = args  # of which nothing is kept
     ctx.form = tuple(x.shape), x.dtype, dense_format(x) is torch.channels_last
@@ -55,7 +48,7 @@ _OPERATOR, _BACKWARD = define(
     "(Tensor grad, SymInt[] shape, ScalarType dtype, bool channels_last) -> Tensor",
     check=_check,
     fake=_fake,
-    backward_fake=_fake_backward,
+    backward_fake=features_like,
     tensors=1,
     save=_save,
     gradients=_gradients,

@@ -102,8 +102,7 @@ def light_attention(
         there is no gate). Under ``norm="batch"`` it is [12, B, C], always has the mean of p (zeros
         where there is none) and goes on, for backward, with those of u = conv(x, v_weight) and
         e = conv(p, prev_weight), what rounding took from the means of u, p and e, and the
-        covariances of u, p and e with o over space.
-        Statistics and summary are not differentiable.
+        covariances of u, p and e with o over space. Statistics and summary are not differentiable.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; or no backend can serve.
