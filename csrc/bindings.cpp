@@ -15,6 +15,7 @@
 
 #include "common/args.h"
 #include "common/isa.h"
+#include "forms.h"
 #include "ops/base_attention/op.h"
 #include "ops/cell/op.h"
 #include "ops/gate/op.h"
@@ -262,6 +263,9 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            dk_weight, dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
 
 #ifdef DLA_CPU
+  py::class_<Forms>(m, "Forms")
+      .def(py::init<py::capsule, py::tuple>())
+      .def("__call__", &Forms::operator());
   m.def("simd_level", [] { return simd_name(simd_level()); });
 #else
   bind(m, "light_attention_forward_scratch", &cuda::light_attention_forward_scratch);

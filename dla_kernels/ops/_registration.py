@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from dla_kernels import backend
+from dla_kernels.ops._calls import Calls, Operator, flatten
 
 LIBRARY = torch.library.Library("dla_kernels", "DEF")
-
-Operator = Callable[..., Any]
 
 # Dispatch keys that matter to an op below autograd; the op makes no views and writes in no input.
 _BELOW_AUTOGRAD = _C._after_autograd_keyset.remove(_C.DispatchKey.ADInplaceOrView)
@@ -33,21 +31,7 @@ _EVERYDAY_KEYS = (
     _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
     | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
-# The types that arguments of a schema usually have: no subclass of Tensor, no symbolic number, and
-# nothing of a wrong type, about which the dispatcher complains.
-_PLAIN = {
-    "Tensor": frozenset({Tensor, torch.nn.Parameter}),
-    "Optional[Tensor]": frozenset({Tensor, torch.nn.Parameter, type(None)}),
-    "List[Tensor]": frozenset({list, tuple}),
-    "List[int]": frozenset({list, tuple}),
-    "str": frozenset({str}),
-    "int": frozenset({int, torch.dtype}),  # a ScalarType is said to be an int
-    "float": frozenset({int, float}),
-    "bool": frozenset({bool}),
-}
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
-_metadata = attrgetter("shape", "dtype", "device", "layout")
-_REMEMBERED = 1024  # calls that an op has checked
 
 
 def define(
@@ -86,56 +70,26 @@ def define(
         The two operators.
     """
 
-    check_new = _once_per_form(check, tensors)
-
-    def run(*args: Any) -> Any:
-        check_new(*args)
+    def select(backward: bool, *args: Any) -> Operator:
         x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x, args, backward=False).forward, args)
-
-    def run_backward(*args: Any) -> Any:
-        x = _first_tensor(args)
-        return _on_device_of(x, backend.select(op, x, args, backward=True).backward, args)
+        module = backend.select(op, x, args, backward)
+        return _on_device_of(x, module.backward if backward else module.forward)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
         return fake(*args)
 
-    overload = _register(op, schema, run, checked_fake, flops)
-    backward = _register(
-        f"{op}_backward",
-        backward_schema,
-        _whole(run_backward),
-        _whole(backward_fake),
-        backward_flops,
+    overload = _declare(op, schema)
+    calls = Calls(overload._schema, check, functools.partial(select, False))
+    _implement(overload, calls, checked_fake, flops)
+    backward = _declare(f"{op}_backward", backward_schema)
+    backward_calls = Calls(backward._schema, None, functools.partial(select, True))
+    _implement(backward, _whole(backward_calls), _whole(backward_fake), backward_flops)
+    differentiable = _register_autograd(op, overload, calls, tensors, save, gradients)
+    return (
+        _with_shortcut(overload, calls, differentiable),
+        _with_shortcut(backward, backward_calls, lambda below, args: below(*args)),
     )
-    autograd = _register_autograd(op, overload, run, tensors, save, gradients)
-    operator = _with_shortcut(overload, functools.partial(autograd, None))
-    return operator, _with_shortcut(backward, run_backward)
-
-
-def _once_per_form(check: Callable[..., None], tensors: int) -> Callable[..., None]:
-    """``check``, but not again for arguments that differ only in the values of their tensors."""
-    passed: set[tuple[Any, ...]] = set()
-
-    def form_of(value: Tensor | Sequence[Tensor]) -> tuple[Any, ...]:
-        return tuple(map(_metadata, value)) if type(value) in (list, tuple) else _metadata(value)
-
-    def check_new(*args: Any) -> None:
-        try:
-            forms = [None if value is None else form_of(value) for value in args[:tensors]]
-        except RuntimeError:  # of a nested tensor, which has no shape
-            check(*args)
-            raise
-        form = (*forms, *args[tensors:])
-        if form in passed:
-            return
-        check(*args)
-        if len(passed) >= _REMEMBERED:
-            passed.clear()
-        passed.add(form)
-
-    return check_new
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,27 +105,19 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return filled
 
 
-def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operator:
-    """The operator; but ``direct`` itself where the dispatcher would only end up there. To convert
-    forty arguments to and fro takes it as long as a layer's work on a small feature map."""
-
-    kinds = [_PLAIN[str(argument.type)] for argument in overload._schema.arguments]
-    lists = [index for index, kind in enumerate(kinds) if kind is _PLAIN["List[Tensor]"]]
-    singles = [index for index, kind in enumerate(kinds) if Tensor in kind]
-
-    @functools.lru_cache(1024)
-    def are_plain(*types: type) -> bool:
-        return all(given in plain for given, plain in zip(types, kinds, strict=True))
+def _with_shortcut(
+    overload: torch._ops.OpOverload,
+    calls: Calls,
+    differentiable: Callable[[Operator, tuple[Any, ...]], Any],
+) -> Operator:
+    """The operator; but ``differentiable(function, args)`` where the dispatcher would only end up
+    there, with the function that serves the call. To convert forty arguments to and fro takes it as
+    long as a layer's work on a small feature map."""
 
     def operator(*args: Any) -> Any:
-        plainly = (
-            _dispatches_plainly()
-            and are_plain(*map(type, args))
-            and all(_are_plain_tensors(args[index]) for index in lists)
-            and not any(args[index].is_neg() for index in singles if type(args[index]) is Tensor)
-        )
-        if plainly:
-            return direct(*args)
+        below = calls.find(args) if _dispatches_plainly() else None
+        if below is not None:
+            return differentiable(below, args)
         try:
             return overload(*args)
         except RuntimeError as error:
@@ -183,15 +129,6 @@ def _with_shortcut(overload: torch._ops.OpOverload, direct: Operator) -> Operato
             ) from error
 
     return operator
-
-
-def _are_plain_tensors(values: Sequence[Tensor]) -> bool:
-    """Whether a list is of no subclass, and of no tensor that stands for its negative, as the
-    imaginary part of a conjugate does: the dispatcher forms these. Parameters never do."""
-    types = set(map(type, values))
-    if not types <= _PLAIN["Tensor"]:
-        return False
-    return Tensor not in types or not any(map(Tensor.is_neg, values))
 
 
 def _dispatches_plainly() -> bool:
@@ -206,44 +143,39 @@ def _dispatches_plainly() -> bool:
     )
 
 
-def _register(
-    name: str,
-    schema: str,
+def _declare(name: str, schema: str) -> torch._ops.OpOverload:
+    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    return getattr(torch.ops.dla_kernels, name).default
+
+
+def _implement(
+    overload: torch._ops.OpOverload,
     run: Callable[..., Any],
     fake: Callable[..., Any],
     flops: Callable[..., int] | None,
-) -> torch._ops.OpOverload:
-    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+) -> None:
+    name = overload.name()
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dla_kernels::{name}", fake, lib=LIBRARY)
-    operator = getattr(torch.ops.dla_kernels, name)
+    torch.library.register_fake(name, fake, lib=LIBRARY)
     if flops is not None:
-        register_flop_formula(operator, get_raw=True)(lambda *args, out_val: flops(*args))
-    return operator.default
+        packet = overload.overloadpacket
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val: flops(*args))
 
 
 def _register_autograd(
     op: str,
     overload: torch._ops.OpOverload,
-    run: Callable[..., Any],
+    calls: Calls,
     tensors: int,
     save: Callable[..., None],
     gradients: Callable[..., Nested],
-) -> Callable[..., Any]:
-    """Registers and returns ``function(keyset, *args)``; keyset None: call ``run`` below."""
+) -> Callable[[Operator, tuple[Any, ...]], Any]:
+    """Registers the op's derivative. Returns ``differentiable(function, args)``, which calls the
+    function that is given for the work below autograd."""
     returns_list = str(overload._schema.returns[0].type) == "List[Tensor]"
 
-    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
-        if keyset is None:
-            return run(*args)
-        remaining = keyset & _BELOW_AUTOGRAD
-        if remaining.highestPriorityTypeId() in _DEVICES:
-            return run(*args)  # what the dispatcher would call; spares converting all arguments
-        with _C._AutoDispatchBelowAutograd():
-            return overload.redispatch(remaining, *args)
-
-    def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Any) -> Any:
-        results = below_autograd(keyset, args)
+    def forward(ctx: Any, below: Operator, args: tuple[Any, ...], *_: Any) -> Any:
+        results = below(*args)
         results = tuple(results) if returns_list else results
         ctx.backend = backend.requested()
         ctx.set_materialize_grads(False)
@@ -270,22 +202,33 @@ def _register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
-
     # What function.apply does where no transform of torch.func is active, in half the time; but for
     # unwrapping tensors that have outlived their transform, which kernels refuse.
     apply_plainly = super(torch.autograd.Function, function).apply
 
-    def autograd(keyset: Any, *args: Any) -> Any:
+    def differentiable(
+        below: Operator, args: tuple[Any, ...], apply: Operator = apply_plainly
+    ) -> Any:
         _refuse_tangents(op, args)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
-            return below_autograd(keyset, args)
-        apply = apply_plainly if keyset is None else function.apply
-        # args as one tuple for the redispatch; flat, for autograd to see every tensor.
-        results = apply(keyset, args, *flatten(args[:tensors]))
+            return below(*args)
+        # args as one tuple for the call below; flat, for autograd to see every tensor.
+        results = apply(below, args, *flatten(args[:tensors]))
         return list(results) if returns_list else results
 
+    def autograd(keyset: Any, *args: Any) -> Any:
+        remaining = keyset & _BELOW_AUTOGRAD
+
+        def below(*args: Any) -> Any:
+            if remaining.highestPriorityTypeId() in _DEVICES:
+                return calls(*args)  # what the dispatcher would call; spares converting arguments
+            with _C._AutoDispatchBelowAutograd():
+                return overload.redispatch(remaining, *args)
+
+        return differentiable(below, args, function.apply)
+
     LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
-    return autograd
+    return differentiable
 
 
 def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
@@ -299,23 +242,17 @@ def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
             )
 
 
-def _on_device_of(x: Tensor, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """``function(*args)``; kernels are launched on the current GPU, which must be that of ``x``."""
+def _on_device_of(x: Tensor, function: Operator) -> Operator:
+    """The function; launching its kernels on the GPU of ``x``, which need not be the current one.
+    """
     if not x.is_cuda:
-        return function(*args)
-    with torch.cuda.device(x.device):
-        return function(*args)
+        return function
 
+    def on_device(*args: Any) -> Any:
+        with torch.cuda.device(x.device):
+            return function(*args)
 
-def flatten(values: Sequence[Any]) -> list[Any]:
-    """One list of the values and, in their places, of those in lists."""
-    flat: list[Any] = []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            flat += value
-        else:
-            flat.append(value)
-    return flat
+    return on_device
 
 
 def sizes_of(values: Sequence[Any]) -> list[int | None]:

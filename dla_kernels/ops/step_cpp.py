@@ -1,16 +1,58 @@
 """What the adapters of light_attention and base_attention share: arguments, the call."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dla_kernels import native
 from dla_kernels.ops.cell.cpp import ACTIVATION_NUMBERS, KINDS
 from dla_kernels.ops.cpp_common import DTYPES, NORMS, execution
+from dla_kernels.ops.repeat import Repeat
 
 # Of (module, name of a function, its arguments, a tensor of the compute dtype): working memory.
 Prepare = Callable[[Any, str, dict[str, Any], Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """What a native function is to be called with, and what has been computed then."""
+
+    function: str
+    arguments: dict[str, Any]
+    results: Sequence[Tensor | None]
+
+
+def on_cpu(step: Callable[..., Step]) -> Callable[..., Any]:
+    """The step's results."""
+
+    def run(*args: Any) -> Any:
+        function, arguments, results = step(*args)
+        getattr(native.load(), function)(**arguments)
+        return results
+
+    def repeatable(*args: Any) -> tuple[Any, Repeat | None]:
+        function, arguments, results = step(*args)
+        function = getattr(native.load(), function)
+        function(**arguments)
+        return results, Repeat.of(function, arguments, args, results)
+
+    run.repeatable = repeatable
+    return run
+
+
+def on_gpu(step: Callable[..., Step]) -> Callable[..., Any]:
+    """The same by the CUDA kernels, which need working memory; anybody's again after the launch."""
+
+    def run(*args: Any) -> Any:
+        function, arguments, results = step(*args)
+        module = native.load_cuda()
+        size = getattr(module, f"{function}_scratch")(**arguments)
+        arguments["scratch"] = arguments["state"].new_empty(size)
+        getattr(module, function)(**arguments)
+        return results
+
+    return run
 
 
 def sizes(

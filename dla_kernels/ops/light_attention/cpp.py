@@ -5,15 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format
-from dla_kernels.ops.cpp_common import NORMS, Loader
+from dla_kernels.ops.cpp_common import NORMS
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.light_attention.reference import summary_size
-from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
+from dla_kernels.ops.step_cpp import Step, flags, on_cpu, sizes
 
 
-def forward(
+def forward_step(
     x: Tensor,
     p: Tensor | None,
     state: Tensor,
@@ -44,10 +43,8 @@ def forward(
     branch_norm: str,
     branch_eps: float,
     return_o: bool,
-    load: Loader = native.load,
-    prepare: Prepare | None = None,
-) -> tuple[Tensor, ...]:
-    """Arguments and results of ``dla_kernels::light_attention``; the last two are for GPUs."""
+) -> Step:
+    """Arguments and results of ``dla_kernels::light_attention``."""
     layout = dense_format(x)
     x, p = dense(x, layout), dense(p, layout)
     small = contiguous(
@@ -77,8 +74,7 @@ def forward(
         for kind in (norm, norm, branch_norm, branch_norm)
     )
     summary = state.new_empty(summary_size(norm), batch, channels)
-    run_step(
-        *(load(), "light_attention_forward", state, prepare),
+    arguments = dict(
         **sizes(x, layout, q_weight, params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         join=join,
@@ -97,10 +93,11 @@ def forward(
         branch_var=branch_var,
         summary=summary,
     )
-    return out, o, new_state, mean, var, branch_mean, branch_var, summary
+    results = out, o, new_state, mean, var, branch_mean, branch_var, summary
+    return Step("light_attention_forward", arguments, results)
 
 
-def backward(
+def backward_step(
     grad_out: Tensor | None,
     grad_o: Tensor | None,
     grad_state: Tensor | None,
@@ -136,10 +133,8 @@ def backward(
     branch_norm: str,
     branch_eps: float,
     needs_p: bool,
-    load: Loader = native.load,
-    prepare: Prepare | None = None,
-) -> list[Tensor | None]:
-    """Arguments and results of ``dla_kernels::light_attention_backward``; as above."""
+) -> Step:
+    """Arguments and results of ``dla_kernels::light_attention_backward``."""
     layout = dense_format(x)
     x, p, grad_out, grad_o = (dense(t, layout) for t in (x, p, grad_out, grad_o))
     weights = contiguous(
@@ -171,8 +166,7 @@ def backward(
         f"d{name}": None if w is None else torch.empty_like(w) for name, w in weights.items()
     }
     dstate, *dparams = [torch.empty_like(t) for t in (small["state"], *params)]
-    run_step(
-        *(load(), "light_attention_backward", state, prepare),
+    arguments = dict(
         **sizes(x, layout, q_weight, params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         join=join,
@@ -191,4 +185,8 @@ def backward(
         dstate=dstate,
         dcell_params=dparams,
     )
-    return [dx, dp, dstate, *dweights.values(), *dparams]
+    results = [dx, dp, dstate, *dweights.values(), *dparams]
+    return Step("light_attention_backward", arguments, results)
+
+
+forward, backward = on_cpu(forward_step), on_cpu(backward_step)
