@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -163,6 +164,75 @@ using Function = std::function<std::int64_t(const py::kwargs&)>;
 
 void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
 
+// How to copy a struct; a fresh one for null.
+using Copy = std::shared_ptr<void> (*)(const void* args);
+
+// A call of a function that is made time and again. Some of its arguments stay; others are taken
+// from a tuple that is given and a list that is filled.
+class Repeat {
+ public:
+  // constants: by name. given, made: pairs of a name and the place, or list of places, in these.
+  Repeat(const std::vector<NamedField>& fields, Copy copy, void (*function)(const void*),
+         const py::dict& constants, const py::list& given, const py::list& made)
+      : copy_(copy), function_(function), args_(copy(nullptr)) {
+    for (const auto& [name, value] : constants) assign(args_, find(fields, name), value);
+    for (const auto& [places, sources] : {std::pair(&given, &given_), std::pair(&made, &made_)})
+      for (const auto& pair : *places) {
+        const auto [name, place] = pair.cast<std::pair<py::object, py::object>>();
+        const bool is_list = py::isinstance<py::list>(place);
+        Source source{find(fields, name), is_list, {}};
+        for (py::handle one : is_list ? py::list(place) : py::list(py::make_tuple(place)))
+          source.places.push_back(one.cast<Py_ssize_t>());
+        sources->push_back(source);
+      }
+    if (constants.size() + given_.size() + made_.size() != fields.size())
+      throw py::type_error("missing argument");
+  }
+
+  void operator()(const py::tuple& given, const py::list& made) const {
+    const std::shared_ptr<void> args = copy_(args_.get());  // other threads may be calling
+    const auto take = [&](const std::vector<Source>& sources, py::handle values) {
+      PyObject** const items = PySequence_Fast_ITEMS(values.ptr());
+      for (const auto& [field, is_list, places] : sources) {
+        if (!is_list) {
+          assign(args, field, items[places[0]]);
+          continue;
+        }
+        py::list list(places.size());
+        for (std::size_t i = 0; i < places.size(); ++i)
+          list[i] = py::handle(items[places[i]]);
+        assign(args, field, list);
+      }
+    };
+    take(given_, given);
+    take(made_, made);
+    const py::gil_scoped_release released;
+    function_(args.get());
+  }
+
+ private:
+  struct Source {
+    NamedField field;
+    bool is_list;
+    std::vector<Py_ssize_t> places;
+  };
+
+  static NamedField find(const std::vector<NamedField>& fields, py::handle name) {
+    for (const NamedField& field : fields)
+      if (name.equal(py::handle(field.name))) return field;
+    throw py::type_error("unknown argument given");
+  }
+
+  static void assign(const std::shared_ptr<void>& args, const NamedField& field, py::handle value) {
+    field.assign(static_cast<char*>(args.get()) + field.offset, value);
+  }
+
+  Copy copy_;
+  void (*function_)(const void*);
+  std::shared_ptr<void> args_;
+  std::vector<Source> given_, made_;
+};
+
 // Binds a function of a struct as one that wants every field by keyword. Returns 0 for void.
 template <class Args, class Result>
 void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
@@ -174,6 +244,19 @@ void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
       return function(args), 0;
     else
       return function(args);
+  });
+}
+
+// Binds what gives a `Repeat` of a function, by its name behind "repeat_".
+template <class Args, void (*function)(const Args&)>
+void bind_repeat(py::module_& m, const char* name) {
+  const Copy copy = [](const void* args) -> std::shared_ptr<void> {
+    if (args == nullptr) return std::make_shared<Args>();
+    return std::make_shared<Args>(*static_cast<const Args*>(args));
+  };
+  const auto call = [](const void* args) { function(*static_cast<const Args*>(args)); };
+  m.def(name, [=](const py::dict& constants, const py::list& given, const py::list& made) {
+    return Repeat(fields_of<Args>, copy, call, constants, given, made);
   });
 }
 
@@ -264,8 +347,17 @@ PYBIND11_MODULE(DLA_MODULE, m) {
 
 #ifdef DLA_CPU
   py::class_<Forms>(m, "Forms")
-      .def(py::init<py::capsule, py::tuple>())
+      .def(py::init<py::capsule, py::object, py::object>())
       .def("__call__", &Forms::operator());
+  py::class_<Repeat>(m, "Repeat").def("__call__", &Repeat::operator());
+  bind_repeat<LightAttentionForward, &cpu::light_attention_forward>(
+      m, "repeat_light_attention_forward");
+  bind_repeat<LightAttentionBackward, &cpu::light_attention_backward>(
+      m, "repeat_light_attention_backward");
+  bind_repeat<BaseAttentionForward, &cpu::base_attention_forward>(
+      m, "repeat_base_attention_forward");
+  bind_repeat<BaseAttentionBackward, &cpu::base_attention_backward>(
+      m, "repeat_base_attention_backward");
   m.def("simd_level", [] { return simd_name(simd_level()); });
 #else
   bind(m, "light_attention_forward_scratch", &cuda::light_attention_forward_scratch);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dla {
 
@@ -39,59 +40,63 @@ struct DlExchange {
 // Describes the leading arguments of a call: tensors, lists of tensors, None.
 class Forms {
  public:
-  // exchange: torch.Tensor.__dlpack_c_exchange_api__; types: Tensor, Parameter.
-  Forms(const py::capsule& exchange, py::tuple types)
+  // exchange: torch.Tensor.__dlpack_c_exchange_api__. Other types than the two are unusual.
+  Forms(const py::capsule& exchange, py::object tensor, py::object parameter)
       : exchange_(static_cast<const DlExchange*>(exchange.get_pointer())),
-        types_(std::move(types)),
-        is_neg_(PyUnicode_InternFromString("is_neg")) {
+        tensor_(std::move(tensor)),
+        parameter_(std::move(parameter)),
+        is_neg_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("is_neg"))) {
     if (exchange_->version.major != 1) throw std::invalid_argument("exchange: expected version 1");
   }
 
-  // As bytes; None if there is anything else among them, or a tensor that stands for its negative.
-  py::object operator()(const py::tuple& args, std::size_t count) {
+  // As bytes. Empty if a tensor has no such form, being sparse or nested or on no device; None if
+  // anything else is among them, or a tensor that stands for its negative.
+  py::object operator()(const py::tuple& args, std::size_t count) const {
     std::string form;
     form.reserve(2048);
-    for (std::size_t i = 0; i < count; ++i)
-      if (!describe(PyTuple_GET_ITEM(args.ptr(), static_cast<Py_ssize_t>(i)), form))
-        return py::none();
+    for (std::size_t i = 0; i < count; ++i) {
+      const Found found = describe(PyTuple_GET_ITEM(args.ptr(), static_cast<Py_ssize_t>(i)), form);
+      if (found == Found::formless) return py::bytes();
+      if (found == Found::unusual) return py::none();
+    }
     return py::bytes(form);
   }
 
  private:
-  bool describe(PyObject* value, std::string& form) {
+  enum class Found { form, formless, unusual };
+
+  Found describe(PyObject* value, std::string& form) const {
     if (value == Py_None) {
       put(form, 'n');
-      return true;
+      return Found::form;
     }
     if (!PyList_CheckExact(value) && !PyTuple_CheckExact(value)) return describe_tensor(value, form);
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
     put(form, 'l');
     put(form, count);
-    for (Py_ssize_t i = 0; i < count; ++i)
-      if (!describe_tensor(PySequence_Fast_GET_ITEM(value, i), form)) return false;
-    return true;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      const Found found = describe_tensor(PySequence_Fast_GET_ITEM(value, i), form);
+      if (found != Found::form) return found;
+    }
+    return Found::form;
   }
 
-  bool describe_tensor(PyObject* value, std::string& form) {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-    const Py_ssize_t known = PyTuple_GET_SIZE(types_.ptr());
-    Py_ssize_t index = 0;
-    while (index < known && PyTuple_GET_ITEM(types_.ptr(), index) != type) ++index;
-    if (index == known) return false;
+  Found describe_tensor(PyObject* value, std::string& form) const {
+    const bool is_parameter = py::handle(value).get_type().is(parameter_);
+    if (!is_parameter) {
+      if (!py::handle(value).get_type().is(tensor_)) return Found::unusual;
+      // Parameters never stand for their negatives.
+      const auto is_neg =
+          py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, is_neg_.ptr()));
+      if (!is_neg) throw py::error_already_set();
+      if (is_neg.ptr() != Py_False) return Found::unusual;
+    }
     DlTensor tensor;
     if (exchange_->tensor(value, &tensor) != 0) {
       PyErr_Clear();
-      return false;
+      return Found::formless;
     }
-    if (index == 0) {  // parameters never are
-      PyObject* const negative = PyObject_CallMethodNoArgs(value, is_neg_);
-      Py_XDECREF(negative);
-      if (negative != Py_False) {
-        PyErr_Clear();
-        return false;
-      }
-    }
-    put(form, 't');
+    put(form, is_parameter ? 'p' : 't');
     put(form, tensor.device);
     put(form, tensor.dtype);
     put(form, tensor.dims);
@@ -99,7 +104,7 @@ class Forms {
       put(form, tensor.shape[i]);
       put(form, tensor.strides[i]);
     }
-    return true;
+    return Found::form;
   }
 
   template <class T>
@@ -108,8 +113,7 @@ class Forms {
   }
 
   const DlExchange* exchange_;
-  py::tuple types_;
-  PyObject* is_neg_;
+  py::object tensor_, parameter_, is_neg_;
 };
 
 }  // namespace dla

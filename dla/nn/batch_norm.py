@@ -23,6 +23,9 @@ class BatchNormArguments(NamedTuple):
     var: Tensor | None
 
 
+NO_NORM = BatchNormArguments("none", 0.0, None, None, None, None)
+
+
 def batch_norm(channels: int, eps: float, momentum: float | None) -> nn.BatchNorm2d:
     """A fresh norm; TypeError or ValueError where torch's would fail late or not at all."""
     at_least_zero("eps", number("eps", eps))
@@ -36,8 +39,8 @@ def batch_norm_arguments(
 ) -> BatchNormArguments:
     """The norm as it would act on features like ``x``, its tensors in ``dtype``."""
     if norm is None:
-        return BatchNormArguments("none", 0.0, None, None, None, None)
-    weight, bias = (parameter(norm, name, dtype) for name in ("weight", "bias"))
+        return NO_NORM
+    weight, bias = parameter(norm, "weight", dtype), parameter(norm, "bias", dtype)
     if weight is not None and bias is None:  # BatchNorm2d(bias=False)
         bias = torch.zeros_like(weight)
     elif bias is not None and weight is None:

@@ -1,8 +1,6 @@
 """One DLA layer: attention of a layer to itself and to earlier layers of its stage."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 
 import dla_kernels
 from dla.nn.batch_norm import (
+    NO_NORM,
     BatchNormArguments,
     batch_norm,
     batch_norm_arguments,
@@ -30,7 +29,7 @@ from dla.nn.form import (
 )
 from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state, check_tensors
-from dla.nn.tensors import parameter
+from dla.nn.tensors import child, parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.checks import like, one_of
 from dla_kernels.ops.common import compute_dtype, describe
@@ -210,7 +209,7 @@ class DLALayer(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        check_features("x", x, self.channels, parameter(self.v_conv, "weight", None))
+        check_features("x", x, self.channels, parameter(child(self, "v_conv"), "weight", None))
         boolean("keep_output", keep_output)
         boolean("join", join)
         cell, prev_conv = self._parts(cell, prev_conv)
@@ -249,11 +248,11 @@ class DLALayer(nn.Module):
         attend = (dla_kernels if self.fused else light_reference).light_attention
         dtype = state.context.dtype
         cell_weights = cell.weights(dtype) if cell else []
-        branch = batch_norm_arguments(branch_norm, x, dtype)
         q_weight, k_weight, v_weight = self._filters(dtype)
         has_conv = prev_conv is not None and prev is not None
-        attend = functools.partial(
-            attend,
+        branch = batch_norm_arguments(branch_norm, x, dtype)
+        norm, drop_scale, finishes = self._finish(x, dtype)
+        out, o, context, mean, var, branch_mean, branch_var, summary = attend(
             x,
             prev,
             state.context,
@@ -263,27 +262,30 @@ class DLALayer(nn.Module):
             v_weight,
             parameter(prev_conv, "weight", dtype) if has_conv else None,
             parameter(self, "lam", dtype),
-            branch_weight=branch.weight,
-            branch_bias=branch.bias,
-            branch_mean_in=branch.mean,
-            branch_var_in=branch.var,
+            norm.weight,
+            norm.bias,
+            branch.weight,
+            branch.bias,
+            norm.mean,
+            norm.var,
+            branch.mean,
+            branch.var,
+            drop_scale,
             **self._flags(cell),
+            norm=norm.mode,
+            eps=norm.eps,
+            residual=finishes,
             join=join,
             branch_norm=branch.mode,
             branch_eps=branch.eps,
+            return_o=keep_output and finishes,
         )
-        if self._norm_and_drop_path_are_fused():
-            norm = batch_norm_arguments(self.norm, x, dtype)
-            out, o, context, *statistics, summary = self._finished_by_op(
-                x, norm, attend, return_o=keep_output
-            )
-            if norm.mode == "batch":
-                track_statistics(self.norm, *statistics[:2], x)
-            if branch.mode == "batch":
-                track_statistics(branch_norm, *statistics[2:], x)
-        else:
-            o, _, context, *_, summary = self._attention_alone(attend, return_o=False)
-            out = self._finished_by_modules(x, o)
+        if not finishes:
+            o, out = out, self._finished_by_modules(x, out)
+        if norm.mode == "batch":
+            track_statistics(child(self, "norm"), mean, var, x)
+        if branch.mode == "batch":
+            track_statistics(branch_norm, branch_mean, branch_var, x)
         if recordings:
             scores, gates = summary[2:4]
             gated = cell_weights and prev is not None
@@ -297,8 +299,8 @@ class DLALayer(nn.Module):
         dtype = state.context.dtype
         cell_weights = cell.weights(dtype) if cell else []
         q_weight, k_weight, v_weight = self._filters(dtype)
-        attend = functools.partial(
-            attend,
+        norm, drop_scale, finishes = self._finish(x, dtype)
+        out, v, context, keys, gates, own_mean, scores, mean, var, _ = attend(
             x,
             [match_autocast(value, x) for value in state.values],
             state.context,
@@ -310,21 +312,23 @@ class DLALayer(nn.Module):
             k_weight,
             list(state.key_weights),
             v_weight,
+            norm.weight,
+            norm.bias,
+            norm.mean,
+            norm.var,
+            drop_scale,
             **self._flags(cell),
             gated=self.form.gated,
+            norm=norm.mode,
+            eps=norm.eps,
+            relu=finishes,
+            residual=finishes,
             return_v=keep_output,
         )
-        if self._norm_and_drop_path_are_fused():
-            norm = batch_norm_arguments(self.norm, x, dtype)
-            results = self._finished_by_op(x, norm, attend, relu=True)
-            out = results[0]
-            if norm.mode == "batch":
-                *_, mean, var, _ = results
-                track_statistics(self.norm, mean, var, x)
-        else:
-            results = self._attention_alone(attend, relu=False)
-            out = self._finished_by_modules(x, results[0])
-        _, v, context, keys, gates, mean, scores, *_ = results
+        if not finishes:
+            out = self._finished_by_modules(x, out)
+        if norm.mode == "batch":
+            track_statistics(child(self, "norm"), mean, var, x)
         if recordings:
             record(self, scores, gates if cell_weights else None)
         if not keep_output:
@@ -338,13 +342,14 @@ class DLALayer(nn.Module):
             values=(*state.values, v),
             keys=keys,
             gates=gates,
-            pooled=() if static else (*state.pooled, mean),
+            pooled=() if static else (*state.pooled, own_mean),
             key_weights=(*state.key_weights, k_weight) if features else (),
         )
 
     def _filters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        convs = self.q_conv, self.k_conv, self.v_conv
-        q_weight, k_weight, v_weight = (parameter(conv, "weight", dtype) for conv in convs)
+        q_weight, k_weight, v_weight = [
+            parameter(child(self, name), "weight", dtype) for name in ("q_conv", "k_conv", "v_conv")
+        ]
         return q_weight, k_weight, v_weight
 
     def _flags(self, cell: Cell | None) -> dict[str, Any]:
@@ -357,33 +362,16 @@ class DLALayer(nn.Module):
             "head_dim": self.head_dim,
         }
 
-    def _finished_by_op(
-        self,
-        x: Tensor,
-        norm: BatchNormArguments,
-        attend: Callable[..., tuple[Tensor, ...]],
-        **flags: bool,
-    ) -> tuple[Tensor, ...]:
-        """Results of the op that does everything up to the residual."""
-        scale = self.drop_path.scale(x)
-        return attend(
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            mean_in=norm.mean,
-            var_in=norm.var,
-            drop_scale=None if scale is None else scale.flatten(),
-            norm=norm.mode,
-            eps=norm.eps,
-            residual=True,
-            **flags,
-        )
-
-    def _attention_alone(
-        self, attend: Callable[..., tuple[Tensor, ...]], **flags: bool
-    ) -> tuple[Tensor, ...]:
-        """Results of the op that stops at o, its first."""
-        nothing = dict.fromkeys(("norm_weight", "norm_bias", "mean_in", "var_in", "drop_scale"))
-        return attend(**nothing, norm="none", eps=0.0, residual=False, **flags)
+    def _finish(
+        self, x: Tensor, dtype: torch.dtype
+    ) -> tuple[BatchNormArguments, Tensor | None, bool]:
+        """The norm and the factors of drop path for the op, and whether it goes on from o to the
+        end; if not, there are none."""
+        if not self._norm_and_drop_path_are_fused():
+            return NO_NORM, None, False
+        norm = batch_norm_arguments(child(self, "norm"), x, dtype)
+        scale = child(self, "drop_path").scale(x)
+        return norm, None if scale is None else scale.flatten(), True
 
     def _finished_by_modules(self, x: Tensor, o: Tensor) -> Tensor:
         branch = o if self.norm is None else self.norm(o)
@@ -391,7 +379,7 @@ class DLALayer(nn.Module):
 
     def _norm_and_drop_path_are_fused(self) -> bool:
         """Whether the op may stand for the modules: they do nothing that it would miss."""
-        norm, drop_path = self.norm, self.drop_path
+        norm, drop_path = child(self, "norm"), child(self, "drop_path")
         known = norm is None or is_plain(norm)
         known = known and type(drop_path) is DropPath and is_unhooked(drop_path)
         return self.fused and known
@@ -427,8 +415,8 @@ class DLALayer(nn.Module):
         self, cell: Cell | None, prev_conv: nn.Conv2d | None
     ) -> tuple[Cell | None, nn.Conv2d | None]:
         """The cell and prev_conv of this call: the layer's own, or those of its owner."""
-        cell = self.cell if cell is None else cell
-        prev_conv = self.prev_conv if prev_conv is None else prev_conv
+        cell = child(self, "cell") if cell is None else cell
+        prev_conv = child(self, "prev_conv") if prev_conv is None else prev_conv
         check_kind(cell, self.form.cell, self.channels)
         if prev_conv is not None and not isinstance(prev_conv, nn.Module):
             raise TypeError(f"prev_conv: expected a Conv2d or None, got {describe(prev_conv)}")

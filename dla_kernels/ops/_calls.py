@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from dla_kernels import backend, native
 
@@ -28,100 +28,107 @@ _PLAIN = {
     "bool": frozenset({bool}),
 }
 _OF_TENSORS = ("Tensor", "Optional[Tensor]", "List[Tensor]")
-_metadata = attrgetter("shape", "dtype", "device", "layout")
+_metadata = attrgetter("shape", "dtype", "device")
 _REMEMBERED = 1024  # forms of an op's calls
 
 
 class Calls:
-    """The function below autograd of one op.
+    """What an op does below autograd.
 
     Args:
         schema: of the op; its tensors, and lists of them, come first.
-        check: takes the arguments; raises if they do not fit.
-        select: takes the arguments, gives the backend's function that serves them. If it has a
-            method ``repeatable``, that takes the arguments and gives their results and a function
-            for calls of the same form, or None.
+        check: takes the arguments; raises if they do not fit. May look at the shape, dtype, device
+            and layout of tensors only.
+        select: takes the arguments, gives the function of a backend that serves them. Its method
+            ``prepare``, if there is one, makes of arguments a function that serves all of the same
+            form, under as many threads.
     """
 
-    def __init__(
-        self, schema: torch._C.FunctionSchema, check: Operator | None, select: Operator
-    ) -> None:
+    def __init__(self, schema: _C.FunctionSchema, check: Operator | None, select: Operator) -> None:
         kinds = [str(argument.type) for argument in schema.arguments]
         self._plain = [_PLAIN[kind] for kind in kinds]
         self._tensors = sum(kind in _OF_TENSORS for kind in kinds)
-        self._lists = [i for i, kind in enumerate(kinds) if kind == "List[Tensor]"]
+        self._has_int_lists = "List[int]" in kinds
         self._check, self._select = check, select
         self._known: dict[tuple[Any, ...], Operator] = {}
-        self._are_plain = functools.lru_cache(_REMEMBERED)(self._are_plain)
 
     def __call__(self, *args: Any) -> Any:
         return (self.find(args) or self._run)(*args)
 
-    def find(self, args: Sequence[Any]) -> Operator | None:
+    def find(self, args: tuple[Any, ...]) -> Operator | None:
         """The function that serves ``args``; None where the dispatcher is to look at them first:
         not of the usual types, or tensors that stand for their negatives (as the imaginary part of
         a conjugate does), which it forms."""
-        tensors = _forms()(args, self._tensors)
-        if tensors is None:
-            return None
-        numbers = args[self._tensors :]
-        form = tensors, numbers, *map(type, numbers), backend.requested()
-        return self._known.get(form) or functools.partial(self._first, form)
+        tensors = _form_of_tensors()(args, self._tensors)
+        if not tensors:
+            return self._run if tensors is not None else None
+        rest = args[self._tensors :]
+        if self._has_int_lists:
+            rest = tuple(tuple(value) if isinstance(value, list) else value for value in rest)
+        # types: 1, 1.0 and True are equal, but not all the same to a schema.
+        form = tensors, rest, *map(type, rest), backend.requested(), torch.get_num_threads()
+        known = self._known.get(form)
+        if known is None and self._are_plain(args):
+            known = functools.partial(self._first, form)
+        return known
 
-    def _are_plain(self, types: tuple[type, ...]) -> bool:
-        return all(given in plain for given, plain in zip(types, self._plain, strict=True))
+    def _are_plain(self, args: tuple[Any, ...]) -> bool:
+        return all(type(value) in plain for value, plain in zip(args, self._plain, strict=True))
+
+    def _first(self, form: tuple[Any, ...], *args: Any) -> Any:
+        """The first call of a form."""
+        if self._check is not None:
+            self._check(*args)
+        function = self._select(*args)
+        prepare = getattr(function, "prepare", None)
+        known = prepare(*args) if prepare else self._serve
+        results = (known if prepare else function)(*args)
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        self._known[form] = known
+        return results
+
+    def _serve(self, *args: Any) -> Any:
+        return self._select(*args)(*args)
 
     def _run(self, *args: Any) -> Any:
         if self._check is not None:
             self._check(*args)
         return self._serve(*args)
 
-    def _serve(self, *args: Any) -> Any:
-        return self._select(*args)(*args)
-
-    def _first(self, form: tuple[Any, ...], *args: Any) -> Any:
-        """The first call of a form."""
-        if not self._are_plain(tuple(map(type, args))):
-            raise TypeError(args)
-        if self._check is not None:
-            self._check(*args)
-        function = self._select(*args)
-        again: Operator | None = None
-        if hasattr(function, "repeatable"):
-            results, again = function.repeatable(*args)
-        else:
-            results = function(*args)
-        if len(self._known) >= _REMEMBERED:
-            self._known.clear()
-        self._known[form] = again or self._serve
-        return results
-
 
 @functools.cache
-def _forms() -> Callable[[tuple[Any, ...], int], Any]:
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+def _form_of_tensors() -> Callable[[tuple[Any, ...], int], Any]:
+    """Describes so many leading arguments, which are tensors, lists of them, or None. Gives nothing
+    that is true if a tensor has no such form (being sparse or nested, say); None if one is of a
+    subclass or stands for its negative."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
     if exchange is None or native.error() is not None:
-        return _form
-    return native.load().Forms(exchange, (Tensor, torch.nn.Parameter))
+        return _form_in_python
+    return native.load().Forms(exchange, Tensor, torch.nn.Parameter)
 
 
-def _form(args: tuple[Any, ...], count: int) -> tuple[Any, ...] | None:
-    tensors = flatten([t for t in args[:count] if t is not None])
+def _form_in_python(args: tuple[Any, ...], count: int) -> tuple[Any, ...] | None:
+    """Of shapes rather than bytes, several times as slow."""
+    present = [value for value in args[:count] if value is not None]
+    tensors = flatten(present)
     if not _TENSOR.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
         return None
-    try:
-        types = map(type, args[:count])
-        lists = [len(value) for value in args[:count] if isinstance(value, list|tuple)]
-        return (*types, *lists, *map(_metadata, tensors), *map(Tensor.stride, tensors))
-    except RuntimeError:  # no shape or no strides: nested, sparse
-        return None
+    if any(t.layout is not torch.strided or t.is_nested for t in tensors):
+        return ()
+    lengths = [len(value) for value in present if isinstance(value, list | tuple)]
+    types = map(type, args[:count])
+    return (*types, *lengths, *map(_metadata, tensors), *map(Tensor.stride, tensors))
+
+
+_SINGLE = _TENSOR | {type(None)}
 
 
 def flatten(values: Sequence[Any]) -> list[Any]:
     """One list of the values and, in their places, of those in lists."""
     flat: list[Any] = []
     for value in values:
-        if isinstance(value, (list, tuple)):
+        if type(value) not in _SINGLE and isinstance(value, (list, tuple)):
             flat += value
         else:
             flat.append(value)

@@ -243,8 +243,7 @@ def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
 
 
 def _on_device_of(x: Tensor, function: Operator) -> Operator:
-    """The function; launching its kernels on the GPU of ``x``, which need not be the current one.
-    """
+    """The function, launching its kernels on the GPU of ``x``, whichever is the current one."""
     if not x.is_cuda:
         return function
 

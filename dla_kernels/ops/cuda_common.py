@@ -41,13 +41,3 @@ def _unusable(device: torch.device) -> str | None:
 def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` or ``backward`` of a ``cpp.py`` with the functions of the CUDA module."""
     return functools.partial(function, load=native.load_cuda)
-
-
-def step_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a ``cpp.py`` of an attention step, whose kernels need working memory."""
-    return functools.partial(function, load=native.load_cuda, prepare=_with_memory)
-
-
-def _with_memory(module: Any, function: str, args: dict[str, Any], like: Tensor) -> Tensor:
-    """What a native function says that a call needs; anybody's again after the last launch."""
-    return like.new_empty(getattr(module, f"{function}_scratch")(**args))

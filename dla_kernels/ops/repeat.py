@@ -1,4 +1,4 @@
-"""A call of a native function, made again with other tensors of the same form."""
+"""Calls of a native function that differ in their tensors, but not in the form of these."""
 
 from __future__ import annotations
 
@@ -9,65 +9,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_kernels import native
 from dla_kernels.ops._calls import flatten
-from dla_kernels.ops.cpp_common import execution
+
+Results = Sequence[Tensor | None]
 
 
-class Repeat:
-    """Numbers and flags stay; the tensors among the arguments are the op's own, which come anew,
-    and its results, which are allocated anew."""
+def repeat(
+    function: str, arguments: dict[str, Any], args: Sequence[Any], results: Results
+) -> Callable[..., Results] | None:
+    """What an op does by calling a native function, in a fraction of the time that it takes to find
+    out the function's arguments.
 
-    def __init__(
-        self,
-        function: Callable[..., object],
-        constants: dict[str, Any],
-        given: list[tuple[str, int]],
-        made: list[tuple[str, int | slice]],
-        makers: list[Callable[[], Tensor | None]],
-        kind: type,
-    ) -> None:
-        self._function, self._constants = function, constants
-        self._given, self._made = given, made
-        self._makers, self._kind = makers, kind
+    Args:
+        function: of the CPU kernels.
+        arguments: of one call. Tensors and lists of tensors among them are arguments or results of
+            the op; everything else is the same in every call.
+        args, results: those of the op in this call.
 
-    @classmethod
-    def of(
-        cls,
-        function: Callable[..., object],
-        arguments: dict[str, Any],
-        args: Sequence[Any],
-        results: Sequence[Tensor | None],
-    ) -> Repeat | None:
-        key = lambda v: tuple(map(id, v)) if isinstance(v, (list, tuple)) else id(v)
-        tensors = [id(t) for t in flatten(args) if isinstance(t, Tensor)]
-        if len(set(tensors)) < len(tensors):
+    Returns:
+        The op for arguments of the same form as ``args``. None if it cannot be told which tensor is
+        which, because one occurs twice, or is neither argument nor result (a dense copy, say).
+    """
+    tensors = [id(t) for t in flatten(args) if isinstance(t, Tensor)]
+    if len(set(tensors)) < len(tensors):
+        return None
+    places = {_identity(value): place for place, value in enumerate(args)}
+    made = {id(t): place for place, t in enumerate(results)}
+    constants, from_args, from_results = {}, [], []
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor | list):
+            constants[name] = value
+        elif _identity(value) in places:
+            from_args.append((name, places[_identity(value)]))
+        elif all(id(t) in made for t in flatten([value])):
+            place = [made[id(t)] for t in value] if isinstance(value, list) else made[id(value)]
+            from_results.append((name, place))
+        else:
             return None
-        own = {id(t): index for index, t in enumerate(results) if t is not None}
-        where = {key(v): index for index, v in enumerate(args) if isinstance(v, (Tensor, list, tuple))}
-        constants, given, made = {}, [], []
-        for name, value in arguments.items():
-            if not isinstance(value, (Tensor, list)):
-                constants[name] = value
-            elif key(value) in where:
-                given.append((name, where[key(value)]))
-            elif isinstance(value, Tensor) and id(value) in own:
-                made.append((name, own[id(value)]))
-            elif isinstance(value, list) and value and id(value[0]) in own:
-                first = own[id(value[0])]
-                made.append((name, slice(first, first + len(value))))
-            else:
-                return None
-        makers = [
-            type(None) if t is None else functools.partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in results
-        ]
-        return cls(function, constants, given, made, makers, type(results))
+    call = getattr(native.load(), f"repeat_{function}")(constants, from_args, from_results)
+    allocations = [type(None) if t is None else _allocation(t) for t in results]
+    kind = type(results)
 
-    def __call__(self, *args: Any) -> Any:
-        results = [make() for make in self._makers]
-        arguments = {**self._constants, **execution(args[0])}
-        for name, index in self._given:
-            arguments[name] = args[index]
-        for name, index in self._made:
-            arguments[name] = results[index]
-        self._function(**arguments)
-        return self._kind(results)
+    def again(*args: Any) -> Results:
+        results = [allocate() for allocate in allocations]
+        call(args, results)
+        return kind(results)
+
+    return again
+
+
+def _identity(value: Any) -> Any:
+    return tuple(map(id, value)) if isinstance(value, list | tuple) else id(value)
+
+
+def _allocation(like: Tensor) -> Callable[[], Tensor]:
+    return functools.partial(
+        torch.empty_strided, like.shape, like.stride(), dtype=like.dtype, device=like.device
+    )

@@ -1,6 +1,7 @@
 """What the adapters of light_attention and base_attention share: arguments, the call."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,48 +10,52 @@ from torch import Tensor
 from dla_kernels import native
 from dla_kernels.ops.cell.cpp import ACTIVATION_NUMBERS, KINDS
 from dla_kernels.ops.cpp_common import DTYPES, NORMS, execution
-from dla_kernels.ops.repeat import Repeat
-
-# Of (module, name of a function, its arguments, a tensor of the compute dtype): working memory.
-Prepare = Callable[[Any, str, dict[str, Any], Tensor], Tensor]
+from dla_kernels.ops.repeat import repeat
 
 
 class Step(NamedTuple):
-    """What a native function is to be called with, and what has been computed then."""
+    """What a native function is to be called with, and what it will have computed then.
+
+    results: memory that the function fills.
+    finish: what is left to do with them; None: nothing.
+    """
 
     function: str
     arguments: dict[str, Any]
     results: Sequence[Tensor | None]
+    finish: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]] | None = None
+
+    def run(self, module: ModuleType) -> Sequence[Tensor | None]:
+        getattr(module, self.function)(**self.arguments)
+        return self.finish(self.results) if self.finish else self.results
 
 
-def on_cpu(step: Callable[..., Step]) -> Callable[..., Any]:
-    """The step's results."""
+class on_cpu:
+    """The function of an op that does such a step."""
 
-    def run(*args: Any) -> Any:
-        function, arguments, results = step(*args)
-        getattr(native.load(), function)(**arguments)
-        return results
+    def __init__(self, step: Callable[..., Step]) -> None:
+        self._step = step
 
-    def repeatable(*args: Any) -> tuple[Any, Repeat | None]:
-        function, arguments, results = step(*args)
-        function = getattr(native.load(), function)
-        function(**arguments)
-        return results, Repeat.of(function, arguments, args, results)
+    def __call__(self, *args: Any) -> Sequence[Tensor | None]:
+        return self._step(*args).run(native.load())
 
-    run.repeatable = repeatable
-    return run
+    def prepare(self, *args: Any) -> Callable[..., Any]:
+        """The same for arguments of the form of these."""
+        step = self._step(*args)
+        again = None if step.finish else repeat(step.function, step.arguments, args, step.results)
+        return again or self
 
 
-def on_gpu(step: Callable[..., Step]) -> Callable[..., Any]:
-    """The same by the CUDA kernels, which need working memory; anybody's again after the launch."""
+def on_gpu(step: Callable[..., Step]) -> Callable[..., Sequence[Tensor | None]]:
+    """The function of an op that does such a step by the CUDA kernels, which need working memory;
+    anybody's again after the last launch."""
 
-    def run(*args: Any) -> Any:
-        function, arguments, results = step(*args)
-        module = native.load_cuda()
-        size = getattr(module, f"{function}_scratch")(**arguments)
-        arguments["scratch"] = arguments["state"].new_empty(size)
-        getattr(module, function)(**arguments)
-        return results
+    def run(*args: Any) -> Sequence[Tensor | None]:
+        described, module = step(*args), native.load_cuda()
+        arguments = described.arguments
+        scratch = getattr(module, f"{described.function}_scratch")(**arguments)
+        arguments["scratch"] = arguments["state"].new_empty(scratch)
+        return described.run(module)
 
     return run
 
@@ -95,12 +100,3 @@ def flags(
         "eps": eps,
         "residual": residual,
     }
-
-
-def run_step(
-    module: Any, function: str, like: Tensor, prepare: Prepare | None, **args: Any
-) -> None:
-    """Calls a native function, on a GPU with the working memory that ``prepare`` allocates."""
-    if prepare is not None:
-        args["scratch"] = prepare(module, function, args, like)
-    getattr(module, function)(**args)

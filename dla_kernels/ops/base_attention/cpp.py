@@ -5,15 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dla_kernels import native
 from dla_kernels.ops.common import contiguous, dense, dense_format, empty_features
-from dla_kernels.ops.cpp_common import Loader
 from dla_kernels.ops.cpp_common import unsupported as unsupported
 from dla_kernels.ops.step_checks import STATIC
-from dla_kernels.ops.step_cpp import Prepare, flags, run_step, sizes
+from dla_kernels.ops.step_cpp import Step, flags, on_cpu, sizes
 
 
-def forward(
+def forward_step(
     x: Tensor,
     values: Sequence[Tensor],
     state: Tensor,
@@ -41,10 +39,8 @@ def forward(
     relu: bool,
     residual: bool,
     return_v: bool,
-    load: Loader = native.load,
-    prepare: Prepare | None = None,
-) -> tuple[Tensor, ...]:
-    """Arguments and results of ``dla_kernels::base_attention``; the last two are for GPUs."""
+) -> Step:
+    """Arguments and results of ``dla_kernels::base_attention``."""
     layout = dense_format(x)
     (batch, channels), layers = x.shape[:2], len(values) + 1
     dynamic, features = cell != STATIC, gated == "features"
@@ -82,8 +78,7 @@ def forward(
         "var": state.new_empty(channels if norm == "batch" else 0),
         "pooled_x": state.new_empty(batch, channels),
     }
-    run_step(
-        *(load(), "base_attention_forward", state, prepare),
+    arguments = dict(
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=features,
@@ -93,12 +88,15 @@ def forward(
         **lists,
         **results,
     )
-    out, v, *rest, own_mean, scores, mean, var, pooled_x = results.values()
-    own_mean = pooled_x.clone() if features else own_mean
-    return out, v, *rest, own_mean, scores, mean, var, pooled_x
+    return Step(
+        "base_attention_forward",
+        arguments,
+        tuple(results.values()),
+        _with_own_mean if features else None,
+    )
 
 
-def backward(
+def backward_step(
     grad_out: Tensor | None,
     grad_v: Tensor | None,
     grad_state: Tensor | None,
@@ -136,11 +134,9 @@ def backward(
     relu: bool,
     residual: bool,
     needs_values: bool,
-    load: Loader = native.load,
-    prepare: Prepare | None = None,
-) -> list[Tensor | None]:
-    """Arguments and results of ``dla_kernels::base_attention_backward``; the last two are for
-    GPUs."""
+    memory_for_dv: bool = False,
+) -> Step:
+    """Arguments and results of ``dla_kernels::base_attention_backward``; the last is for GPUs."""
     layout = dense_format(x)
     features = gated == "features"
     maps = {"x": dense(x, layout), "grad_out": dense(grad_out, layout)}
@@ -184,14 +180,9 @@ def backward(
     dx = empty_features(x)
     dweights = {name: None if w is None else torch.empty_like(w) for name, w in weights.items()}
     dlists = {name: [torch.empty_like(t) for t in ts] for name, ts in weight_lists.items()}
-    if grad_out is None:  # the kernels then take no look at the norm
-        for name in ("norm_weight", "norm_bias"):
-            if dweights[name] is not None:
-                dweights[name].zero_()
     terms = len(later_grads) + sum(t is not None for t in (grad_out, grad_v))
-    dv = empty_features(x) if prepare and terms > 1 else None
-    run_step(
-        *(load(), "base_attention_backward", state, prepare),
+    dv = empty_features(x) if memory_for_dv and terms > 1 else None
+    arguments = dict(
         **sizes(x, layout, q_weight, cell_params),
         **flags(cell, activation, gate, context, head_dim, norm, eps, residual),
         gated_features=features,
@@ -212,4 +203,23 @@ def backward(
     dstate, dkeys, dgates, dq_weight, dk_weight, dv_weight, *dnorm = dweights.values()
     dpooled, dcell_params, dkey_weights = dlists.values()
     dcell = [dstate, dkeys, dgates, *dpooled, *dcell_params]
-    return [dx, g, mix, *dcell, dq_weight, dk_weight, *dkey_weights, dv_weight, *dnorm]
+    results = [dx, g, mix, *dcell, dq_weight, dk_weight, *dkey_weights, dv_weight, *dnorm]
+    finish = _without_norm if grad_out is None else None
+    return Step("base_attention_backward", arguments, results, finish)
+
+
+def _with_own_mean(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Under ``gated="features"`` the mean that later layers read is that of x."""
+    out, v, state, keys, gates, _, *rest = results
+    return out, v, state, keys, gates, rest[-1].clone(), *rest
+
+
+def _without_norm(results: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Without a gradient of out the kernels take no look at the norm."""
+    for grad in results[-2:]:
+        if grad is not None:
+            grad.zero_()
+    return results
+
+
+forward, backward = on_cpu(forward_step), on_cpu(backward_step)
