@@ -160,54 +160,37 @@ void assign_all(const std::vector<NamedField>& fields, const py::kwargs& values,
   if (values.size() != fields.size()) throw py::type_error("unknown argument given");
 }
 
-using Function = std::function<std::int64_t(const py::kwargs&)>;
+#ifdef DLA_CPU
 
-void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
+// A function of a struct, with nothing left of its type.
+struct StepFunction {
+  const std::vector<NamedField>* fields;
+  std::shared_ptr<void> (*copy)(const void* args);  // of null, a fresh one
+  void (*call)(const void* args);
+};
 
-// How to copy a struct; a fresh one for null.
-using Copy = std::shared_ptr<void> (*)(const void* args);
-
-// A call of a function that is made time and again. Some of its arguments stay; others are taken
-// from a tuple that is given and a list that is filled.
+// A call that is made time and again. Some of its arguments stay; others are taken from a tuple that
+// is given and from a list that is filled.
 class Repeat {
  public:
   // constants: by name. given, made: pairs of a name and the place, or list of places, in these.
-  Repeat(const std::vector<NamedField>& fields, Copy copy, void (*function)(const void*),
-         const py::dict& constants, const py::list& given, const py::list& made)
-      : copy_(copy), function_(function), args_(copy(nullptr)) {
-    for (const auto& [name, value] : constants) assign(args_, find(fields, name), value);
-    for (const auto& [places, sources] : {std::pair(&given, &given_), std::pair(&made, &made_)})
-      for (const auto& pair : *places) {
-        const auto [name, place] = pair.cast<std::pair<py::object, py::object>>();
-        const bool is_list = py::isinstance<py::list>(place);
-        Source source{find(fields, name), is_list, {}};
-        for (py::handle one : is_list ? py::list(place) : py::list(py::make_tuple(place)))
-          source.places.push_back(one.cast<Py_ssize_t>());
-        sources->push_back(source);
-      }
-    if (constants.size() + given_.size() + made_.size() != fields.size())
+  Repeat(StepFunction function, const py::dict& constants, const py::list& given,
+         const py::list& made)
+      : function_(function),
+        args_(function.copy(nullptr)),
+        given_(sources(given)),
+        made_(sources(made)) {
+    for (const auto& [name, value] : constants) assign(args_, find(name), value);
+    if (constants.size() + given.size() + made.size() != function.fields->size())
       throw py::type_error("missing argument");
   }
 
   void operator()(const py::tuple& given, const py::list& made) const {
-    const std::shared_ptr<void> args = copy_(args_.get());  // other threads may be calling
-    const auto take = [&](const std::vector<Source>& sources, py::handle values) {
-      PyObject** const items = PySequence_Fast_ITEMS(values.ptr());
-      for (const auto& [field, is_list, places] : sources) {
-        if (!is_list) {
-          assign(args, field, items[places[0]]);
-          continue;
-        }
-        py::list list(places.size());
-        for (std::size_t i = 0; i < places.size(); ++i)
-          list[i] = py::handle(items[places[i]]);
-        assign(args, field, list);
-      }
-    };
-    take(given_, given);
-    take(made_, made);
+    const std::shared_ptr<void> args = function_.copy(args_.get());  // for this call, on this thread
+    take(args, given_, PySequence_Fast_ITEMS(given.ptr()));
+    take(args, made_, PySequence_Fast_ITEMS(made.ptr()));
     const py::gil_scoped_release released;
-    function_(args.get());
+    function_.call(args.get());
   }
 
  private:
@@ -217,21 +200,51 @@ class Repeat {
     std::vector<Py_ssize_t> places;
   };
 
-  static NamedField find(const std::vector<NamedField>& fields, py::handle name) {
-    for (const NamedField& field : fields)
+  std::vector<Source> sources(const py::list& pairs) const {
+    std::vector<Source> found;
+    for (py::handle pair : pairs) {
+      const py::object place = pair[py::int_(1)];
+      Source source{find(pair[py::int_(0)]), PyList_Check(place.ptr()) != 0, {}};
+      for (py::handle one : source.is_list ? py::list(place) : py::list(py::make_tuple(place)))
+        source.places.push_back(PyLong_AsSsize_t(one.ptr()));
+      found.push_back(std::move(source));
+    }
+    return found;
+  }
+
+  NamedField find(py::handle name) const {
+    for (const NamedField& field : *function_.fields)
       if (name.equal(py::handle(field.name))) return field;
     throw py::type_error("unknown argument given");
+  }
+
+  static void take(const std::shared_ptr<void>& args, const std::vector<Source>& sources,
+                   PyObject* const* from) {
+    for (const auto& [field, is_list, places] : sources) {
+      if (!is_list) {
+        assign(args, field, from[places[0]]);
+        continue;
+      }
+      py::list items;
+      for (const Py_ssize_t place : places) items.append(py::handle(from[place]));
+      assign(args, field, items);
+    }
   }
 
   static void assign(const std::shared_ptr<void>& args, const NamedField& field, py::handle value) {
     field.assign(static_cast<char*>(args.get()) + field.offset, value);
   }
 
-  Copy copy_;
-  void (*function_)(const void*);
+  StepFunction function_;
   std::shared_ptr<void> args_;
   std::vector<Source> given_, made_;
 };
+
+#endif  // DLA_CPU
+
+using Function = std::function<std::int64_t(const py::kwargs&)>;
+
+void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
 
 // Binds a function of a struct as one that wants every field by keyword. Returns 0 for void.
 template <class Args, class Result>
@@ -247,18 +260,27 @@ void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
   });
 }
 
-// Binds what gives a `Repeat` of a function, by its name behind "repeat_".
-template <class Args, void (*function)(const Args&)>
-void bind_repeat(py::module_& m, const char* name) {
-  const Copy copy = [](const void* args) -> std::shared_ptr<void> {
-    if (args == nullptr) return std::make_shared<Args>();
-    return std::make_shared<Args>(*static_cast<const Args*>(args));
-  };
-  const auto call = [](const void* args) { function(*static_cast<const Args*>(args)); };
+#ifdef DLA_CPU
+
+void define_repeat(py::module_& m, const char* name, StepFunction function) {
   m.def(name, [=](const py::dict& constants, const py::list& given, const py::list& made) {
-    return Repeat(fields_of<Args>, copy, call, constants, given, made);
+    return Repeat(function, constants, given, made);
   });
 }
+
+// Binds what makes a `Repeat` of a function that is bound already.
+template <class Args, void (*function)(const Args&)>
+void bind_repeat(py::module_& m, const char* name) {
+  define_repeat(m, name,
+                {&fields_of<Args>,
+                 [](const void* args) -> std::shared_ptr<void> {
+                   if (args == nullptr) return std::make_shared<Args>();
+                   return std::make_shared<Args>(*static_cast<const Args*>(args));
+                 },
+                 [](const void* args) { function(*static_cast<const Args*>(args)); }});
+}
+
+#endif  // DLA_CPU
 
 // DLA_BIND(m, function, Struct, field, field, ...): __VA_OPT__ recursion over the field names.
 #define DLA_PARENS ()

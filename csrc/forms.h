@@ -82,9 +82,10 @@ class Forms {
   }
 
   Found describe_tensor(PyObject* value, std::string& form) const {
-    const bool is_parameter = py::handle(value).get_type().is(parameter_);
+    const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+    const bool is_parameter = type == parameter_.ptr();
     if (!is_parameter) {
-      if (!py::handle(value).get_type().is(tensor_)) return Found::unusual;
+      if (type != tensor_.ptr()) return Found::unusual;
       // Parameters never stand for their negatives.
       const auto is_neg =
           py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, is_neg_.ptr()));

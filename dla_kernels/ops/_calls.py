@@ -1,4 +1,4 @@
-"""Calls of an op by their form: whatever depends on that alone is found out once."""
+"""Calls of an op by the form of their arguments: what depends on that alone is found out once."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Calls:
         check: takes the arguments; raises if they do not fit. May look at the shape, dtype, device
             and layout of tensors only.
         select: takes the arguments, gives the function of a backend that serves them. Its method
-            ``prepare``, if there is one, makes of arguments a function that serves all of the same
-            form, under as many threads.
+            ``prepare``, if it has one, takes them too and gives a function for all arguments of
+            their form, or None.
     """
 
     def __init__(self, schema: _C.FunctionSchema, check: Operator | None, select: Operator) -> None:
         kinds = [str(argument.type) for argument in schema.arguments]
         self._plain = [_PLAIN[kind] for kind in kinds]
-        self._tensors = sum(kind in _OF_TENSORS for kind in kinds)
+        self.tensors = sum(kind in _OF_TENSORS for kind in kinds)
         self._has_int_lists = "List[int]" in kinds
         self._check, self._select = check, select
         self._known: dict[tuple[Any, ...], Operator] = {}
@@ -59,10 +59,10 @@ class Calls:
         """The function that serves ``args``; None where the dispatcher is to look at them first:
         not of the usual types, or tensors that stand for their negatives (as the imaginary part of
         a conjugate does), which it forms."""
-        tensors = _form_of_tensors()(args, self._tensors)
+        tensors = _form_of_tensors()(args, self.tensors)
         if not tensors:
             return self._run if tensors is not None else None
-        rest = args[self._tensors :]
+        rest = args[self.tensors :]
         if self._has_int_lists:
             rest = tuple(tuple(value) if isinstance(value, list) else value for value in rest)
         # types: 1, 1.0 and True are equal, but not all the same to a schema.
@@ -79,10 +79,10 @@ class Calls:
         """The first call of a form."""
         if self._check is not None:
             self._check(*args)
-        function = self._select(*args)
-        prepare = getattr(function, "prepare", None)
-        known = prepare(*args) if prepare else self._serve
-        results = (known if prepare else function)(*args)
+        prepare = getattr(self._select(*args), "prepare", None)
+        known = prepare(*args) if prepare else None
+        known = known or self._serve
+        results = known(*args)
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
         self._known[form] = known

@@ -42,7 +42,6 @@ def define(
     check: Callable[..., None],
     fake: Callable[..., Any],
     backward_fake: Callable[..., Any],
-    tensors: int,
     save: Callable[[Any, tuple[Any, ...], Any], None],
     gradients: Callable[..., Nested],
     flops: Callable[..., int] | None = None,
@@ -52,12 +51,12 @@ def define(
 
     Args:
         op: name of the op and of its package.
-        schema, backward_schema: arguments and results of the two; no default values.
+        schema, backward_schema: arguments, tensors and lists of them first, and results of the two;
+            no default values.
         check: takes the arguments of ``op``; raises if they do not fit. May look at the shape,
             dtype, device and layout of tensors only.
         fake, backward_fake: make results of the right shape, dtype and format, without values.
             Gradients of arguments that are not there are None here, as in implementations.
-        tensors: number of leading arguments that are tensors (or lists of them).
         save: ``save(ctx, arguments, results)`` keeps what backward needs.
         gradients: ``gradients(ctx, *grads)`` gives one gradient (or None, or a list of these) per
             leading tensor argument. A gradient that never arrived is None.
@@ -85,7 +84,7 @@ def define(
     backward = _declare(f"{op}_backward", backward_schema)
     backward_calls = Calls(backward._schema, None, functools.partial(select, True))
     _implement(backward, _whole(backward_calls), _whole(backward_fake), backward_flops)
-    differentiable = _register_autograd(op, overload, calls, tensors, save, gradients)
+    differentiable = _register_autograd(op, overload, calls, save, gradients)
     return (
         _with_shortcut(overload, calls, differentiable),
         _with_shortcut(backward, backward_calls, lambda below, args: below(*args)),
@@ -166,7 +165,6 @@ def _register_autograd(
     op: str,
     overload: torch._ops.OpOverload,
     calls: Calls,
-    tensors: int,
     save: Callable[..., None],
     gradients: Callable[..., Nested],
 ) -> Callable[[Operator, tuple[Any, ...]], Any]:
@@ -213,7 +211,7 @@ def _register_autograd(
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return below(*args)
         # args as one tuple for the call below; flat, for autograd to see every tensor.
-        results = apply(below, args, *flatten(args[:tensors]))
+        results = apply(below, args, *flatten(args[: calls.tensors]))
         return list(results) if returns_list else results
 
     def autograd(keyset: Any, *args: Any) -> Any:

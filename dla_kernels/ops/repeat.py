@@ -25,15 +25,12 @@ def repeat(
         function: of the CPU kernels.
         arguments: of one call. Tensors and lists of tensors among them are arguments or results of
             the op; everything else is the same in every call.
-        args, results: those of the op in this call.
+        args, results: those of the op in this call; no tensor twice.
 
     Returns:
-        The op for arguments of the same form as ``args``. None if it cannot be told which tensor is
-        which, because one occurs twice, or is neither argument nor result (a dense copy, say).
+        The op for arguments of the same form as ``args``. None if a tensor is neither argument nor
+        result (a dense copy, say).
     """
-    tensors = [id(t) for t in flatten(args) if isinstance(t, Tensor)]
-    if len(set(tensors)) < len(tensors):
-        return None
     places = {_identity(value): place for place, value in enumerate(args)}
     made = {id(t): place for place, t in enumerate(results)}
     constants, from_args, from_results = {}, [], []

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dla_kernels import native
 from dla_kernels.ops.cell.cpp import ACTIVATION_NUMBERS, KINDS
@@ -39,11 +40,12 @@ class on_cpu:
     def __call__(self, *args: Any) -> Sequence[Tensor | None]:
         return self._step(*args).run(native.load())
 
-    def prepare(self, *args: Any) -> Callable[..., Any]:
-        """The same for arguments of the form of these."""
-        step = self._step(*args)
-        again = None if step.finish else repeat(step.function, step.arguments, args, step.results)
-        return again or self
+    def prepare(self, *args: Any) -> Callable[..., Sequence[Tensor | None]] | None:
+        """The same for arguments of the form of these, under as many threads; where it can."""
+        # A tensor may be given twice; each is to be known by its place.
+        args = tree_map_only(Tensor, Tensor.detach, args)
+        function, arguments, results, finish = self._step(*args)
+        return None if finish else repeat(function, arguments, args, results)
 
 
 def on_gpu(step: Callable[..., Step]) -> Callable[..., Sequence[Tensor | None]]:

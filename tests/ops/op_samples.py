@@ -156,6 +156,7 @@ def sample(
     shape: Shape = MEDIUM,
     dtype: torch.dtype = torch.float32,
     layout: str = "nchw",
+    seed: int = 0,
 ) -> Call:
     """The same call every time."""
-    return SAMPLES[op][variant](shape, dtype, layout, torch.Generator().manual_seed(0))
+    return SAMPLES[op][variant](shape, dtype, layout, torch.Generator().manual_seed(seed))

@@ -329,7 +329,6 @@ _OPERATOR, _BACKWARD = define(
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,
-    tensors=_TENSORS,
     save=_save,
     gradients=_gradients,
     flops=_flops,

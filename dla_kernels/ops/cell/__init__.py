@@ -116,7 +116,6 @@ _OPERATOR, _BACKWARD = define(
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,
-    tensors=3,
     save=_save,
     gradients=_gradients,
     flops=_flops,

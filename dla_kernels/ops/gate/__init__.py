@@ -78,7 +78,6 @@ _OPERATOR, _BACKWARD = define(
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,
-    tensors=2,
     save=_save,
     gradients=_gradients,
 )

@@ -49,7 +49,6 @@ _OPERATOR, _BACKWARD = define(
     check=_check,
     fake=_fake,
     backward_fake=features_like,
-    tensors=1,
     save=_save,
     gradients=_gradients,
 )

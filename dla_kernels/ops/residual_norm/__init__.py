@@ -104,7 +104,6 @@ _OPERATOR, _BACKWARD = define(
     check=_check,
     fake=_fake,
     backward_fake=_fake_backward,
-    tensors=6,
     save=_save,
     gradients=_gradients,
 )
