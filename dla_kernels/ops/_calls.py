@@ -105,7 +105,10 @@ def _form_of_tensors() -> Callable[[tuple[Any, ...], int], Any]:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
     if exchange is None or native.error() is not None:
         return _form_in_python
-    return native.load().Forms(exchange, Tensor, torch.nn.Parameter)
+    try:
+        return native.load().Forms(exchange, Tensor, torch.nn.Parameter)
+    except (TypeError, ValueError):  # of a version to come
+        return _form_in_python
 
 
 def _form_in_python(args: tuple[Any, ...], count: int) -> tuple[Any, ...] | None:

@@ -175,6 +175,16 @@ def test_forms_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls._known) <= 3
 
 
+@pytest.mark.usefixtures("threads")
+def test_number_of_threads_is_part_of_a_form() -> None:
+    """What a native function is called with has it among its constants."""
+    calls = _calls.Calls(torch.ops.aten.neg.default._schema, None, lambda x: torch.neg)
+    for count in (1, 2, 1):
+        torch.set_num_threads(count)
+        calls(X)
+    assert len(calls._known) == 2
+
+
 def test_only_what_is_known_is_repeated() -> None:
     x, out = torch.rand(2, 3), torch.zeros(2, 3)
     assert repeat("light_attention_forward", {"x": x.clone()}, (x,), [out]) is None
