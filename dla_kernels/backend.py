@@ -70,7 +70,8 @@ class use_backend(ContextDecorator):
 
 def requested() -> str:
     """The name that the innermost `use_backend` asks for; "auto" outside of any."""
-    return next(iter(_requested.get()), AUTO)
+    names = _requested.get()
+    return names[0] if names else AUTO
 
 
 def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:

@@ -46,7 +46,7 @@ def batch_norm_arguments(
     elif bias is not None and weight is None:
         weight = torch.ones_like(bias)
     if not norm.training:
-        mean, var = (norm._buffers.get(name) for name in ("running_mean", "running_var"))
+        mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
         if mean is not None or var is not None:
             statistics = cast(mean, dtype), cast(var, dtype)
             return BatchNormArguments("running", norm.eps, weight, bias, *statistics)

@@ -142,7 +142,8 @@ class DIALayer(nn.Module):
         if state is None:
             context = cell.initial_state(u.shape[0], dtype, u.device)
         else:
-            context = check_state(state, cell, u, dtype).context
+            check_state(state, cell, u, dtype)
+            context = state.context
         shortcut = match_autocast(shortcut, u)
         like("shortcut", shortcut, u.shape, u.dtype, u.device)
         pool = (dla_kernels if self.fused else pool_reference).global_pool

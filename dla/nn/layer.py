@@ -209,30 +209,20 @@ class DLALayer(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        check_features("x", x, self.channels, parameter(child(self, "v_conv"), "weight", None))
-        boolean("keep_output", keep_output)
-        boolean("join", join)
         cell, prev_conv = self._parts(cell, prev_conv)
-        state = self._start(x, cell) if state is None else self._check_state(x, prev, state, cell)
-        if branch_norm is not None and not join:
-            raise ValueError(f"branch_norm: expected None without join, got {branch_norm}")
-        if self.variant == "base":
-            if join:
-                raise ValueError("join: expected False under variant='base', which has no p")
-            if prev is not None:
-                raise ValueError(
-                    "prev: expected None under variant='base', which attends to the layers in "
-                    f"state, got {describe(prev)}"
-                )
-            return self._base_step(x, state, cell, keep_output)
-        if join and prev is None:
-            raise ValueError("prev: expected the shortcut that x is joined with, got None")
-        prev = self._previous(x, prev, state)
-        if join and not self._joins(branch_norm):
-            x = join_parts(x, branch_norm, prev, self.fused)
-            join, branch_norm = False, None
-        keep_output = keep_output and self.form.prev_from == "output"
-        return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
+        usual = self._is_usual(x, prev, state, keep_output, join, branch_norm)
+        if not usual:
+            self._check(x, prev, state, cell, keep_output, join, branch_norm)
+            state = self._start(x, cell) if state is None else state
+        try:
+            if self.variant == "base":
+                return self._base_step(x, state, cell, keep_output)
+            prev = self._previous(x, prev, state)
+            return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
+        except (AttributeError, TypeError, ValueError):
+            if usual:
+                self._check(x, prev, state, cell, keep_output, join, branch_norm)
+            raise
 
     def _light_step(
         self,
@@ -245,6 +235,10 @@ class DLALayer(nn.Module):
         join: bool,
         branch_norm: nn.BatchNorm2d | None,
     ) -> tuple[Tensor, DLAState]:
+        if join and not self._joins(branch_norm):
+            x = join_parts(x, branch_norm, prev, self.fused)
+            join, branch_norm = False, None
+        keep_output = keep_output and self.form.prev_from == "output"
         attend = (dla_kernels if self.fused else light_reference).light_attention
         dtype = state.context.dtype
         cell_weights = cell.weights(dtype) if cell else []
@@ -397,10 +391,75 @@ class DLALayer(nn.Module):
         memory = {"keys": none, "gates": none} if self.variant == "base" else {}
         return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, **memory)
 
+    def _is_usual(
+        self,
+        x: Tensor,
+        prev: Tensor | None,
+        state: DLAState | None,
+        keep_output: bool,
+        join: bool,
+        branch_norm: nn.Module | None,
+    ) -> bool:
+        """Whether the fused op would find whatever is wrong with a call. As most calls are so, and
+        it takes long to look at everything, this is done after the op only, for the right words."""
+        return (
+            self.fused
+            and self.variant == "light"
+            and isinstance(x, Tensor)
+            and isinstance(prev, Tensor)
+            and type(state) is DLAState
+            and x.dtype == prev.dtype == parameter(child(self, "v_conv"), "weight", None).dtype
+            and not x.is_nested
+            and x.shape[2:] == state.size
+            and state.cell == self.form.cell
+            and state.keys is None
+            and type(keep_output) is type(join) is bool
+            and (join or branch_norm is None)
+        )
+
+    def _check(
+        self,
+        x: Tensor,
+        prev: Tensor | None,
+        state: DLAState | None,
+        cell: Cell | None,
+        keep_output: bool,
+        join: bool,
+        branch_norm: nn.Module | None,
+    ) -> None:
+        """Raises if an argument does not fit."""
+        check_features("x", x, self.channels, parameter(child(self, "v_conv"), "weight", None))
+        boolean("keep_output", keep_output)
+        boolean("join", join)
+        if state is not None:
+            self._check_state(x, prev, state, cell)
+        if branch_norm is not None and not join:
+            raise ValueError(f"branch_norm: expected None without join, got {branch_norm}")
+        if self.variant == "base":
+            if join:
+                raise ValueError("join: expected False under variant='base', which has no p")
+            if prev is not None:
+                raise ValueError(
+                    "prev: expected None under variant='base', which attends to the layers in "
+                    f"state, got {describe(prev)}"
+                )
+            return
+        if join and prev is None:
+            raise ValueError("prev: expected the shortcut that x is joined with, got None")
+        if prev is None and self.form.prev_from == "shortcut":
+            raise ValueError(
+                "prev: expected the shortcut of the block (its input, downsampled in a stage's "
+                f"first block), {list(x.shape)}, got None; DLAStage passes it"
+            )
+        name = "prev" if prev is not None else "state.output"
+        p = self._previous(x, prev, state)
+        if p is not None:
+            like(name, p, x.shape, x.dtype, x.device)
+
     def _check_state(
         self, x: Tensor, prev: Tensor | None, state: DLAState, cell: Cell | None
-    ) -> DLAState:
-        state = check_state(state, cell, x, compute_dtype(x.dtype))
+    ) -> None:
+        check_state(state, cell, x, compute_dtype(x.dtype))
         check_memory(state, self.variant, cell is None, self.form.gated)
         if not self.fused:
             check_tensors(state, x, self.form.gated)
@@ -409,7 +468,6 @@ class DLALayer(nn.Module):
                 "state: expected one with the output of the layer before, got one without: it is "
                 "from another form of layer, or from a layer called with keep_output=False"
             )
-        return state
 
     def _parts(
         self, cell: Cell | None, prev_conv: nn.Conv2d | None
@@ -428,21 +486,11 @@ class DLALayer(nn.Module):
             )
         return cell, prev_conv
 
-    def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState) -> Tensor | None:
+    def _previous(self, x: Tensor, prev: Tensor | None, state: DLAState | None) -> Tensor | None:
         """p of this step; None stands for zeros."""
-        name = "prev" if prev is not None else "state.output"
-        if prev is None:
-            if self.form.prev_from == "shortcut":
-                raise ValueError(
-                    "prev: expected the shortcut of the block (its input, downsampled in a "
-                    f"stage's first block), {list(x.shape)}, got None; DLAStage passes it"
-                )
-            if state.output is None:
-                return None
+        if prev is None and state is not None:
             prev = state.output
-        prev = match_autocast(prev, x)
-        like(name, prev, x.shape, x.dtype, x.device)
-        return prev
+        return match_autocast(prev, x)
 
 
 class MRLALayer(DLALayer):

@@ -40,8 +40,8 @@ class DLAState(NamedTuple):
     key_weights: tuple[Tensor, ...] = ()
 
 
-def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype) -> DLAState:
-    """``state`` if it fits features ``x`` and the cell, else an error."""
+def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype) -> None:
+    """Raises unless ``state`` fits features ``x`` and the cell."""
     if not isinstance(state, DLAState):
         raise TypeError(f"state: expected a DLAState or None, got {type(state).__name__}")
     batch, channels, height, width = x.shape
@@ -65,7 +65,6 @@ def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype)
         )
     if state.cell != kind:
         raise ValueError(f"state: expected that of a cell of kind {kind!r}, got {state.cell!r}")
-    return state
 
 
 def check_memory(state: DLAState, variant: str, static: bool, gated: str | None) -> None:

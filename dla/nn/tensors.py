@@ -14,10 +14,12 @@ def parameter(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor
     say), without the search that nn.Module adds to every access, which takes a microsecond. If it
     is none, hooks may have to make it (torch.nn.utils.prune, weight_norm), since nobody calls the
     module."""
-    if name in module._parameters:
-        return cast(module._parameters[name], dtype)
-    for hook in module._forward_pre_hooks.values():
-        hook(module, ())
+    found = module._parameters.get(name)
+    if found is not None and (dtype is None or found.dtype == dtype):
+        return found
+    if name not in module._parameters:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
     return cast(getattr(module, name), dtype)
 
 

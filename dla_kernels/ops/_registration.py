@@ -31,6 +31,11 @@ _EVERYDAY_KEYS = (
     _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
     | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
+# By names of their own: to look them up in torch, call by call, takes longer than they do.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_is_profiling = _C._autograd._profiler_enabled
+_included_keys = _C._dispatch_tls_local_include_set
+_is_excluded = _C._dispatch_tls_is_dispatch_key_excluded
 Nested = Sequence[Tensor | Sequence[Tensor | None] | None]
 
 
@@ -135,10 +140,10 @@ def _dispatches_plainly() -> bool:
     profiler, no dispatch mode (fake tensors, functorch, tracing, ...). Modes of torch functions,
     among them ``with torch.device(..)``, are passed over, as by any extension's function."""
     return not (
-        torch.compiler.is_compiling()
-        or _C._autograd._profiler_enabled()
-        or _C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY_KEYS
-        or _C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        _is_compiling()
+        or _is_profiling()
+        or _included_keys().raw_repr() & ~_EVERYDAY_KEYS
+        or _is_excluded(_AUTOGRAD)
     )
 
 

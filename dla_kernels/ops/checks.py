@@ -9,14 +9,10 @@ from dla_kernels.ops.common import FEATURE_DTYPES, describe
 
 
 def a_tensor(name: str, x: object) -> None:
-    """A dense tensor: torch lets None pass for one."""
+    """A tensor with an address and strides: none that is sparse, nested or packed. (Nor None, which
+    torch lets pass for a tensor.)"""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {describe(x)}")
-    strided(name, x)
-
-
-def strided(name: str, x: Tensor) -> None:
-    """A tensor with an address and strides: none that is sparse, nested or packed."""
     if x.layout is not torch.strided or x.is_nested:
         came = "a nested one" if x.is_nested else f"one of layout {x.layout}"
         raise TypeError(f"{name}: expected a dense (strided) tensor, got {came}")
