@@ -52,6 +52,7 @@ class Forms {
   // As bytes. Empty if a tensor has no such form, being sparse or nested or on no device; None if
   // anything else is among them, or a tensor that stands for its negative.
   py::object operator()(const py::tuple& args, std::size_t count) const {
+    if (args.size() < count) throw py::type_error("fewer arguments than tensors");
     std::string form;
     form.reserve(2048);
     for (std::size_t i = 0; i < count; ++i) {
