@@ -145,17 +145,22 @@ NamedField named_field(const char* name, T Owner::*member) {
 template <class Args>
 std::vector<NamedField> fields_of;
 
+std::string text(py::handle name) { return name.cast<std::string>(); }
+
+void assign(const NamedField& field, py::handle value, void* args) {
+  try {
+    field.assign(static_cast<char*>(args) + field.offset, value);
+  } catch (const py::cast_error&) {
+    throw py::type_error("argument " + text(field.name) + ": cannot use " +
+                         text(py::repr(value)));
+  }
+}
+
 void assign_all(const std::vector<NamedField>& fields, const py::kwargs& values, void* args) {
-  for (const auto& [name, offset, assign] : fields) {
-    PyObject* value = PyDict_GetItemWithError(values.ptr(), name);
-    const auto text = [name = name] { return py::cast<std::string>(py::handle(name)); };
-    if (value == nullptr) throw py::type_error("missing argument " + text());
-    try {
-      assign(static_cast<char*>(args) + offset, value);
-    } catch (const py::cast_error&) {
-      throw py::type_error("argument " + text() + ": cannot use " +
-                           py::repr(value).cast<std::string>());
-    }
+  for (const NamedField& field : fields) {
+    PyObject* value = PyDict_GetItemWithError(values.ptr(), field.name);
+    if (value == nullptr) throw py::type_error("missing argument " + text(field.name));
+    assign(field, value, args);
   }
   if (values.size() != fields.size()) throw py::type_error("unknown argument given");
 }
@@ -165,7 +170,8 @@ void assign_all(const std::vector<NamedField>& fields, const py::kwargs& values,
 // A function of a struct, with nothing left of its type.
 struct StepFunction {
   const std::vector<NamedField>* fields;
-  std::shared_ptr<void> (*copy)(const void* args);  // of null, a fresh one
+  std::shared_ptr<void> (*make)();
+  std::shared_ptr<void> (*copy)(const void* args);
   void (*call)(const void* args);
 };
 
@@ -177,18 +183,18 @@ class Repeat {
   Repeat(StepFunction function, const py::dict& constants, const py::list& given,
          const py::list& made)
       : function_(function),
-        args_(function.copy(nullptr)),
+        args_(function.make()),
         given_(sources(given)),
         made_(sources(made)) {
-    for (const auto& [name, value] : constants) assign(args_, find(name), value);
+    for (const auto& [name, value] : constants) assign(find(name), value, args_.get());
     if (constants.size() + given.size() + made.size() != function.fields->size())
       throw py::type_error("missing argument");
   }
 
   void operator()(const py::tuple& given, const py::list& made) const {
     const std::shared_ptr<void> args = function_.copy(args_.get());  // for this call, on this thread
-    take(args, given_, PySequence_Fast_ITEMS(given.ptr()));
-    take(args, made_, PySequence_Fast_ITEMS(made.ptr()));
+    take(given_, PySequence_Fast_ITEMS(given.ptr()), args.get());
+    take(made_, PySequence_Fast_ITEMS(made.ptr()), args.get());
     const py::gil_scoped_release released;
     function_.call(args.get());
   }
@@ -213,26 +219,24 @@ class Repeat {
   }
 
   NamedField find(py::handle name) const {
+    PyObject* interned = name.inc_ref().ptr();
+    PyUnicode_InternInPlace(&interned);
+    const auto owner = py::reinterpret_steal<py::object>(interned);
     for (const NamedField& field : *function_.fields)
-      if (name.equal(py::handle(field.name))) return field;
-    throw py::type_error("unknown argument given");
+      if (field.name == interned) return field;
+    throw py::type_error("unknown argument " + text(name));
   }
 
-  static void take(const std::shared_ptr<void>& args, const std::vector<Source>& sources,
-                   PyObject* const* from) {
+  static void take(const std::vector<Source>& sources, PyObject* const* from, void* args) {
     for (const auto& [field, is_list, places] : sources) {
       if (!is_list) {
-        assign(args, field, from[places[0]]);
+        assign(field, from[places[0]], args);
         continue;
       }
       py::list items;
       for (const Py_ssize_t place : places) items.append(py::handle(from[place]));
-      assign(args, field, items);
+      assign(field, items, args);
     }
-  }
-
-  static void assign(const std::shared_ptr<void>& args, const NamedField& field, py::handle value) {
-    field.assign(static_cast<char*>(args.get()) + field.offset, value);
   }
 
   StepFunction function_;
@@ -273,8 +277,8 @@ template <class Args, void (*function)(const Args&)>
 void bind_repeat(py::module_& m, const char* name) {
   define_repeat(m, name,
                 {&fields_of<Args>,
+                 []() -> std::shared_ptr<void> { return std::make_shared<Args>(); },
                  [](const void* args) -> std::shared_ptr<void> {
-                   if (args == nullptr) return std::make_shared<Args>();
                    return std::make_shared<Args>(*static_cast<const Args*>(args));
                  },
                  [](const void* args) { function(*static_cast<const Args*>(args)); }});

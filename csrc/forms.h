@@ -46,67 +46,65 @@ class Forms {
         tensor_(std::move(tensor)),
         parameter_(std::move(parameter)),
         is_neg_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("is_neg"))) {
-    if (exchange_->version.major != 1) throw std::invalid_argument("exchange: expected version 1");
+    if (exchange_->version.major != 1 || exchange_->tensor == nullptr)
+      throw std::invalid_argument("exchange: expected version 1 of the interface, whole");
   }
 
-  // As bytes. Empty if a tensor has no such form, being sparse or nested or on no device; None if
-  // anything else is among them, or a tensor that stands for its negative.
+  // As bytes. None if anything else is among the arguments, or a tensor that stands for its negative;
+  // else empty if a tensor has no such form: sparse, nested, without memory.
   py::object operator()(const py::tuple& args, std::size_t count) const {
     if (args.size() < count) throw py::type_error("fewer arguments than tensors");
     std::string form;
     form.reserve(2048);
+    bool all_formed = true;
+    const auto add = [&](PyObject* value) {
+      const Found found = describe(value, form);
+      all_formed = all_formed && found == Found::form;
+      return found != Found::unusual;
+    };
     for (std::size_t i = 0; i < count; ++i) {
-      const Found found = describe(PyTuple_GET_ITEM(args.ptr(), static_cast<Py_ssize_t>(i)), form);
-      if (found == Found::formless) return py::bytes();
-      if (found == Found::unusual) return py::none();
+      PyObject* const value = PyTuple_GET_ITEM(args.ptr(), static_cast<Py_ssize_t>(i));
+      if (value == Py_None) {
+        put(form, 'n');
+      } else if (PyList_CheckExact(value) || PyTuple_CheckExact(value)) {
+        const Py_ssize_t length = PySequence_Fast_GET_SIZE(value);
+        put(form, 'l');
+        put(form, length);
+        for (Py_ssize_t j = 0; j < length; ++j)
+          if (!add(PySequence_Fast_GET_ITEM(value, j))) return py::none();
+      } else if (!add(value)) {
+        return py::none();
+      }
     }
-    return py::bytes(form);
+    return all_formed ? py::bytes(form) : py::bytes();
   }
 
  private:
   enum class Found { form, formless, unusual };
 
   Found describe(PyObject* value, std::string& form) const {
-    if (value == Py_None) {
-      put(form, 'n');
-      return Found::form;
-    }
-    if (!PyList_CheckExact(value) && !PyTuple_CheckExact(value)) return describe_tensor(value, form);
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
-    put(form, 'l');
-    put(form, count);
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      const Found found = describe_tensor(PySequence_Fast_GET_ITEM(value, i), form);
-      if (found != Found::form) return found;
-    }
-    return Found::form;
-  }
-
-  Found describe_tensor(PyObject* value, std::string& form) const {
     const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-    const bool is_parameter = type == parameter_.ptr();
-    if (!is_parameter) {
-      if (type != tensor_.ptr()) return Found::unusual;
-      // Parameters never stand for their negatives.
-      const auto is_neg =
-          py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, is_neg_.ptr()));
-      if (!is_neg) throw py::error_already_set();
-      if (is_neg.ptr() != Py_False) return Found::unusual;
-    }
+    if (type != tensor_.ptr() && type != parameter_.ptr()) return Found::unusual;
+    const auto is_neg =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, is_neg_.ptr()));
+    if (!is_neg) throw py::error_already_set();
+    if (is_neg.ptr() != Py_False) return Found::unusual;
     DlTensor tensor;
     if (exchange_->tensor(value, &tensor) != 0) {
       PyErr_Clear();
       return Found::formless;
     }
-    put(form, is_parameter ? 'p' : 't');
+    put(form, 't');
     put(form, tensor.device);
     put(form, tensor.dtype);
     put(form, tensor.dims);
+    std::int64_t size = 1;
     for (int i = 0; i < tensor.dims; ++i) {
       put(form, tensor.shape[i]);
       put(form, tensor.strides[i]);
+      size *= tensor.shape[i];
     }
-    return Found::form;
+    return tensor.data == nullptr && size != 0 ? Found::formless : Found::form;
   }
 
   template <class T>

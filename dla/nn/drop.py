@@ -25,9 +25,14 @@ class DropPath(nn.Module):
         if not 0.0 <= self.rate < 1.0:
             raise ValueError(f"drop_path: expected a rate in [0, 1), got {rate!r}")
 
+    @property
+    def draws(self) -> bool:
+        """Whether a call draws random numbers."""
+        return self.training and self.rate != 0.0
+
     def scale(self, x: Tensor) -> Tensor | None:
         """This step's factors [B, 1, 1, 1] in the compute dtype of ``x``; None where all are 1."""
-        if not self.training or self.rate == 0.0:
+        if not self.draws:
             return None
         keep = 1.0 - self.rate
         shape = (x.shape[0], 1, 1, 1)

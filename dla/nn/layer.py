@@ -28,7 +28,7 @@ from dla.nn.form import (
     shared_parts,
 )
 from dla.nn.recording import record, recordings
-from dla.nn.state import DLAState, check_memory, check_state, check_tensors
+from dla.nn.state import DLAState, check_memory, check_state, check_tensors, has_no_memory
 from dla.nn.tensors import child, parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.checks import like, one_of
@@ -210,19 +210,36 @@ class DLALayer(nn.Module):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         cell, prev_conv = self._parts(cell, prev_conv)
-        usual = self._is_usual(x, prev, state, keep_output, join, branch_norm)
-        if not usual:
+        rest = cell, prev_conv, keep_output, join, branch_norm
+        if not self._leaves_checks_to_op(x, prev, state, keep_output, join, branch_norm):
             self._check(x, prev, state, cell, keep_output, join, branch_norm)
-            state = self._start(x, cell) if state is None else state
+            return self._step(x, prev, self._start(x, cell) if state is None else state, *rest)
         try:
-            if self.variant == "base":
-                return self._base_step(x, state, cell, keep_output)
-            prev = self._previous(x, prev, state)
-            return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
-        except (AttributeError, TypeError, ValueError):
-            if usual:
-                self._check(x, prev, state, cell, keep_output, join, branch_norm)
-            raise
+            return self._step(x, prev, state, *rest)
+        except (AttributeError, TypeError, ValueError) as error:
+            found = error
+        self._check(x, prev, state, cell, keep_output, join, branch_norm)  # says it in our words
+        raise found
+
+    def _step(
+        self,
+        x: Tensor,
+        prev: Tensor | None,
+        state: DLAState,
+        cell: Cell | None,
+        prev_conv: nn.Conv2d | None,
+        keep_output: bool,
+        join: bool,
+        branch_norm: nn.Module | None,
+    ) -> tuple[Tensor, DLAState]:
+        if self.variant == "base":
+            return self._base_step(x, state, cell, keep_output)
+        prev = self._previous(x, prev, state)
+        if join and not self._joins(branch_norm):
+            x = join_parts(x, branch_norm, prev, self.fused)
+            join, branch_norm = False, None
+        keep_output = keep_output and self.form.prev_from == "output"
+        return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
 
     def _light_step(
         self,
@@ -235,10 +252,6 @@ class DLALayer(nn.Module):
         join: bool,
         branch_norm: nn.BatchNorm2d | None,
     ) -> tuple[Tensor, DLAState]:
-        if join and not self._joins(branch_norm):
-            x = join_parts(x, branch_norm, prev, self.fused)
-            join, branch_norm = False, None
-        keep_output = keep_output and self.form.prev_from == "output"
         attend = (dla_kernels if self.fused else light_reference).light_attention
         dtype = state.context.dtype
         cell_weights = cell.weights(dtype) if cell else []
@@ -391,7 +404,7 @@ class DLALayer(nn.Module):
         memory = {"keys": none, "gates": none} if self.variant == "base" else {}
         return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, **memory)
 
-    def _is_usual(
+    def _leaves_checks_to_op(
         self,
         x: Tensor,
         prev: Tensor | None,
@@ -400,10 +413,12 @@ class DLALayer(nn.Module):
         join: bool,
         branch_norm: nn.Module | None,
     ) -> bool:
-        """Whether the fused op would find whatever is wrong with a call. As most calls are so, and
-        it takes long to look at everything, this is done after the op only, for the right words."""
+        """Whether the fused op is called before anything has an effect, and would find whatever is
+        wrong with a call. Most calls are so: what `_check` does would take as long as a small map.
+        """
         return (
-            self.fused
+            not torch.compiler.is_compiling()
+            and self.fused
             and self.variant == "light"
             and isinstance(x, Tensor)
             and isinstance(prev, Tensor)
@@ -412,9 +427,10 @@ class DLALayer(nn.Module):
             and not x.is_nested
             and x.shape[2:] == state.size
             and state.cell == self.form.cell
-            and state.keys is None
+            and has_no_memory(state)
             and type(keep_output) is type(join) is bool
-            and (join or branch_norm is None)
+            and (self._joins(branch_norm) if join else branch_norm is None)
+            and not getattr(child(self, "drop_path"), "draws", False)
         )
 
     def _check(

@@ -1,12 +1,15 @@
 """Tensors of modules, at small cost: a layer asks for two dozen of them in every call."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def child(module: nn.Module, name: str) -> nn.Module | None:
-    """The attribute, a module or None, without the search that nn.Module adds to its access."""
-    return module._modules.get(name)
+def child(module: nn.Module, name: str) -> Any:
+    """The attribute; if it is a module, without the search that nn.Module adds to every access."""
+    found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def parameter(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor | None:

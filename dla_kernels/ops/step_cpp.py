@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dla_kernels import native
+from dla_kernels.ops._calls import flatten
 from dla_kernels.ops.cell.cpp import ACTIVATION_NUMBERS, KINDS
 from dla_kernels.ops.cpp_common import DTYPES, NORMS, execution
 from dla_kernels.ops.repeat import repeat
@@ -42,8 +43,9 @@ class on_cpu:
 
     def prepare(self, *args: Any) -> Callable[..., Sequence[Tensor | None]] | None:
         """The same for arguments of the form of these, under as many threads; where it can."""
-        # A tensor may be given twice; each is to be known by its place.
-        args = tree_map_only(Tensor, Tensor.detach, args)
+        tensors = [id(value) for value in flatten(args) if isinstance(value, Tensor)]
+        if len(set(tensors)) < len(tensors):  # each is to be known by its place
+            args = tree_map_only(Tensor, Tensor.detach, args)
         function, arguments, results, finish = self._step(*args)
         return None if finish else repeat(function, arguments, args, results)
 

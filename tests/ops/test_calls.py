@@ -28,7 +28,6 @@ DIFFERENT: dict[str, tuple[list[Any], list[Any]]] = {
     "length of a list": ([[X], [X, X]], [[X, X], [X]]),
     "list or tensor": ([[X]], [X]),
     "rank": ([zeros(4)], [zeros(4, 1)]),
-    "parameter": ([X], [nn.Parameter(X)]),
 }
 
 
@@ -59,9 +58,13 @@ def test_unusual_arguments_have_no_form(form_of: Callable[[list[Any]], Any]) -> 
 
     imaginary = torch.ones(3, dtype=torch.complex64).conj().imag
     assert imaginary.is_neg()
-    for value in (X.as_subclass(Subclass), imaginary, 1.0, "x", [None], [imaginary]):
+    negative = nn.Parameter(imaginary)
+    for value in (X.as_subclass(Subclass), imaginary, negative, 1.0, "x", [None], [imaginary]):
         assert form_of([value]) is None, value
-    for value in (X.to_sparse(), X.to_mkldnn(), [X.to_sparse()]):
+    freed = zeros(3)
+    freed.untyped_storage().resize_(0)
+    assert form_of([X.to_sparse(), X.as_subclass(Subclass)]) is None
+    for value in (X.to_sparse(), X.to_mkldnn(), [X.to_sparse()], X.to("meta"), freed):
         form = form_of([value])
         assert not form and form is not None, value
 
@@ -125,6 +128,27 @@ def test_dense_copies_are_made_anew() -> None:
 def test_flags_are_part_of_a_form(flag: dict[str, Any]) -> None:
     for flags in ({}, flag, {}):
         check(arguments(0), **flags)
+
+
+@pytest.mark.parametrize("value", [[2], {}, "2"], ids=str)
+def test_unusable_flags_are_named(value: Any) -> None:
+    with pytest.raises((TypeError, RuntimeError), match="head_dim"):
+        attend("cpp", arguments(0), head_dim=value)
+
+
+def test_number_that_fits_no_float_is_named() -> None:
+    with pytest.raises(TypeError, match="eps"):
+        attend("cpp", arguments(0), eps=10**400)
+
+
+def test_freed_tensors_are_refused() -> None:
+    """No kernel is given an address of nothing, whether or not the form came before."""
+    freed = arguments(0)
+    freed["lam"].untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"with memory, got torch.float32 \[4\]"):
+            attend("cpp", freed)
+        check(arguments(1))
 
 
 def test_type_of_a_flag_matters() -> None:
