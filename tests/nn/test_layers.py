@@ -582,6 +582,10 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
         ),
         "state", "float32", "float64",
     ),
+    "values in state": (
+        lambda layer: layer(map_(), map_(), state_of(layer, map_())._replace(values=(map_(),))),
+        "state", "memory", "1 layers",
+    ),
     "device of state": (
         lambda layer: layer(
             map_(), map_(), state_of(copy.deepcopy(layer).to("meta"), map_(device="meta"))
@@ -617,6 +621,51 @@ def test_a_static_layer_has_no_gate(variant: str) -> None:
 def test_bad_input(bad: str) -> None:
     call, *words = BAD_CALLS[bad]
     assert_refused(lambda: call(official()), *words)
+
+
+def bad_calls_in_a_stage() -> dict[str, dict[str, Any]]:
+    """Of a layer that is not the first: what the op finds, the layer says."""
+    state = state_of(official(), map_())
+    good = {"x": map_(), "prev": map_(), "state": state}
+    return {
+        "x": good | {"x": map_(3, *map_().shape[1:])},
+        "prev": good | {"prev": map_(1, *map_().shape[1:])},
+        "state": good | {"state": state._replace(context=state.context[:1])},
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls_in_a_stage())
+def test_refused_call_has_no_effect(name: str) -> None:
+    layer = official()
+    branch_norm = nn.BatchNorm2d(CHANNELS)
+    branch_norm.register_forward_hook(lambda *_: None)  # then it is called on its own
+    bad = bad_calls_in_a_stage()[name]
+    before = torch.get_rng_state()
+    for layer.drop_path.rate, more in (
+        (0.5, {}),
+        (0.0, {"join": True, "branch_norm": branch_norm}),
+    ):
+        with pytest.raises(ValueError, match=name) as info:
+            layer(**bad, **more)
+        assert info.value.__context__ is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert branch_norm.num_batches_tracked == layer.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", bad_calls_in_a_stage())
+def test_refused_when_compiled(name: str) -> None:
+    compiled = torch.compile(official(), backend="eager")
+    with pytest.raises(ValueError, match=name):
+        compiled(**bad_calls_in_a_stage()[name])
+
+
+def test_missing_part_is_named() -> None:
+    """And is not taken for one that the layer was made without."""
+    for name in ("norm", "q_conv"):
+        layer = official()
+        delattr(layer, name)
+        with pytest.raises(AttributeError, match=name):
+            layer(map_(), map_())
 
 
 @each_fused
