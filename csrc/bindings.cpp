@@ -244,28 +244,6 @@ class Repeat {
   std::vector<Source> given_, made_;
 };
 
-#endif  // DLA_CPU
-
-using Function = std::function<std::int64_t(const py::kwargs&)>;
-
-void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
-
-// Binds a function of a struct as one that wants every field by keyword. Returns 0 for void.
-template <class Args, class Result>
-void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
-  define(m, name, [function](const py::kwargs& values) -> std::int64_t {
-    Args args{};
-    assign_all(fields_of<Args>, values, &args);
-    const py::gil_scoped_release released;
-    if constexpr (std::is_void_v<Result>)
-      return function(args), 0;
-    else
-      return function(args);
-  });
-}
-
-#ifdef DLA_CPU
-
 void define_repeat(py::module_& m, const char* name, StepFunction function) {
   m.def(name, [=](const py::dict& constants, const py::list& given, const py::list& made) {
     return Repeat(function, constants, given, made);
@@ -285,6 +263,24 @@ void bind_repeat(py::module_& m, const char* name) {
 }
 
 #endif  // DLA_CPU
+
+using Function = std::function<std::int64_t(const py::kwargs&)>;
+
+void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
+
+// Binds a function of a struct as one that wants every field by keyword. Returns 0 for void.
+template <class Args, class Result>
+void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
+  define(m, name, [function](const py::kwargs& values) -> std::int64_t {
+    Args args{};
+    assign_all(fields_of<Args>, values, &args);
+    const py::gil_scoped_release released;
+    if constexpr (std::is_void_v<Result>)
+      return function(args), 0;
+    else
+      return function(args);
+  });
+}
 
 // DLA_BIND(m, function, Struct, field, field, ...): __VA_OPT__ recursion over the field names.
 #define DLA_PARENS ()

@@ -210,35 +210,24 @@ class DLALayer(nn.Module):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         cell, prev_conv = self._parts(cell, prev_conv)
-        rest = cell, prev_conv, keep_output, join, branch_norm
-        if not self._leaves_checks_to_op(x, prev, state, keep_output, join, branch_norm):
+        if self._leaves_checks_to_op(x, prev, state, keep_output, join, branch_norm):
+            try:
+                return self._light_step(
+                    x, prev, state, cell, prev_conv, keep_output, join, branch_norm
+                )
+            except (AttributeError, TypeError, ValueError) as error:
+                found = error
+            # In this method's words, if it finds what is wrong.
             self._check(x, prev, state, cell, keep_output, join, branch_norm)
-            return self._step(x, prev, self._start(x, cell) if state is None else state, *rest)
-        try:
-            return self._step(x, prev, state, *rest)
-        except (AttributeError, TypeError, ValueError) as error:
-            found = error
-        self._check(x, prev, state, cell, keep_output, join, branch_norm)  # says it in our words
-        raise found
-
-    def _step(
-        self,
-        x: Tensor,
-        prev: Tensor | None,
-        state: DLAState,
-        cell: Cell | None,
-        prev_conv: nn.Conv2d | None,
-        keep_output: bool,
-        join: bool,
-        branch_norm: nn.Module | None,
-    ) -> tuple[Tensor, DLAState]:
+            raise found
+        self._check(x, prev, state, cell, keep_output, join, branch_norm)
+        state = self._start(x, cell) if state is None else state
         if self.variant == "base":
             return self._base_step(x, state, cell, keep_output)
         prev = self._previous(x, prev, state)
         if join and not self._joins(branch_norm):
             x = join_parts(x, branch_norm, prev, self.fused)
             join, branch_norm = False, None
-        keep_output = keep_output and self.form.prev_from == "output"
         return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
 
     def _light_step(
@@ -252,6 +241,7 @@ class DLALayer(nn.Module):
         join: bool,
         branch_norm: nn.BatchNorm2d | None,
     ) -> tuple[Tensor, DLAState]:
+        keep_output = keep_output and self.form.prev_from == "output"
         attend = (dla_kernels if self.fused else light_reference).light_attention
         dtype = state.context.dtype
         cell_weights = cell.weights(dtype) if cell else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dla_kernels import native
 from dla_kernels.ops.cpp_common import misplaced
 from dla_kernels.ops.global_pool import cpp as global_pool
+from dla_kernels.ops.step_cpp import Step
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -41,3 +42,17 @@ def _unusable(device: torch.device) -> str | None:
 def on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` or ``backward`` of a ``cpp.py`` with the functions of the CUDA module."""
     return functools.partial(function, load=native.load_cuda)
+
+
+def step_on_cuda(step: Callable[..., Step]) -> Callable[..., Sequence[Tensor | None]]:
+    """The function of an op that does such a step by the CUDA kernels, which need working memory;
+    anybody's again after the last launch."""
+
+    def run(*args: Any) -> Sequence[Tensor | None]:
+        described, module = step(*args), native.load_cuda()
+        arguments = described.arguments
+        scratch = getattr(module, f"{described.function}_scratch")(**arguments)
+        arguments["scratch"] = arguments["state"].new_empty(scratch)
+        return described.run(module)
+
+    return run

@@ -50,20 +50,6 @@ class on_cpu:
         return None if finish else repeat(function, arguments, args, results)
 
 
-def on_gpu(step: Callable[..., Step]) -> Callable[..., Sequence[Tensor | None]]:
-    """The function of an op that does such a step by the CUDA kernels, which need working memory;
-    anybody's again after the last launch."""
-
-    def run(*args: Any) -> Sequence[Tensor | None]:
-        described, module = step(*args), native.load_cuda()
-        arguments = described.arguments
-        scratch = getattr(module, f"{described.function}_scratch")(**arguments)
-        arguments["scratch"] = arguments["state"].new_empty(scratch)
-        return described.run(module)
-
-    return run
-
-
 def sizes(
     x: Tensor, layout: torch.memory_format, q_weight: Tensor, cell_params: Sequence[Tensor]
 ) -> dict[str, object]:

@@ -17,7 +17,7 @@ import torch
 import dla_kernels
 from dla_kernels import native, use_backend
 from dla_kernels.backend import BACKENDS, _automatic_order, _class_of, implementation
-from dla_kernels.ops import cuda_common
+from dla_kernels.ops import _calls, cuda_common
 from dla_kernels.ops.common import CLASS_SIZES, LAYOUTS
 from op_cases import op_names, python, skips
 from op_samples import NAMES, SMALL, Call, sample
@@ -60,6 +60,9 @@ def serving(op: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(module, "forward", spy)
+    # Of calls of a form that came before, in other tests, it is known what serves them.
+    describe, new = _calls._form_of_tensors(), object()
+    monkeypatch.setattr(_calls, "_form_of_tensors", lambda: lambda *args: (describe(*args), new))
     return seen
 
 

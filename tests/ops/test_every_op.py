@@ -23,6 +23,7 @@ from op_cases import (
     INTERPRETED,
     ON_GPU,
     backends,
+    compare,
     device_of,
     flatten,
     mapped,
@@ -273,17 +274,11 @@ def test_shortcut_around_the_dispatcher(
 def test_calls_of_one_form(op: str, variant: str, backend: str) -> None:
     """What is remembered of the first serves the others, with their own tensors."""
     calls = [sample(op, variant, seed=seed) for seed in (0, 1, 2, 0)]
-    with use_backend(backend):
-        results = [run_call(call) for call in calls]
+    results = [
+        compare(op, backend, call.inputs, call.cotangents, case=torch.float32, **call.options)
+        for call in calls
+    ]
     assert_identical(results[0], results[-1])
-    for call, (outputs, gradients) in zip(calls, results, strict=True):
-        expected, expected_gradients = run(
-            reference(op), call.inputs, call.cotangents, **call.options
-        )
-        for got, want in zip(outputs, expected, strict=True):
-            assert_close(got, want, name="output", dtype=got.dtype)
-        dtypes = {name: tensor.dtype for name, tensor in flatten(call.inputs).items()}
-        assert_gradients_close(gradients, expected_gradients, case=torch.float32, dtypes=dtypes)
 
 
 @EACH

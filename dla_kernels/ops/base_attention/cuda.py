@@ -6,11 +6,11 @@ from typing import Any
 from dla_kernels.ops.base_attention import GRADS, cpp
 from dla_kernels.ops.base_attention.reference import FLAGS
 from dla_kernels.ops.cell.cuda import too_wide
+from dla_kernels.ops.cuda_common import step_on_cuda
 from dla_kernels.ops.cuda_common import unsupported as unsupported
-from dla_kernels.ops.step_cpp import on_gpu
 
-forward = on_gpu(cpp.forward_step)
-backward = on_gpu(functools.partial(cpp.backward_step, memory_for_dv=True))
+forward = step_on_cuda(cpp.forward_step)
+backward = step_on_cuda(functools.partial(cpp.backward_step, memory_for_dv=True))
 
 
 def refuses(backward: bool, *args: Any) -> str | None:

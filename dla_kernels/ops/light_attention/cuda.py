@@ -3,12 +3,12 @@
 from typing import Any
 
 from dla_kernels.ops.cell.cuda import too_wide
+from dla_kernels.ops.cuda_common import step_on_cuda
 from dla_kernels.ops.cuda_common import unsupported as unsupported
 from dla_kernels.ops.light_attention import cpp
 from dla_kernels.ops.light_attention.reference import FLAGS
-from dla_kernels.ops.step_cpp import on_gpu
 
-forward, backward = on_gpu(cpp.forward_step), on_gpu(cpp.backward_step)
+forward, backward = step_on_cuda(cpp.forward_step), step_on_cuda(cpp.backward_step)
 
 
 def refuses(backward: bool, *args: Any) -> str | None:
