@@ -368,10 +368,10 @@ PYBIND11_MODULE(DLA_MODULE, m) {
            dk_weight, dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
 
 #ifdef DLA_CPU
-  py::class_<Forms>(m, "Forms")
+  py::class_<Forms>(m, "Forms", py::module_local())
       .def(py::init<py::capsule, py::object, py::object>())
       .def("__call__", &Forms::operator());
-  py::class_<Repeat>(m, "Repeat").def("__call__", &Repeat::operator());
+  py::class_<Repeat>(m, "Repeat", py::module_local()).def("__call__", &Repeat::operator());
   bind_repeat<LightAttentionForward, &cpu::light_attention_forward>(
       m, "repeat_light_attention_forward");
   bind_repeat<LightAttentionBackward, &cpu::light_attention_backward>(

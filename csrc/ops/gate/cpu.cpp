@@ -20,13 +20,13 @@ constexpr Size kTaskElements = 8192;  // of one forward task, about
 
 // One feature and its gates; T is the feature type.
 template <class T>
-struct Feature {
+struct GatedFeature {
   const T* x;
   const Compute<T>* gates;
   Size batch, channels, area;
   bool rows;  // pixels are rows of channels: channels_last
 
-  Feature(const GateShapes& shapes, const void* x, const void* gates, std::size_t i)
+  GatedFeature(const GateShapes& shapes, const void* x, const void* gates, std::size_t i)
       : x(as<T>(x)),
         gates(as<Compute<T>>(gates)),
         batch(shapes.batch[i]),
@@ -49,7 +49,7 @@ void share(Size count, Body&& body) {
 // ---- forward ------------------------------------------------------------------------------------
 
 template <class T>
-void scale_planes(const Feature<T>& f, const Results<T>& out) {
+void scale_planes(const GatedFeature<T>& f, const Results<T>& out) {
   using A = Compute<T>;
   share(f.batch * f.channels, [&](Size plane) {
     const Size first = plane * f.area;
@@ -60,7 +60,7 @@ void scale_planes(const Feature<T>& f, const Results<T>& out) {
 }
 
 template <class T>
-void scale_rows(const Feature<T>& f, const Results<T>& out) {
+void scale_rows(const GatedFeature<T>& f, const Results<T>& out) {
   using A = Compute<T>;
   const Size per_task = std::max<Size>(1, kTaskElements / f.channels);
   const Size tasks = ceil_div(f.area, per_task);  // of a sample
@@ -99,7 +99,7 @@ Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size first,
 }
 
 template <class T>
-void planes_backward(const Feature<T>& f, const T* grad, const Results<T>& dx,
+void planes_backward(const GatedFeature<T>& f, const T* grad, const Results<T>& dx,
                      Compute<T>* dgates) {
   using A = Compute<T>;
   share(f.batch * f.channels, [&](Size plane) {
@@ -132,7 +132,7 @@ void row_group(const T* grad, const T* x, const Compute<T>* d, Size first, Size 
 }
 
 template <class T>
-void rows_backward(const Feature<T>& f, const T* grad, const Results<T>& dx, Compute<T>* dgates,
+void rows_backward(const GatedFeature<T>& f, const T* grad, const Results<T>& dx, Compute<T>* dgates,
                    int threads) {
   using A = Compute<T>;
   // Narrower tiles where the batch alone cannot occupy the threads; a channel's sum is the same
@@ -177,7 +177,7 @@ void for_features(const GateShapes& shapes, Body&& body) {
 void gate_forward(const GateForward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
-    const Feature<T> f(args, args.x[i], args.gates[i], i);
+    const GatedFeature<T> f(args, args.x[i], args.gates[i], i);
     const Results<T> out = f.results(as<T>(args.out[i]));
     f.rows ? scale_rows(f, out) : scale_planes(f, out);
   });
@@ -186,7 +186,7 @@ void gate_forward(const GateForward& args) {
 void gate_backward(const GateBackward& args) {
   for_features(args, [&](std::size_t i, auto element) {
     using T = decltype(element);
-    const Feature<T> f(args, args.x[i], args.gates[i], i);
+    const GatedFeature<T> f(args, args.x[i], args.gates[i], i);
     const T* grad = as<T>(args.grad[i]);
     const Results<T> dx = f.results(as<T>(args.dx[i]));
     auto* dgates = as<Compute<T>>(args.dgates[i]);
