@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tolerances import MODELS, assert_close
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
@@ -113,7 +115,7 @@ def test_every_network_of_a_suite_trains(suite: str) -> None:
     losses: dict[str, torch.Tensor] = {}
     for contestant in cases.model_contestants(settings, "training"):
         loss, _ = contestant.build().step()
-        assert measure.disagreement([loss], [losses.setdefault(contestant.answer, loss)]) < 1e-5
+        assert_close(loss, losses.setdefault(contestant.answer, loss), table=MODELS)
 
 
 def test_disagreement() -> None:
@@ -121,7 +123,7 @@ def test_disagreement() -> None:
     assert measure.disagreement([x, x], [x, x]) == 0
     assert measure.disagreement([1.01 * x], [x]) == pytest.approx(0.01, rel=1e-3)
     noise = [1e-9 * torch.randn(50) for _ in range(2)]  # both stand for a gradient that is zero
-    assert measure.disagreement([x, noise[0]], [x, noise[1]]) < 1e-5
+    assert measure.disagreement([x, noise[0]], [x, noise[1]]) < measure.TOLERANCE[x.dtype]
     assert measure.disagreement([x, x * float("nan")], [x, x]) == float("inf")
 
 

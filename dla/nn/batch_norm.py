@@ -69,8 +69,9 @@ def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, x: Tensor)
     """
     if not (norm.training and norm.track_running_stats):
         return
-    running_mean, running_var = norm.running_mean, norm.running_var
-    tracked = norm.num_batches_tracked
+    buffers = norm._buffers  # an attribute of a module takes a search
+    running_mean, running_var = buffers.get("running_mean"), buffers.get("running_var")
+    tracked = buffers.get("num_batches_tracked")
     if running_mean is None:
         return
     factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum

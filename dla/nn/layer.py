@@ -407,7 +407,7 @@ class DLALayer(nn.Module):
         wrong with a call. Most calls are so: what `_check` does would take as long as a small map.
         """
         return (
-            not torch.compiler.is_compiling()
+            not torch.compiler.is_dynamo_compiling()
             and self.fused
             and self.variant == "light"
             and isinstance(x, Tensor)

@@ -332,7 +332,8 @@ def test_constant_map(backend: str, layout: str, generator: torch.Generator) -> 
     inputs["p"].fill_(1e3)
     with use_backend(backend):
         out, _, _, mean, var, *_ = dla_kernels.light_attention(*inputs.values(), **case.flags())
-    assert (var >= 0).all() and (var <= 1e-6).all()
+    rounding = torch.finfo(mean.dtype).eps * mean.abs().max()
+    assert (var >= 0).all() and (var <= rounding**2).all()
     assert out.isfinite().all()
     assert_close(mean, 1e3 * inputs["lam"], name="mean")
 
