@@ -3,7 +3,8 @@
 The implementations of an op are the modules of its package that bear a backend's name. Each has
 ``unsupported(x) -> reason | None``, ``forward`` and ``backward`` with the arguments of the op; and,
 where calls on tensors that it supports may still ask too much, ``refuses(backward, *args) ->
-reason | None`` for the arguments of either.
+reason | None`` for the arguments of either; and, where it serves some calls for want of a better
+backend only, ``gives_way(backward, *args) -> reason | None``.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implement
     name = requested()
     if name != AUTO:
         return _demand(op, name, x, args, backward)
-    refusals = []
-    for name in _automatic_order(op, _class_of(x, args) if x.is_cuda else None):
+    *order, slowest = _automatic_order(op, _class_of(x, args) if x.is_cuda else None)
+    later = _giving_way(op, order, args, backward)
+    refusals = [f"{name}: {reason}" for name, reason in later.items()]
+    for name in (*sorted(order, key=later.__contains__), slowest):
         module = implementation(op, name)
         if module is None:
             continue
@@ -94,6 +97,17 @@ def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implement
             return module
         refusals.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
+
+
+def _giving_way(
+    op: str, names: Sequence[str], args: Sequence[Any], backward: bool
+) -> dict[str, str]:
+    """Those of the backends that others are to be tried before, with the reason."""
+    if len(names) < 2:
+        return {}
+    asked = {name: getattr(implementation(op, name), "gives_way", None) for name in names}
+    reasons = {name: gives_way(backward, *args) for name, gives_way in asked.items() if gives_way}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _refusal(module: Implementation, x: Tensor, args: Sequence[Any], backward: bool) -> str | None:

@@ -17,6 +17,7 @@ from base_cases import Case as BaseCase
 from dla_kernels import backend as dispatch
 from dla_kernels import use_backend
 from dla_kernels.backend import implementation
+from dla_kernels.ops.base_attention import GRADS
 from dla_kernels.ops.cell.reference import CELLS
 from light_cases import Case as LightCase
 from op_cases import (
@@ -182,6 +183,64 @@ def test_too_wide_for_any_shared_memory(
         for _ in range(2):
             assert torch.equal(dla_kernels.cell(*call), reference("cell")(*call))
     assert len([line for line in caplog.messages if "shared memory" in line]) == 1
+
+
+WEIGHTS = pytest.mark.parametrize(
+    ("kind", "channels", "hidden", "many"),
+    [
+        ("dsu", 512, 32, False),
+        ("dsu", 1024, 64, True),
+        ("dsu_split", 512, 32, False),
+        ("lstm", 128, 1, False),
+        ("lstm", 256, 1, True),
+        ("rnn", 512, 1, True),
+    ],
+)
+
+
+@CUDA
+@WEIGHTS
+def test_cell_of_many_weights_goes_elsewhere(
+    backend: str, kind: str, channels: int, hidden: int, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, and to another fast backend; on request this one serves it."""
+    params = [torch.ones(shape) for shape in CELLS[kind].shapes(hidden, channels)]
+    y, state = torch.ones(1, channels), torch.ones(SLOTS[kind], 1, channels)
+    call = y, state, params, kind, "sigmoid"
+
+    def chosen(*order: str) -> set[str]:
+        monkeypatch.setattr(dispatch, "_automatic_order", lambda *_: order)
+        modules = (
+            dispatch.select("cell", y, call, False),
+            dispatch.select("cell", state, (state, *call), True),
+        )
+        return {module.__name__.rpartition(".")[2] for module in modules}
+
+    assert chosen(backend, "cpp", "reference") == {"cpp" if many else backend}
+    assert chosen(backend, "reference") == {backend}
+    with use_backend(backend):
+        assert chosen("cpp", "reference") == {backend}
+
+
+@CUDA
+@WEIGHTS
+@pytest.mark.parametrize("case", [LightCase, BaseCase], ids=lambda case: case.op)
+def test_step_with_a_cell_of_many_weights(
+    backend: str,
+    case: type[StepCase],
+    kind: str,
+    channels: int,
+    hidden: int,
+    many: bool,
+    generator: torch.Generator,
+) -> None:
+    """A step gives way as its cell does alone."""
+    step = case(shape=(1, channels, 1, 1), head_dim=1, hidden=hidden, cell=kind)
+    inputs = step.inputs(generator).values()
+    module = implementation(case.op, backend)
+    grads = [None] * {"light_attention": 3, "base_attention": GRADS}[case.op]
+    for reason in module.gives_way(False, *inputs), module.gives_way(True, *grads, *inputs):
+        assert many == (reason is not None and "MiB of the cell's weights" in reason)
 
 
 @CUDA

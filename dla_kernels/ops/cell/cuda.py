@@ -18,12 +18,28 @@ forward = on_cuda(cpp.forward)
 
 # What every GPU gives a block without being asked.
 _ALWAYS_THERE = 48 * 1024
+# Every block reads all weights, alone and through one multiprocessor: at 64 bytes a cycle, 10 us.
+_MOST_WEIGHTS = 1024 * 1024
 
 
 def refuses(backward: bool, *args: Any) -> str | None:
     """Why a call of ``cell`` (or ``cell_backward``) cannot be served."""
     *_, state, params, kind, _ = args
     return too_wide(state, params, kind, backward)
+
+
+def gives_way(backward: bool, *args: Any) -> str | None:
+    """Why another backend is to be tried before this one serves such a call."""
+    *_, params, _, _ = args
+    return has_many_weights(params)
+
+
+def has_many_weights(params: Sequence[Tensor]) -> str | None:
+    """Why products of a cell belong on more than the few multiprocessors that its blocks occupy."""
+    size = sum(weights.numel() * weights.element_size() for weights in params)
+    if size <= _MOST_WEIGHTS:
+        return None
+    return f"every block would read {size / 2**20:.1f} MiB of the cell's weights"
 
 
 def too_wide(state: Tensor, params: Sequence[Tensor], kind: str, backward: bool) -> str | None:
