@@ -57,6 +57,18 @@ def test_nvcc_that_will_not_do(tmp_path: Path, nvcc: str, must: str) -> None:
         assert word in said, f"does not say {word!r}: {said}"
 
 
+@pytest.mark.parametrize("must", ["", "1"])
+def test_no_nvcc(tmp_path: Path, must: str) -> None:
+    """As with an nvcc that will not do. All folders are looked for below an empty one."""
+    nowhere = [f"-DCMAKE_FIND_ROOT_PATH={tmp_path}", "-DCMAKE_FIND_ROOT_PATH_MODE_PROGRAM=ONLY"]
+    command = ["cmake", *nowhere, "-P", ROOT / "csrc" / "cuda.cmake"]
+    status, said = run(command, tmp_path, DLA_BUILD_CUDA=must)
+    assert (status == 0) == (must == ""), said
+    words = ["DLA_BUILD_CUDA=1", "12.8", "PATH", "CUDACXX"] if must else ["No CUDA kernels"]
+    for word in (*words, "no nvcc was found"):
+        assert word in said, f"does not say {word!r}: {said}"
+
+
 def test_nvcc_that_will_do(tmp_path: Path) -> None:
     assert "CUDA kernels for 75;80;90;100, by" in decide(tmp_path, "of CUDA 13.0")[1]
     archs = {"DLA_CUDA_ARCHS": "120, 90"}

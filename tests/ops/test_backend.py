@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import importlib.util
 import json
 import logging
 import re
@@ -33,6 +34,12 @@ import sys, types
 parts = "", ".language", ".runtime", ".runtime.cache"
 sys.modules.update((name, types.ModuleType(name)) for name in ("triton" + part for part in parts))
 sys.modules["triton.runtime.cache"].get_cache_manager = None
+"""
+# python -m dla_kernels
+REPORT = """
+import runpy
+sys.argv[:] = ["dla_kernels"]
+runpy.run_module("dla_kernels", run_name="__main__")
 """
 POOL = """
 import torch, dla_kernels
@@ -204,6 +211,19 @@ def test_cuda_kernels_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None
     assert "newer NVIDIA driver" in cuda_common.unsupported(torch.ones(1, 1, 1, 1))
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("_dla_native_cuda") is None, reason="needs CUDA kernels, built by nvcc"
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU's driver")
+def test_cuda_kernels_without_a_driver() -> None:
+    """The module loads; a launch says which op and sizes it was for, and what is missing."""
+    launch = "from dla_kernels.ops.global_pool import cuda; cuda.forward(torch.ones(2, 3, 4, 5))"
+    done = python(f"import torch, _dla_native_cuda; print('loaded')\n{launch}")
+    assert done.stdout == "loaded\n", done.stderr
+    for words in ("global_pool on [batch 2, channels 3, area 20]: ", "NVIDIA driver"):
+        assert words in done.stderr, done.stderr
+
+
 def test_request_of_cuda_where_there_is_none() -> None:
     """Both that the kernels are not built, with the way to get them, and that x is on the CPU."""
     said = refusals("cuda", WITHOUT_CUDA)
@@ -363,9 +383,21 @@ def test_report(where: str, tmp_path: Path) -> None:
 
 def test_report_without_the_extension() -> None:
     """The report is what a user runs when something is wrong: it must not fail then."""
-    run = "import runpy; sys.argv[:] = ['dla_kernels']; "
-    run += "runpy.run_module('dla_kernels', run_name='__main__')"
-    done = python(WITHOUT_EXTENSION + WITHOUT_TRITON + run)
+    done = python(WITHOUT_EXTENSION + WITHOUT_TRITON + REPORT)
     assert "Traceback" not in done.stderr
     for word in ("_dla_native", "pip install .", "pip install triton"):
         assert word in done.stdout, done.stdout
+
+
+def test_report_without_cuda_kernels() -> None:
+    """Why the build left them out, and how to get them."""
+    build = "_dla_native.build_info() | {'without_cuda': 'nvcc was asleep'}"
+    pretend = f"import torch, _dla_native; info = {build}; _dla_native.build_info = lambda: info"
+    done = python(WITHOUT_CUDA + pretend + REPORT)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert re.search(
+        r"CUDA kernels the compiled module _dla_native_cuda is not installed: "
+        r"nvcc was asleep; .*DLA_BUILD_CUDA=1 pip install",
+        said,
+    ), said

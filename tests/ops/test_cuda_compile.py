@@ -30,7 +30,11 @@ PASSES = {
         "rectify_kernel": (3, 1),
         "norm_gradient_kernel": (2, 1),
     },
-    "light_attention": {"means_kernel": (2, 0)},
+    "light_attention": {
+        "means_kernel": (2, 0),
+        "moments_kernel": (1, 0),
+        "norm_gradient_kernel": (2, 1),
+    },
     "base_attention": {
         "value_kernel": (1, 1),
         "mix_moments_kernel": (2, 1),
@@ -50,6 +54,8 @@ TILES = {
     },
     "base_attention": {"value_gradients_kernel": (3, 1)},
 }
+# Is told how a map was cut, to add up the sums of its pieces, and sees nothing of the map.
+SUMS = "statistics_kernel"
 
 
 def nvcc() -> str | None:
@@ -70,16 +76,15 @@ needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdum
 
 @pytest.fixture(scope="module", params=[pytest.param(op, marks=needs_nvcc) for op in OPS])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, Path, str]:
-    """Name of an op, its object file for all capabilities, and what ptxas said about it.
+    """Name of an op, its code for each capability, as the module has it, and what ptxas said.
 
-    One PTX for all: no kernel has code of its own for a newer capability than 8.0.
+    Without the host's part, which is not looked at.
     """
     op = request.param
-    out = tmp_path_factory.mktemp(op) / "cuda.o"
-    code = ",".join(f"sm_{capability}" for capability in CAPABILITIES)
-    target = f"-gencode=arch=compute_{CAPABILITIES[0]},code=[{code}]"
-    command = [nvcc(), "-std=c++17", "-O1", f"-I{CSRC}", target, "-Xptxas", "-v"]
-    command += ["-c", CSRC / "ops" / op / "cuda.cu", "-o", out]
+    out = tmp_path_factory.mktemp(op) / "cuda.fatbin"
+    command = [nvcc(), "-std=c++17", f"-I{CSRC}", "-Xptxas", "-v"]
+    command += [f"-gencode=arch=compute_{one},code=sm_{one}" for one in CAPABILITIES]
+    command += ["-fatbin", CSRC / "ops" / op / "cuda.cu", "-o", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return op, out, done.stderr
@@ -95,6 +100,15 @@ def test_nothing_spills(compiled: tuple[str, Path, str]) -> None:
     for name, capability, spilled in kernels:
         of_doubles = "kernelId" in name  # its first template argument
         assert spilled == "0" or of_doubles, f"{name} for sm_{capability}: {spilled} bytes"
+
+
+def test_every_pass_is_listed(compiled: tuple[str, Path, str]) -> None:
+    """A kernel that is told how a map is cut (`Cut`, `Tiling`) stands in PASSES or TILES."""
+    op, _, said = compiled
+    listed = {*PASSES.get(op, ()), *TILES.get(op, ()), SUMS}
+    for name in re.findall(r"Compiling entry function '(\w+)'", said):
+        over_maps = re.search(r"(3Cut|6Tiling)E", name)  # among the types of its arguments
+        assert not over_maps or re.search(r"[a-z_]+_kernel", name).group() in listed, name
 
 
 def functions(binary: Path) -> Iterator[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import dla_kernels
 from dla_kernels import use_backend
+from dla_kernels.backend import implementation
 from dla_kernels.ops import _registration
 from dla_kernels.ops.common import dense_format
 from op_cases import (
@@ -25,12 +26,14 @@ from op_cases import (
     backends,
     compare,
     device_of,
+    expected_result,
     flatten,
     mapped,
     named_by,
     op_names,
     reference,
     run,
+    skips,
 )
 from op_samples import NAMES, SMALL, Call, sample
 from refusals import assert_refused
@@ -94,6 +97,16 @@ EACH_COMPILED = each([case for case in ADAPTERS if case[2].values != ("reference
 ON_GPUS = [(op, variant, b) for op, variant in NAMES for b in backends(op) if b.values[0] in ON_GPU]
 EACH_ON_GPU = each(ON_GPUS)
 EACH_CUDA_KERNEL = each([case for case in CASES if case[2].values == ("cuda",)])
+EACH_REFUSABLE = each(
+    [
+        (op, variant, backend)
+        for op, variant, backend in CASES
+        if backend.values == ("cuda",) and hasattr(implementation(op, "cuda"), "refuses")
+    ]
+)
+# C++ serves tensors on the CPU, as CUDA's kernels do where they are emulated.
+OTHERS = [pytest.param("triton", marks=skips("triton")), "reference"]
+OTHERS += ["cpp"] if EMULATED else []
 # Whose samples do not depend on each other, on GPUs.
 INDEPENDENT = {"light_attention": "own_norm", "base_attention": "own_norm"}
 INDEPENDENT |= {"residual_norm": "running", "gate": "", "residual_gate": "", "global_pool": ""}
@@ -380,6 +393,34 @@ def test_graph_can_be_kept_and_used_again(op: str, variant: str, backend: str) -
 
         for one, two in zip(backward(True), backward(False), strict=True):
             assert one is two is None or torch.equal(one, two)
+
+
+@EACH_REFUSABLE
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, "nchw"), (torch.bfloat16, "nhwc")],
+    ids=["float32-nchw", "bfloat16-nhwc"],
+)
+def test_backward_on_another_backend(
+    op: str, variant: str, backend: str, other: str, dtype: torch.dtype, layout: str
+) -> None:
+    """As where CUDA's kernels serve the forward pass of a call, but refuse its backward."""
+    call = sample(op, variant, SMALL, dtype, layout)
+    leaves = differentiable(call)
+    with use_backend(backend):
+        outputs = outputs_of(call)
+    with use_backend(other):
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in call.cotangents],
+            list(leaves.values()),
+            list(call.cotangents.values()),
+            allow_unused=True,
+        )
+    _, expected = expected_result(op, call.inputs, call.cotangents, None, **call.options)
+    got = dict(zip(leaves, gradients, strict=True))
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
+    assert_gradients_close(got, expected, case=dtype, dtypes=dtypes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import dla_kernels
-from dla_kernels import use_backend
+from dla_kernels import native, use_backend
+from dla_kernels.ops.cpp_common import DTYPES as DTYPE_CODES
+from dla_kernels.ops.cpp_common import execution
 from op_cases import (
     CHANNELS,
     DTYPES,
@@ -27,6 +29,7 @@ from op_cases import (
     feature,
     memory_format,
     random_small,
+    skips,
 )
 from refusals import assert_refused
 from tolerances import assert_close
@@ -146,6 +149,18 @@ def test_more_elements_than_32_bits_count(backend: str, layout: str) -> None:
     want[1, -1] = want[1, 0] = x[1, 0, 0, 0].item() / (size[0] * size[1])
     with use_backend(backend):
         assert_close(dla_kernels.global_pool(x), want)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=skips("cuda"))])
+def test_more_blocks_than_a_launch_has(backend: str) -> None:
+    """Said before anything is read: no machine has memory for that many samples."""
+    x, out = torch.ones(1, 1, 1, 1), torch.ones(1, 1)
+    sizes = {"batch": 2**31, "channels": 1, "area": 1, "channels_last": True}
+    words = r"global_pool on \[batch 2147483648, channels 1, area 1\]: too large.*split the batch"
+    with pytest.raises(RuntimeError, match=words):
+        native.load_cuda().global_pool_forward(
+            x=x, out=out, dtype=DTYPE_CODES[x.dtype], **sizes, **execution(x)
+        )
 
 
 BAD = {
