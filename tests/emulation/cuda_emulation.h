@@ -200,7 +200,7 @@ class Machine {
     throw std::logic_error(place(*current_) + what);
   }
 
-  // Of the running thread: its kernel declares that much shared memory, besides what the launch adds.
+  // Of the running thread: its kernel declares so much shared memory, besides the dynamic.
   void declare_shared(std::size_t bytes) {
     declared_bytes_ += bytes;
     if (declared_bytes_ > kMostDeclaredBytes) fail(too_much(declared_bytes_, kMostDeclaredBytes));
@@ -379,7 +379,7 @@ struct Access {
   bool same_warp(const Access& other) const { return thread / kWarp == other.thread / kWarp; }
 };
 
-// Shared memory, fresh in every block. Views of different types may share it: what is known about it
+// Shared memory, fresh in every block. Views of different types may share it: what is known of it
 // is kept for units as large as the smallest of these types.
 class SharedMemory {
  public:

@@ -103,7 +103,7 @@ __global__ void more_declared_than_there_is(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = numbers[0];
 }
 
-// A healthy kernel, were it not for the dynamic shared memory that main asks for.
+// Healthy, were it not for the dynamic shared memory that main asks for.
 __global__ void more_shared_than_there_is(const float* x, float* out) { healthy(x, out); }
 
 // The declared array alone would do.
