@@ -5,7 +5,8 @@
 // both in an order shuffled by the environment variable DLA_EMULATION_SEED. A fiber runs until it
 // has to wait for others. Noticed are
 //   - shared memory: accesses out of bounds, reads of what nobody wrote, and races: two threads at
-//     one element, one of them writing, without a barrier in between;
+//     one element, one of them writing, without a barrier in between; accesses of what an
+//     asynchronous copy is on its way to; more of it than a block may have;
 //   - warps: masks without the lane itself, lanes that disagree or never come, sources out of mask;
 //   - barriers that some threads never reach, and 16-byte accesses of unaligned addresses;
 //   - global memory out of bounds, in a build with AddressSanitizer.
@@ -25,6 +26,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -56,6 +58,10 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 64 * 1024;
 inline constexpr char kSyncWarp[] = "__syncwarp";
+// Shared memory of a block, as on GPUs of compute capability 7.5: altogether, and what the kernel
+// itself may declare of it.
+constexpr std::size_t kMostSharedBytes = 64 * 1024, kMostDeclaredBytes = 48 * 1024;
+constexpr std::size_t kPackBytes = 16;
 
 // Blocks and threads run in an order that the environment variable shuffles.
 inline unsigned seed() {
@@ -102,6 +108,14 @@ class Context {
   bool left_before_ = false;
 };
 
+class SharedMemory;
+
+// A pack on its way to shared memory, until the thread waits for it.
+struct Copy {
+  SharedMemory* memory;
+  std::size_t offset;  // in bytes
+};
+
 enum class Waits { not_at_all, at_barrier, in_warp, for_the_next_block };
 
 // One CUDA thread. Its fiber is used again for block after block.
@@ -119,6 +133,7 @@ struct Thread : Context {
   dim3 index;
   int number = 0;  // in the block
   Waits waits = Waits::for_the_next_block;
+  std::vector<Copy> copies;
   // The warp operation that it takes part in.
   const char* operation = nullptr;
   unsigned mask = 0;
@@ -141,6 +156,8 @@ class Machine {
   void run(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> kernel) {
     if (block.y != 1 || block.z != 1 || grid.y != 1 || grid.z != 1 || block.x % kWarp != 0)
       throw std::logic_error("emulation: grids of one dimension and whole warps only");
+    if (shared_bytes > kMostSharedBytes)
+      throw std::logic_error("emulation: " + too_much(shared_bytes, kMostSharedBytes));
     ::gridDim = grid;
     ::blockDim = block;
     kernel_ = std::move(kernel);
@@ -183,7 +200,15 @@ class Machine {
     throw std::logic_error(place(*current_) + what);
   }
 
-  const Thread& current() const { return *current_; }
+  // Of the running thread: its kernel declares so much shared memory, besides the dynamic.
+  void declare_shared(std::size_t bytes) {
+    declared_bytes_ += bytes;
+    if (declared_bytes_ > kMostDeclaredBytes) fail(too_much(declared_bytes_, kMostDeclaredBytes));
+    const std::size_t all = declared_bytes_ + dynamic_bytes_;
+    if (all > kMostSharedBytes) fail(too_much(all, kMostSharedBytes));
+  }
+
+  Thread& current() const { return *current_; }
   std::uint64_t block_serial() const { return block_serial_; }
   std::uint32_t block_epoch() const { return block_epoch_; }
   std::uint32_t warp_epoch(int thread) const {
@@ -195,11 +220,13 @@ class Machine {
   void run_block(unsigned index, int threads) {
     ::blockIdx.x = index;
     ++block_serial_;
+    declared_bytes_ = 0;
     ready_.clear();
     for (int i = 0; i < threads; ++i) {
       Thread& thread = *threads_[static_cast<std::size_t>(i)];
       thread.number = i;
       thread.index.x = static_cast<unsigned>(i);
+      thread.copies.clear();
       make_ready(thread);
     }
     for (running_ = threads; running_ > 0;) {
@@ -276,6 +303,10 @@ class Machine {
            ": ";
   }
 
+  static std::string too_much(std::size_t bytes, std::size_t most) {
+    return std::to_string(bytes) + " bytes of shared memory, more than " + std::to_string(most);
+  }
+
   Thread& lane_of(const Thread& thread, int lane) {
     return *threads_[static_cast<std::size_t>(thread.warp() * kWarp + lane)];
   }
@@ -323,7 +354,7 @@ class Machine {
   int running_ = 0;
   std::uint64_t block_serial_ = 0;
   std::uint32_t block_epoch_ = 0;
-  std::size_t dynamic_bytes_ = 0;
+  std::size_t dynamic_bytes_ = 0, declared_bytes_ = 0;
   std::exception_ptr failure_;
   std::mt19937 random_;
 };
@@ -348,39 +379,63 @@ struct Access {
   bool same_warp(const Access& other) const { return thread / kWarp == other.thread / kWarp; }
 };
 
-// Elements of shared memory, fresh in every block.
-template <class T>
+// Shared memory, fresh in every block. Views of different types may share it: what is known of it
+// is kept for units as large as the smallest of these types.
 class SharedMemory {
  public:
-  explicit SharedMemory(std::size_t count) : count_(count) {}
+  // Before a view of elements of `unit` bytes. Whether it is the first in the block.
+  bool view(std::size_t bytes, std::size_t unit) {
+    const auto block = Machine::instance().block_serial();
+    if (block == block_) {
+      if (unit < unit_) refine(unit);
+      return false;
+    }
+    block_ = block;
+    unit_ = unit;
+    values_.resize(bytes);
+    units_.assign((bytes + unit - 1) / unit, {});
+    return true;
+  }
 
+  template <class T>
   T read(std::ptrdiff_t i) {
-    Element& element = at(i, "reads");
     const Access now = Access::now();
-    if (element.written.thread < 0) fail("reads", i, "which nobody wrote");
-    if (!element.written.ordered_before(now)) fail("reads", i, "while another thread writes it");
-    element.add_reader(now);
-    return element.value;
+    for (Unit& unit : units_of<T>(i, "reads")) {
+      if (unit.written.thread < 0) fail<T>("reads", i, "which nobody wrote");
+      if (unit.arriving) fail<T>("reads", i, "which a copy is on its way to");
+      if (!unit.written.ordered_before(now)) fail<T>("reads", i, "while another thread writes it");
+      unit.add_reader(now);
+    }
+    T value;
+    std::memcpy(&value, values_.data() + i * sizeof(T), sizeof(T));
+    return value;
   }
 
-  void write(std::ptrdiff_t i, T value) {
-    Element& element = at(i, "writes");
+  template <class T>
+  void write(std::ptrdiff_t i, T value, bool arriving = false) {
     const Access now = Access::now();
-    for (const Access& before : {element.written, element.read, element.other_read})
-      if (!before.ordered_before(now)) fail("writes", i, "while another thread uses it");
-    element.value = value;
-    element.written = now;
+    for (Unit& unit : units_of<T>(i, "writes")) {
+      if (unit.arriving) fail<T>("writes", i, "which a copy is on its way to");
+      for (const Access& before : {unit.written, unit.read, unit.other_read})
+        if (!before.ordered_before(now)) fail<T>("writes", i, "while another thread uses it");
+      unit.written = now;
+      unit.arriving = arriving;
+    }
+    std::memcpy(values_.data() + i * sizeof(T), &value, sizeof(T));
   }
 
-  void resize(std::size_t count) {
-    count_ = count;
-    block_ = 0;
+  // A pack that the running thread had copied and has waited for.
+  void arrive(std::size_t offset) {
+    for (Unit& unit : std::span(units_).subspan(offset / unit_, kPackBytes / unit_)) {
+      unit.written = Access::now();
+      unit.arriving = false;
+    }
   }
 
  private:
-  struct Element {
-    T value = {};
+  struct Unit {
     Access written, read, other_read;
+    bool arriving = false;
 
     // Of all readers two are kept: the last one may be the next to write, and a barrier of its warp
     // says nothing about readers in other warps.
@@ -391,24 +446,38 @@ class SharedMemory {
     }
   };
 
-  Element& at(std::ptrdiff_t i, const char* verb) {
-    if (const auto serial = Machine::instance().block_serial(); serial != block_) {
-      elements_.assign(count_, {});
-      block_ = serial;
-    }
-    if (i < 0 || static_cast<std::size_t>(i) >= count_) fail(verb, i, "which is out of bounds");
-    return elements_[static_cast<std::size_t>(i)];
+  void refine(std::size_t unit) {
+    std::vector<Unit> finer((values_.size() + unit - 1) / unit);
+    for (std::size_t i = 0; i < finer.size(); ++i) finer[i] = units_[i * unit / unit_];
+    units_ = std::move(finer);
+    unit_ = unit;
   }
 
-  void fail(const char* verb, std::ptrdiff_t i, const char* why) const {
+  template <class T>
+  std::span<Unit> units_of(std::ptrdiff_t i, const char* verb) {
+    if (i < 0 || static_cast<std::size_t>(i) >= values_.size() / sizeof(T))
+      fail<T>(verb, i, "which is out of bounds");
+    return std::span(units_).subspan(i * sizeof(T) / unit_, sizeof(T) / unit_);
+  }
+
+  template <class T>
+  [[noreturn]] void fail(const char* verb, std::ptrdiff_t i, const char* why) const {
     Machine::instance().fail(std::string(verb) + " shared memory [" + std::to_string(i) + "] of " +
-                             std::to_string(count_) + ", " + why);
+                             std::to_string(values_.size() / sizeof(T)) + ", " + why);
   }
 
-  std::size_t count_;
-  std::vector<Element> elements_;
+  std::vector<std::byte> values_;
+  std::vector<Unit> units_;
+  std::size_t unit_ = 0;  // bytes
   std::uint64_t block_ = 0;
 };
+
+// An access of 16 bytes, which faults on a GPU when the address is not aligned.
+inline void check_aligned(std::uintptr_t address) {
+  if (address % kPackBytes != 0)
+    Machine::instance().fail("16-byte access of an unaligned address");
+}
+inline void check_aligned(const void* p) { check_aligned(reinterpret_cast<std::uintptr_t>(p)); }
 
 // A pointer to shared memory.
 template <class T>
@@ -416,41 +485,63 @@ class Shared {
  public:
   class Element {
    public:
-    Element(SharedMemory<T>* memory, std::ptrdiff_t i) : memory_(memory), i_(i) {}
-    operator T() const { return memory_->read(i_); }
+    Element(SharedMemory* memory, std::ptrdiff_t i) : memory_(memory), i_(i) {}
+    operator T() const { return memory_->read<T>(i_); }
     const Element& operator=(T value) const {
-      memory_->write(i_, value);
+      memory_->write<T>(i_, value);
       return *this;
     }
     const Element& operator=(const Element& other) const { return *this = static_cast<T>(other); }
     const Element& operator+=(T value) const { return *this = static_cast<T>(*this) + value; }
 
    private:
-    SharedMemory<T>* memory_;
+    SharedMemory* memory_;
     std::ptrdiff_t i_;
   };
 
-  explicit Shared(SharedMemory<T>* memory, std::ptrdiff_t offset = 0)
+  explicit Shared(SharedMemory* memory, std::ptrdiff_t offset = 0)
       : memory_(memory), offset_(offset) {}
   Element operator[](std::ptrdiff_t i) const { return {memory_, offset_ + i}; }
   Shared operator+(std::ptrdiff_t i) const { return Shared(memory_, offset_ + i); }
 
+  std::uintptr_t address() const { return static_cast<std::uintptr_t>(offset_) * sizeof(T); }
+  // Puts a pack on its way here, until wait_for_copies.
+  void copy(const T* from) const {
+    for (std::size_t e = 0; e < kPackBytes / sizeof(T); ++e)
+      memory_->write<T>(offset_ + e, from[e], true);
+    Machine::instance().current().copies.push_back({memory_, address()});
+  }
+
  private:
-  SharedMemory<T>* memory_;
+  SharedMemory* memory_;
   std::ptrdiff_t offset_;
 };
+
+// Of the running thread: what it has copied is there; for other threads, after a barrier.
+inline void wait_for_copies() {
+  std::vector<Copy>& copies = Machine::instance().current().copies;
+  for (const Copy& copy : copies) copy.memory->arrive(copy.offset);
+  copies.clear();
+}
+
+// An array that the kernel declares.
+template <class T>
+Shared<T> declared_shared(SharedMemory& memory, std::size_t count) {
+  if (memory.view(count * sizeof(T), sizeof(T)))
+    Machine::instance().declare_shared(count * sizeof(T));
+  return Shared<T>(&memory);
+}
+
+inline SharedMemory& dynamic_memory() {
+  static thread_local SharedMemory memory;
+  return memory;
+}
 
 // All of the dynamic shared memory that the launch asked for.
 template <class T>
 Shared<T> dynamic_shared() {
-  static thread_local SharedMemory<T> memory(0);
-  static thread_local std::uint64_t block = 0;
-  const Machine& machine = Machine::instance();
-  if (machine.block_serial() != block) {
-    block = machine.block_serial();
-    memory.resize(machine.dynamic_bytes() / sizeof(T));
-  }
-  return Shared<T>(&memory);
+  dynamic_memory().view(Machine::instance().dynamic_bytes(), sizeof(T));
+  return Shared<T>(&dynamic_memory());
 }
 
 // ---- warps --------------------------------------------------------------------------------------
@@ -478,12 +569,6 @@ T shuffle(const char* operation, unsigned mask, T value, int source) {
 }
 
 inline int lane() { return Machine::instance().current().lane(); }
-
-// A 16-byte access, which faults on a GPU when the address is not aligned.
-inline void check_aligned(const void* p) {
-  if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0)
-    Machine::instance().fail("16-byte access of an unaligned address");
-}
 
 }  // namespace emulation
 

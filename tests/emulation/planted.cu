@@ -8,6 +8,7 @@
 #include "common/cuda/launch.h"
 
 using namespace dla::cuda;
+using dla::Half;
 
 namespace {
 
@@ -78,6 +79,109 @@ __global__ void shared_never_written(const float*, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = numbers[1];
 }
 
+// Half of the dynamic shared memory is for floats; halves come then, from `first` on.
+__device__ void two_types(const float* x, float* out, int first) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  DLA_DYNAMIC_SHARED(Half, halves);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kThreads / 2) {
+    numbers[thread] = x[thread];
+    Half half;
+    from_compute(x[kThreads + thread], half);
+    halves[first + thread] = half;
+  }
+  __syncthreads();
+  if (thread == 0) out[blockIdx.x] = numbers[5] + to_compute(static_cast<Half>(halves[first + 6]));
+}
+
+__global__ void types_side_by_side(const float* x, float* out) { two_types(x, out, kThreads); }
+__global__ void types_overlap(const float* x, float* out) { two_types(x, out, kThreads - 1); }
+
+__global__ void more_declared_than_there_is(const float* x, float* out) {
+  DLA_SHARED(float, numbers, 80000 / sizeof(float));
+  numbers[threadIdx.x] = x[threadIdx.x];
+  if (threadIdx.x == 0) out[blockIdx.x] = numbers[0];
+}
+
+// Healthy, were it not for the dynamic shared memory that main asks for.
+__global__ void more_shared_than_there_is(const float* x, float* out) { healthy(x, out); }
+
+// The declared array alone would do.
+__global__ void more_shared_in_all(const float* x, float* out) {
+  DLA_SHARED(float, numbers, 40000 / sizeof(float));
+  numbers[threadIdx.x] = x[threadIdx.x];
+  if (threadIdx.x == 0) out[blockIdx.x] = numbers[0];
+}
+
+// Asynchronous copies of the block's numbers, with what it takes to read those of other threads.
+__device__ void start_copies(const float* x, Shared<float> numbers) {
+  const int at = static_cast<int>(threadIdx.x) * kPack<float>;
+  if (at < kThreads) copy_pack(x + static_cast<int>(blockIdx.x) * kThreads + at, numbers + at);
+}
+__device__ void write_copied(Shared<float> numbers, float* out) {
+  if (threadIdx.x == kThreads - 1) out[blockIdx.x] = shared_pack<float>(numbers + 8).of[1];
+}
+
+__global__ void copies(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  start_copies(x, numbers);
+  wait_for_packs();
+  __syncthreads();
+  write_copied(numbers, out);
+}
+
+__global__ void copy_without_wait(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  start_copies(x, numbers);
+  __syncthreads();
+  write_copied(numbers, out);
+}
+
+__global__ void own_copy_without_wait(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  start_copies(x, numbers);
+  if (threadIdx.x == 0) out[blockIdx.x] = numbers[0];
+}
+
+__global__ void copy_without_barrier(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  start_copies(x, numbers);
+  wait_for_packs();
+  write_copied(numbers, out);
+}
+
+__global__ void barrier_before_the_wait(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  start_copies(x, numbers);
+  __syncthreads();
+  wait_for_packs();
+  write_copied(numbers, out);
+}
+
+__global__ void written_while_copied(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  start_copies(x, numbers);
+  if (threadIdx.x == 0) numbers[1] = 0;
+  wait_for_packs();
+  __syncthreads();
+  write_copied(numbers, out);
+}
+
+__global__ void copy_to_unaligned(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  if (threadIdx.x == 0) copy_pack(x, numbers + 2);
+  wait_for_packs();
+  __syncthreads();
+  if (threadIdx.x == 1) out[blockIdx.x] = numbers[2];
+}
+
+__global__ void unaligned_shared(const float* x, float* out) {
+  DLA_DYNAMIC_SHARED(float, numbers);
+  numbers[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = shared_pack<float>(numbers + 2).of[0];
+}
+
 __global__ void global_out_of_bounds(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = x[kBlocks * kThreads + blockIdx.x];
 }
@@ -139,6 +243,19 @@ const std::map<std::string, Kernel> kernels = {
     {"no_warp_barrier", no_warp_barrier},
     {"shared_out_of_bounds", shared_out_of_bounds},
     {"shared_never_written", shared_never_written},
+    {"types_side_by_side", types_side_by_side},
+    {"types_overlap", types_overlap},
+    {"more_declared_than_there_is", more_declared_than_there_is},
+    {"more_shared_than_there_is", more_shared_than_there_is},
+    {"more_shared_in_all", more_shared_in_all},
+    {"copies", copies},
+    {"copy_without_wait", copy_without_wait},
+    {"own_copy_without_wait", own_copy_without_wait},
+    {"copy_without_barrier", copy_without_barrier},
+    {"barrier_before_the_wait", barrier_before_the_wait},
+    {"written_while_copied", written_while_copied},
+    {"copy_to_unaligned", copy_to_unaligned},
+    {"unaligned_shared", unaligned_shared},
     {"global_out_of_bounds", global_out_of_bounds},
     {"unaligned", unaligned},
     {"lanes_missing", lanes_missing},
@@ -157,7 +274,10 @@ int main(int, char** arguments) {
   for (int i = 0; i < kBlocks * kThreads; ++i) x[i] = static_cast<float>(i);
   const Call call{arguments[1], 1, 1, 1, nullptr};
   const auto run = [&](const std::string& name) {
-    const Grid grid{kBlocks, kThreads, kThreads * sizeof(float)};
+    std::size_t shared_bytes = kThreads * sizeof(float);
+    if (name == "more_shared_than_there_is") shared_bytes = 500000;
+    if (name == "more_shared_in_all") shared_bytes = 30000;
+    const Grid grid{kBlocks, kThreads, shared_bytes};
     launch(call, kernels.at(name), grid, x.get(), out.get());
   };
   try {

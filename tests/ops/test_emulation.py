@@ -22,7 +22,18 @@ MISTAKES = {
     "no_warp_barrier": "shared memory",
     "shared_out_of_bounds": "writes shared memory [64] of 64, which is out of bounds",
     "shared_never_written": "reads shared memory [1] of 64, which nobody wrote",
+    "types_overlap": "while another thread uses it",
+    "more_declared_than_there_is": "80000 bytes of shared memory, more than 49152",
+    "more_shared_than_there_is": "500000 bytes of shared memory, more than 65536",
+    "more_shared_in_all": "70000 bytes of shared memory, more than 65536",
+    "copy_without_wait": "reads shared memory [8] of 64, which a copy is on its way to",
+    "own_copy_without_wait": "reads shared memory [0] of 64, which a copy is on its way to",
+    "copy_without_barrier": "reads shared memory [8] of 64",
+    "barrier_before_the_wait": "reads shared memory [8] of 64",
+    "written_while_copied": "writes shared memory [1] of 64, which a copy is on its way to",
     "unaligned": "16-byte access of an unaligned address",
+    "copy_to_unaligned": "16-byte access of an unaligned address",
+    "unaligned_shared": "16-byte access of an unaligned address",
     "lanes_missing": "waits for ever for lanes 16 17",
     "lane_not_in_its_mask": "not in its own mask",
     "source_not_in_the_mask": "which is not in the mask",
@@ -32,6 +43,8 @@ FINE = {
     "healthy": "2016 6112 10208",
     "warps_on_their_own": "285 285 285",
     "half_a_warp": "8 8 8",
+    "types_side_by_side": "75 75 75",
+    "copies": "9 73 137",
 }
 SEEDS = (1, 2, 3)
 

@@ -12,9 +12,9 @@
 #ifdef DLA_CUDA_EMULATED
 #include "cuda_emulation.h"
 // Arrays in shared memory, `T name[count]`, and the dynamic shared memory of a launch.
-#define DLA_SHARED(T, name, count)                                     \
-  static thread_local emulation::SharedMemory<T> name##_memory(count); \
-  const emulation::Shared<T> name(&name##_memory)
+#define DLA_SHARED(T, name, count)                           \
+  static thread_local emulation::SharedMemory name##_memory; \
+  const auto name = emulation::declared_shared<T>(name##_memory, count)
 #define DLA_DYNAMIC_SHARED(T, name) const auto name = emulation::dynamic_shared<T>()
 #else
 #define DLA_SHARED(T, name, count) __shared__ T name[count]
@@ -139,7 +139,8 @@ template <class T>
 __device__ inline void copy_pack(const T* from, Shared<T> to) {
 #ifdef DLA_CUDA_EMULATED
   emulation::check_aligned(from);
-  for (int e = 0; e < kPack<T>; ++e) to[e] = from[e];
+  emulation::check_aligned(to.address());
+  to.copy(from);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
@@ -150,7 +151,9 @@ __device__ inline void copy_pack(const T* from, Shared<T> to) {
 }
 
 __device__ inline void wait_for_packs() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#ifdef DLA_CUDA_EMULATED
+  emulation::wait_for_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
@@ -159,6 +162,7 @@ template <class T>
 __device__ inline Pack<T> shared_pack(Shared<T> from) {
   Pack<T> pack;
 #ifdef DLA_CUDA_EMULATED
+  emulation::check_aligned(from.address());
   for (int e = 0; e < kPack<T>; ++e) pack.of[e] = from[e];
 #else
   const uint4 bits = *reinterpret_cast<const uint4*>(from);

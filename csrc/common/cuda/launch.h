@@ -41,8 +41,7 @@ void start(const Call&, void (*kernel)(P...), const Grid& grid, P... args) {
                                      [=] { kernel(args...); });
 }
 
-// As on GPUs of compute capability 7.5.
-inline std::size_t most_shared_bytes(const Call&) { return 64 * 1024; }
+inline std::size_t most_shared_bytes(const Call&) { return emulation::kMostSharedBytes; }
 
 #else
 
