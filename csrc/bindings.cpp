@@ -124,26 +124,30 @@ struct Field<std::vector<T>> {
   }
 };
 
-// A field of a struct by name. Type-erased, as is all that follows: whatever is generated anew for
-// each of three hundred fields, or each of a dozen structs, is slow to compile.
+// A field of a struct. Type-erased, as is all that follows: whatever is generated anew for each of
+// three hundred fields, or each of a dozen structs, is slow to compile.
 struct NamedField {
-  PyObject* name;  // interned for the life of the process
-  std::ptrdiff_t offset;
+  const char* name;
+  std::size_t offset;
   void (*assign)(void* field, py::handle value);
+  PyObject* interned;  // the name, for the life of the process
 };
 
-template <class Args, class Owner, class T>
-NamedField named_field(const char* name, T Owner::*member) {
-  static Args args;
-  const auto offset = reinterpret_cast<char*>(&(args.*member)) - reinterpret_cast<char*>(&args);
-  return {PyUnicode_InternFromString(name), offset, [](void* field, py::handle value) {
-            *static_cast<T*>(field) = Field<T>::from(value);
-          }};
+template <class T>
+void assign_field(void* field, py::handle value) {
+  *static_cast<T*>(field) = Field<T>::from(value);
 }
 
 // Of the struct whose function is bound; set by then.
 template <class Args>
 std::vector<NamedField> fields_of;
+
+template <std::size_t count>
+std::vector<NamedField> interned(const NamedField (&named)[count]) {
+  std::vector<NamedField> fields(named, named + count);
+  for (NamedField& field : fields) field.interned = PyUnicode_InternFromString(field.name);
+  return fields;
+}
 
 std::string text(py::handle name) { return name.cast<std::string>(); }
 
@@ -151,15 +155,15 @@ void assign(const NamedField& field, py::handle value, void* args) {
   try {
     field.assign(static_cast<char*>(args) + field.offset, value);
   } catch (const py::cast_error&) {
-    throw py::type_error("argument " + text(field.name) + ": cannot use " +
+    throw py::type_error(std::string("argument ") + field.name + ": cannot use " +
                          text(py::repr(value)));
   }
 }
 
 void assign_all(const std::vector<NamedField>& fields, const py::kwargs& values, void* args) {
   for (const NamedField& field : fields) {
-    PyObject* value = PyDict_GetItemWithError(values.ptr(), field.name);
-    if (value == nullptr) throw py::type_error("missing argument " + text(field.name));
+    PyObject* value = PyDict_GetItemWithError(values.ptr(), field.interned);
+    if (value == nullptr) throw py::type_error(std::string("missing argument ") + field.name);
     assign(field, value, args);
   }
   if (values.size() != fields.size()) throw py::type_error("unknown argument given");
@@ -223,7 +227,7 @@ class Repeat {
     PyUnicode_InternInPlace(&interned);
     const auto owner = py::reinterpret_steal<py::object>(interned);
     for (const NamedField& field : *function_.fields)
-      if (field.name == interned) return field;
+      if (field.interned == interned) return field;
     throw py::type_error("unknown argument " + text(name));
   }
 
@@ -288,13 +292,16 @@ void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
 #define DLA_REPEAT2(...) DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(__VA_ARGS__))))
 #define DLA_REPEAT3(...) DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(__VA_ARGS__))))
 #define DLA_REPEAT4(...) __VA_ARGS__
-#define DLA_FIELD(Struct, field, ...)                  \
-  named_field<Struct>(#field, &Struct::field)          \
+#define DLA_FIELD(Struct, field, ...)                                                        \
+  {#field, offsetof(Struct, field), &assign_field<decltype(Struct::field)>, nullptr}         \
   __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
 #define DLA_FIELD_AGAIN() DLA_FIELD
-#define DLA_BIND(m, function, Struct, ...)                                \
-  fields_of<Struct> = {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))};      \
-  bind(m, #function, &DLA_BACKEND::function)
+#define DLA_BIND(m, function, Struct, ...)                                                   \
+  {                                                                                          \
+    static constexpr NamedField fields[] = {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))};    \
+    fields_of<Struct> = interned(fields);                                                    \
+    bind(m, #function, &DLA_BACKEND::function);                                              \
+  }
 
 }  // namespace
 

@@ -46,12 +46,12 @@ class Calls:
             their form, or None.
     """
 
-    def __init__(self, schema: _C.FunctionSchema, check: Operator | None, select: Operator) -> None:
+    def __init__(self, schema: _C.FunctionSchema, check: Operator, select: Operator) -> None:
         kinds = [str(argument.type) for argument in schema.arguments]
         self._plain = [_PLAIN[kind] for kind in kinds]
         self.tensors = sum(kind in _OF_TENSORS for kind in kinds)
         self._has_int_lists = "List[int]" in kinds
-        self._check, self._select = check or (lambda *args: None), select
+        self._check, self._select = check, select
         self._known: dict[tuple[Any, ...], Operator] = {}
 
     def __call__(self, *args: Any) -> Any:

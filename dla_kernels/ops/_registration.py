@@ -45,6 +45,7 @@ def define(
     backward_schema: str,
     *,
     check: Callable[..., None],
+    backward_check: Callable[..., None],
     fake: Callable[..., Any],
     backward_fake: Callable[..., Any],
     save: Callable[[Any, tuple[Any, ...], Any], None],
@@ -58,8 +59,9 @@ def define(
         op: name of the op and of its package.
         schema, backward_schema: arguments, tensors and lists of them first, and results of the two;
             no default values.
-        check: takes the arguments of ``op``; raises if they do not fit. May look at the shape,
-            dtype, device and layout of tensors only.
+        check, backward_check: take the arguments of the two; raise if they do not fit. May look at
+            the shape, dtype, device and layout of tensors only. (What is kept for backward may be
+            exchanged meanwhile, by module.half() say, or by hooks on saved tensors.)
         fake, backward_fake: make results of the right shape, dtype and format, without values.
             Gradients of arguments that are not there are None here, as in implementations.
         save: ``save(ctx, arguments, results)`` keeps what backward needs.
@@ -87,7 +89,7 @@ def define(
     calls = Calls(overload._schema, check, functools.partial(select, False))
     _implement(overload, calls, checked_fake, flops)
     backward = _declare(f"{op}_backward", backward_schema)
-    backward_calls = Calls(backward._schema, None, functools.partial(select, True))
+    backward_calls = Calls(backward._schema, backward_check, functools.partial(select, True))
     _implement(backward, _whole(backward_calls), _whole(backward_fake), backward_flops)
     differentiable = _register_autograd(op, overload, calls, save, gradients)
     return (

@@ -1,6 +1,6 @@
 """Checks of what the ops are called with: messages name the argument, what fits and what came."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ def like(
     if x.shape != shape or x.dtype != dtype or x.device != device:
         kind = ValueError if x.dtype == dtype else TypeError
         raise kind(f"{name}: expected {dtype} {list(shape)} on {device}, got {describe(x)}")
+
+
+def like_if_given(
+    tensors: Mapping[str, Tensor | None],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Each, by its name, of exactly this shape, dtype and device, or None."""
+    for name, x in tensors.items():
+        if x is not None:
+            like(name, x, shape, dtype, device)
 
 
 def one_of(name: str, value: object, choices: Collection[str]) -> str:

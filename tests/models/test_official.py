@@ -119,11 +119,13 @@ def hold_relus(
 
     A few inputs of a recorded step are about 1e-6. In float32 such a one may come out on either
     side, by the order of a sum, and with it an element of the gradient goes or stays: up to 3e-3 of
-    a weight's gradient. That is no error of a kernel. A hook on a block or a norm makes the fused
-    layer leave its ReLU to PyTorch; the one of DIANet's op has to be taken from it.
+    a weight's gradient. That is no error of a kernel. A hook on a block, or on a norm that a ReLU
+    follows in the step (base_attention's), makes the fused layer leave the ReLU to PyTorch; the one
+    of DIANet's op has to be taken from it.
     """
     for name, module in model.named_modules():
-        if isinstance(module, ResidualBlock) or name.endswith("norm"):
+        relu_follows = variant.endswith("_b") and name.endswith("norm")
+        if isinstance(module, ResidualBlock) or relu_follows:
             module.register_forward_hook(lambda *_: None)
     sides = ReluSides(variant, options)
     patch.setattr(F, "relu", sides)

@@ -432,6 +432,19 @@ def test_autocast_brings_prev_to_the_dtype_of_x() -> None:
         assert layer(x, x.bfloat16())[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("variant", ["light", "base"])
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.double])
+def test_dtype_changed_between_forward_and_backward(
+    variant: str, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    layer = DLALayer(32, variant)
+    x = torch.randn(2, 32, 4, 4, requires_grad=True)
+    out, _ = layer(x)
+    change(layer)
+    with pytest.raises(TypeError, match=r"expected torch.float32 .*, got"):
+        out.sum().backward()
+
+
 @each_fused
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(fused: bool, reentrant: bool) -> None:

@@ -192,7 +192,7 @@ def test_threads_share_what_is_known() -> None:
 
 def test_forms_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_calls, "_REMEMBERED", 3)
-    calls = _calls.Calls(torch.ops.aten.neg.default._schema, None, lambda x: torch.neg)
+    calls = _calls.Calls(torch.ops.aten.neg.default._schema, lambda x: None, lambda x: torch.neg)
     for length in range(1, 10):
         x = torch.rand(length)
         assert torch.equal(calls(x), -x)
@@ -202,7 +202,7 @@ def test_forms_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("threads")
 def test_number_of_threads_is_part_of_a_form() -> None:
     """What a native function is called with has it among its constants."""
-    calls = _calls.Calls(torch.ops.aten.neg.default._schema, None, lambda x: torch.neg)
+    calls = _calls.Calls(torch.ops.aten.neg.default._schema, lambda x: None, lambda x: torch.neg)
     for count in (1, 2, 1):
         torch.set_num_threads(count)
         calls(X)

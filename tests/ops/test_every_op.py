@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -393,6 +394,37 @@ def test_graph_can_be_kept_and_used_again(op: str, variant: str, backend: str) -
 
         for one, two in zip(backward(True), backward(False), strict=True):
             assert one is two is None or torch.equal(one, two)
+
+
+@EACH_CPU_KERNEL
+def test_bad_argument_of_backward(
+    op: str, variant: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that are kept for backward may have changed since: nothing is computed from one that
+    does not fit the others."""
+    package = importlib.import_module(f"dla_kernels.ops.{op}")
+    backward, calls = package._BACKWARD, []
+
+    def spy(*args: Any) -> Any:
+        calls.append(args)
+        return backward(*args)
+
+    monkeypatch.setattr(package, "_BACKWARD", spy)
+    run_call(sample(op, variant, SMALL))
+    (args,) = calls
+    tensors = 0
+    for place, value in enumerate(args):
+        for index in range(len(value)) if isinstance(value, list | tuple) else [None]:
+            good = value if index is None else value[index]
+            if not isinstance(good, Tensor):
+                continue
+            tensors += 1
+            wider = good.new_ones(*good.shape[:-1], good.shape[-1] + 1)
+            for bad in (wider, good.to(torch.float16)):
+                changed = bad if index is None else [*value[:index], bad, *value[index + 1 :]]
+                with use_backend(backend), pytest.raises((TypeError, ValueError), match="expected"):
+                    backward(*args[:place], changed, *args[place + 1 :])
+    assert tensors > 0
 
 
 @EACH_REFUSABLE

@@ -202,6 +202,31 @@ def _check(
     check_drop(drop_scale, batch, *rest)
 
 
+def _check_backward(*args: Any) -> None:
+    (grad_out, grad_v, grad_state, grad_keys, grad_gates, grad_pooled), later = args[:6], args[6:8]
+    inputs, rest = args[GRADS : GRADS + 2 + _PARAMETERS], args[GRADS + 2 + _PARAMETERS :]
+    drop_scale, mean, var, scores, pooled_x, *flags, _ = rest
+    cell, _, _, _, gated, head_dim, norm, *_ = flags
+    constants = (mean, var) if norm == "running" else (None, None)
+    _check(*inputs, *constants, drop_scale, *flags, False)
+    x, values, state, *_ = inputs
+    (batch, channels), layers = x.shape[:2], len(values) + 1
+    kind = compute_dtype(x.dtype), x.device
+    checks.like_if_given({"grad_out": grad_out, "grad_v": grad_v}, x.shape, x.dtype, x.device)
+    checks.like_if_given({"grad_state": grad_state}, state.shape, *kind)
+    keys, gates = 0 if gated == "features" else layers, 0 if cell == STATIC else layers
+    checks.like_if_given({"grad_keys": grad_keys}, (keys, batch, channels), *kind)
+    checks.like_if_given({"grad_gates": grad_gates}, (gates, batch, channels), *kind)
+    checks.like_if_given({"grad_pooled": grad_pooled}, (batch, channels), *kind)
+    later_grads, later_weights = later
+    checks.list_like("later_grads", later_grads, len(later_grads), x.shape, x.dtype, x.device)
+    checks.list_like("later_weights", later_weights, len(later_grads), (batch, channels), *kind)
+    checks.like("scores", scores, (layers, batch, channels // head_dim), *kind)
+    checks.like("pooled_x", pooled_x, (batch, channels), *kind)
+    for name, statistic in (("mean", mean), ("var", var)):
+        checks.like(name, statistic, (0 if norm == "none" else channels,), *kind)
+
+
 def _fake(
     x: Tensor,
     values: Sequence[Tensor],
@@ -327,6 +352,7 @@ _OPERATOR, _BACKWARD = define(
     f"Tensor x, Tensor[] values, {_PARAMETER_LIST} Tensor? drop_scale, Tensor mean, "
     f"Tensor var, Tensor scores, Tensor pooled_x, {_FLAGS} bool needs_values) -> Tensor[]",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=_fake_backward,
     save=_save,

@@ -80,6 +80,11 @@ def _check(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activa
     check_params("params", params, kind, channels, y.dtype, y.device)
 
 
+def _check_backward(grad: Tensor, y: Tensor, state: Tensor, *rest: Any) -> None:
+    _check(y, state, *rest)
+    checks.like("grad", grad, state.shape, state.dtype, state.device)
+
+
 def _fake(y: Tensor, state: Tensor, params: Sequence[Tensor], kind: str, activation: str) -> Tensor:
     return state.new_empty(state.shape)
 
@@ -114,6 +119,7 @@ _OPERATOR, _BACKWARD = define(
     "(Tensor y, Tensor state, Tensor[] params, str kind, str activation) -> Tensor",
     "(Tensor grad, Tensor y, Tensor state, Tensor[] params, str kind, str activation) -> Tensor[]",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=_fake_backward,
     save=_save,

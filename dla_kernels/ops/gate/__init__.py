@@ -44,6 +44,18 @@ def _check(features: Sequence[Tensor], gates: Sequence[Tensor]) -> None:
         checks.like(f"gates[{index}]", factor, x.shape[:2], compute_dtype(dtype), device)
 
 
+def _check_backward(
+    grads: Sequence[Tensor], features: Sequence[Tensor], gates: Sequence[Tensor]
+) -> None:
+    _check(features, gates)
+    if len(grads) != len(features):
+        raise ValueError(
+            f"grads: expected one for each of the {len(features)} features, got {len(grads)}"
+        )
+    for index, (grad, x) in enumerate(zip(grads, features, strict=True)):
+        checks.like(f"grads[{index}]", grad, x.shape, x.dtype, x.device)
+
+
 def _fake(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
     return [empty_features(x) for x in features]
 
@@ -76,6 +88,7 @@ _OPERATOR, _BACKWARD = define(
     "(Tensor[] features, Tensor[] gates) -> Tensor[]",
     "(Tensor[] grads, Tensor[] features, Tensor[] gates) -> Tensor[]",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=_fake_backward,
     save=_save,

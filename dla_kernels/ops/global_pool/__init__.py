@@ -1,5 +1,6 @@
 """``global_pool``: global average pooling."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from dla_kernels.ops import checks
 from dla_kernels.ops._registration import define
-from dla_kernels.ops.common import compute_dtype, dense_format, features_like
+from dla_kernels.ops.common import FEATURE_DTYPES, compute_dtype, dense_format, features_like
 
 
 def global_pool(x: Tensor) -> Tensor:
@@ -29,6 +30,17 @@ def _check(x: Tensor) -> None:
     checks.features("x", x)
 
 
+def _check_backward(
+    grad: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    checks.a_tensor("grad", grad)
+    if dtype not in FEATURE_DTYPES:
+        raise TypeError(f"dtype: expected one of {FEATURE_DTYPES}, got {dtype}")
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"shape: expected that of a non-empty [B, C, H, W], got {list(shape)}")
+    checks.like("grad", grad, tuple(shape[:2]), compute_dtype(dtype), grad.device)
+
+
 def _fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
 
@@ -47,6 +59,7 @@ _OPERATOR, _BACKWARD = define(
     "(Tensor x) -> Tensor",
     "(Tensor grad, SymInt[] shape, ScalarType dtype, bool channels_last) -> Tensor",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=features_like,
     save=_save,

@@ -202,6 +202,29 @@ def _check(
     check_drop(drop_scale, batch, *rest)
 
 
+def _check_backward(
+    grad_out: Tensor | None,
+    grad_o: Tensor | None,
+    grad_state: Tensor | None,
+    *args: Any,
+) -> None:
+    inputs, rest = args[: _TENSORS - _CONSTANTS], args[_TENSORS - _CONSTANTS :]
+    drop_scale, *statistics, new_state, summary = rest[:_FOUND]
+    *flags, _ = rest[_FOUND:]
+    norm, _, _, _, branch_norm, _ = flags[-6:]
+    norms = norm, norm, branch_norm, branch_norm
+    constants = [t if one == "running" else None for t, one in zip(statistics, norms, strict=True)]
+    _check(*inputs, *constants, drop_scale, *flags, False)
+    x, _, state, *_ = inputs
+    (batch, channels), kind = x.shape[:2], (compute_dtype(x.dtype), x.device)
+    checks.like_if_given({"grad_out": grad_out, "grad_o": grad_o}, x.shape, x.dtype, x.device)
+    checks.like_if_given({"grad_state": grad_state, "new_state": new_state}, state.shape, *kind)
+    checks.like("summary", summary, (summary_size(norm), batch, channels), *kind)
+    names = "mean", "var", "branch_mean", "branch_var"
+    for name, statistic, one in zip(names, statistics, norms, strict=True):
+        checks.like(name, statistic, (0 if one == "none" else channels,), *kind)
+
+
 def _fake(x: Tensor, p: Tensor | None, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     norm, _, _, _, branch_norm, _, return_o = rest[-7:]
     batch, channels = x.shape[:2]
@@ -327,6 +350,7 @@ _OPERATOR, _BACKWARD = define(
     "Tensor mean, Tensor var, Tensor branch_mean, Tensor branch_var, Tensor new_state, "
     f"Tensor summary, {_FLAGS} bool needs_p) -> Tensor[]",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=_fake_backward,
     save=_save,

@@ -32,6 +32,12 @@ def _check(u: Tensor, h: Tensor, shortcut: Tensor) -> None:
     checks.like("shortcut", shortcut, u.shape, u.dtype, u.device)
 
 
+def _check_backward(grad: Tensor, u: Tensor, h: Tensor, out: Tensor) -> None:
+    _check(u, h, u)
+    for name, x in (("grad", grad), ("out", out)):
+        checks.like(name, x, u.shape, u.dtype, u.device)
+
+
 def _fake(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:
     return empty_features(u)
 
@@ -54,6 +60,7 @@ _OPERATOR, _BACKWARD = define(
     "(Tensor u, Tensor h, Tensor shortcut) -> Tensor",
     "(Tensor grad, Tensor u, Tensor h, Tensor out) -> Tensor[]",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=_fake_backward,
     save=_save,

@@ -64,6 +64,25 @@ def _check(
     check_norm("norm", norm, affine, statistics, channels, compute_dtype(x.dtype), x.device)
 
 
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    norm: str,
+    eps: float,
+) -> None:
+    statistics = (mean, var) if norm == "running" else (None, None)
+    _check(x, x, weight, bias, *statistics, norm, eps)
+    for name, like_x in (("grad", grad), ("out", out)):
+        checks.like(name, like_x, x.shape, x.dtype, x.device)
+    for name, statistic in (("mean", mean), ("var", var)):
+        checks.like(name, statistic, (x.shape[1],), compute_dtype(x.dtype), x.device)
+
+
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, norm, _ = rest
     size = x.shape[1] if norm == "batch" else 0
@@ -102,6 +121,7 @@ _OPERATOR, _BACKWARD = define(
     "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor out, Tensor mean, Tensor var, "
     "str norm, float eps) -> Tensor[]",
     check=_check,
+    backward_check=_check_backward,
     fake=_fake,
     backward_fake=_fake_backward,
     save=_save,
