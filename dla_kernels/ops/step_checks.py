@@ -90,9 +90,7 @@ def check_norm(
     if given and len(given) < len(affine):
         missing = next(key for key, value in affine.items() if value is None)
         raise ValueError(f"{missing}: expected {' and '.join(affine)} both or neither, got None")
-    for key, value in affine.items():
-        if value is not None:
-            checks.like(key, value, (channels,), dtype, device)
+    checks.like_if_given(affine, (channels,), dtype, device)
     for key, value in statistics.items():
         if norm != "running":
             if value is not None:
@@ -107,5 +105,4 @@ def check_drop(
     drop_scale: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raises unless there is a factor for every sample, or none at all."""
-    if drop_scale is not None:
-        checks.like("drop_scale", drop_scale, (batch,), dtype, device)
+    checks.like_if_given({"drop_scale": drop_scale}, (batch,), dtype, device)

@@ -190,8 +190,7 @@ def _check(
     rest = (compute_dtype(x.dtype), x.device)
     check_cell(state, cell_params, cell, batch, channels, *rest)
     check_convolutions(q_weight, k_weight, v_weight, channels, *rest)
-    if prev_weight is not None:
-        checks.like("prev_weight", prev_weight, (channels, 1, 3, 3), *rest)
+    checks.like_if_given({"prev_weight": prev_weight}, (channels, 1, 3, 3), *rest)
     checks.like("lam", lam, (channels,), *rest)
     affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     statistics = {"mean_in": mean_in, "var_in": var_in}
