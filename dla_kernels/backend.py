@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.resources
 import importlib.util
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -84,14 +85,16 @@ def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implement
     name = requested()
     if name != AUTO:
         return _demand(op, name, x, args, backward)
-    *order, slowest = _automatic_order(op, _class_of(x, args) if x.is_cuda else None)
-    later = _giving_way(op, order, args, backward)
-    refusals = [f"{name}: {reason}" for name, reason in later.items()]
-    for name in (*sorted(order, key=later.__contains__), slowest):
+    *fast, slowest = _automatic_order(op, _class_of(x, args) if x.is_cuda else None)
+    refusals: list[str] = []
+    later: list[str] = []  # what gave way, to be asked again before the slowest
+    for name in itertools.chain(fast, later, (slowest,)):
         module = implementation(op, name)
         if module is None:
             continue
         reason = _refusal(module, x, args, backward)
+        if reason is None and name not in later and (reason := _gives_way(module, args, backward)):
+            later.append(name)
         if reason is None:
             _report(op, name, tuple(refusals))
             return module
@@ -99,21 +102,16 @@ def select(op: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implement
     raise RuntimeError(f"no backend serves {op} on {x.device}: {'; '.join(refusals)}")
 
 
-def _giving_way(
-    op: str, names: Sequence[str], args: Sequence[Any], backward: bool
-) -> dict[str, str]:
-    """Those of the backends that others are to be tried before, with the reason."""
-    if len(names) < 2:
-        return {}
-    asked = {name: getattr(implementation(op, name), "gives_way", None) for name in names}
-    reasons = {name: gives_way(backward, *args) for name, gives_way in asked.items() if gives_way}
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
 def _refusal(module: Implementation, x: Tensor, args: Sequence[Any], backward: bool) -> str | None:
     """Why an implementation cannot serve a call, or None."""
     refuses = getattr(module, "refuses", None)
     return module.unsupported(x) or (refuses(backward, *args) if refuses else None)
+
+
+def _gives_way(module: Implementation, args: Sequence[Any], backward: bool) -> str | None:
+    """Why an implementation gives way to others, or None."""
+    gives_way = getattr(module, "gives_way", None)
+    return gives_way(backward, *args) if gives_way else None
 
 
 def _demand(op: str, name: str, x: Tensor, args: Sequence[Any], backward: bool) -> Implementation:
