@@ -1,92 +1,25 @@
-// The Python modules _dla_native (DLA_BACKEND=cpu) and _dla_native_cuda (DLA_BACKEND=cuda), which
-// offer the same functions. Tensors are asked for their address in Python: no torch headers, so one
-// build serves every torch. Callers are dla_kernels/ops/<op>/cpp.py.
+// The Python side of all compiled modules: what entries.h lists becomes functions. Tensors are asked for
+// their address in Python: no torch headers, so one build serves every torch. Compiled once and linked
+// to each module's own entries.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <cstddef>
-#include <cstdlib>
-#include <functional>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "common/args.h"
-#include "common/isa.h"
+#include "entries.h"
 #include "forms.h"
-#include "ops/base_attention/op.h"
-#include "ops/cell/op.h"
-#include "ops/gate/op.h"
-#include "ops/global_pool/op.h"
-#include "ops/light_attention/op.h"
-#include "ops/residual_gate/op.h"
-#include "ops/residual_norm/op.h"
 
 namespace py = pybind11;
 
 namespace dla {
 namespace {
 
-#ifdef DLA_CPU
-
-Simd detect_simd() {
-  Simd level = Simd::baseline;
-#ifdef DLA_X86_ISAS
-  // Every processor with AVX2 and FMA has F16C as well.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    level = Simd::avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      level = Simd::avx512;
-  }
-#endif
-  const char* cap = std::getenv("DLA_SIMD");
-  if (cap == nullptr || *cap == '\0') return level;
-  const std::string name = cap;
-  if (name == "baseline") return Simd::baseline;
-  if (name == "avx2") return std::min(level, Simd::avx2);
-  if (name == "avx512") return level;
-  throw std::invalid_argument("DLA_SIMD: expected baseline, avx2 or avx512, got '" + name + "'");
-}
-
-const char* simd_name(Simd level) {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
-  return names[static_cast<int>(level)];
-}
-
-#endif  // DLA_CPU
-
-py::dict build_info() {
-  py::dict info;
-#ifdef __clang__
-  info["compiler"] = __VERSION__;
-#else
-  info["compiler"] = "GCC " __VERSION__;
-#endif
-#ifdef DLA_CPU
-  py::list isas;
-  isas.append("baseline");
-#ifdef DLA_X86_ISAS
-  isas.append("avx2");
-  isas.append("avx512");
-#endif
-  info["isas"] = isas;
-#ifdef _OPENMP
-  info["openmp"] = true;
-#else
-  info["openmp"] = false;
-#endif
-  info["without_cuda"] = DLA_WITHOUT_CUDA;  // why _dla_native_cuda was not built; "" if it was
-#else
-  info["targets"] = DLA_CUDA_TARGETS;
-#endif
-  return info;
-}
-
-// --- argument structs ----------------------------------------------------------------------------
+// ---- fields -------------------------------------------------------------------------------------
 
 // Of a tensor (of an empty one, null), None, or an address as an int.
 void* address_of(py::handle value) {
@@ -101,82 +34,73 @@ void* address_of(py::handle value) {
   return address;
 }
 
-// Python value -> field: an address, a number, an enum from its int, or a std::vector of these.
 template <class T>
-struct Field {
-  static T from(py::handle value) {
-    if constexpr (std::is_pointer_v<T>) {
-      return address_of(value);
-    } else if constexpr (std::is_enum_v<T>) {
-      return static_cast<T>(value.cast<std::underlying_type_t<T>>());
-    } else {
-      return value.cast<T>();
-    }
-  }
-};
-
-template <class T>
-struct Field<std::vector<T>> {
-  static std::vector<T> from(py::handle value) {
-    std::vector<T> items;
-    for (py::handle item : value) items.push_back(Field<T>::from(item));
-    return items;
-  }
-};
-
-// A field of a struct. Type-erased, as is all that follows: whatever is generated anew for each of
-// three hundred fields, or each of a dozen structs, is slow to compile.
-struct NamedField {
-  const char* name;
-  std::size_t offset;
-  void (*assign)(void* field, py::handle value);
-  PyObject* interned;  // the name, for the life of the process
-};
-
-template <class T>
-void assign_field(void* field, py::handle value) {
-  *static_cast<T*>(field) = Field<T>::from(value);
+T from_python(py::handle value) {
+  if constexpr (std::is_pointer_v<T>)
+    return address_of(value);
+  else
+    return value.cast<T>();
 }
 
-// Of the struct whose function is bound; set by then.
-template <class Args>
-std::vector<NamedField> fields_of;
-
-template <std::size_t count>
-std::vector<NamedField> interned(const NamedField (&named)[count]) {
-  std::vector<NamedField> fields(named, named + count);
-  for (NamedField& field : fields) field.interned = PyUnicode_InternFromString(field.name);
-  return fields;
+template <class T>
+void put(void* place, bool is_list, py::handle value) {
+  if (!is_list) {
+    const T converted = from_python<T>(value);
+    std::memcpy(place, &converted, sizeof converted);  // which may be an enum there
+    return;
+  }
+  std::vector<T> items;
+  for (py::handle item : value) items.push_back(from_python<T>(item));
+  *static_cast<std::vector<T>*>(place) = std::move(items);
 }
 
-std::string text(py::handle name) { return name.cast<std::string>(); }
+void put(const Field& field, void* place, py::handle value) {
+  switch (field.kind) {
+    case Kind::source: return put<const void*>(place, field.is_list, value);
+    case Kind::target: return put<void*>(place, field.is_list, value);
+    case Kind::flag: return put<bool>(place, field.is_list, value);
+    case Kind::int32: return put<int>(place, field.is_list, value);
+    case Kind::int64: return put<std::int64_t>(place, field.is_list, value);
+    case Kind::real: return put<double>(place, field.is_list, value);
+  }
+}
 
-void assign(const NamedField& field, py::handle value, void* args) {
+std::string text(py::handle value) { return value.cast<std::string>(); }
+
+void assign(const Field& field, py::handle value, void* args) {
   try {
-    field.assign(static_cast<char*>(args) + field.offset, value);
+    put(field, static_cast<char*>(args) + field.offset, value);
   } catch (const py::cast_error&) {
     throw py::type_error(std::string("argument ") + field.name + ": cannot use " +
                          text(py::repr(value)));
   }
 }
 
-void assign_all(const std::vector<NamedField>& fields, const py::kwargs& values, void* args) {
-  for (const NamedField& field : fields) {
-    PyObject* value = PyDict_GetItemWithError(values.ptr(), field.interned);
-    if (value == nullptr) throw py::type_error(std::string("missing argument ") + field.name);
-    assign(field, value, args);
+// ---- functions ----------------------------------------------------------------------------------
+
+// An entry and, for each of its fields, the name as an interned string; for the life of the process.
+struct Function {
+  Entry entry;
+  std::vector<PyObject*> names;
+
+  explicit Function(const Entry& entry) : entry(entry) {
+    for (const Field& field : entry.fields)
+      names.push_back(PyUnicode_InternFromString(field.name));
   }
-  if (values.size() != fields.size()) throw py::type_error("unknown argument given");
-}
 
-#ifdef DLA_CPU
-
-// A function of a struct, with nothing left of its type.
-struct StepFunction {
-  const std::vector<NamedField>* fields;
-  std::shared_ptr<void> (*make)();
-  std::shared_ptr<void> (*copy)(const void* args);
-  void (*call)(const void* args);
+  // Wants every field by keyword.
+  std::int64_t operator()(const py::kwargs& values) const {
+    const std::shared_ptr<void> args = entry.make();
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      PyObject* value = PyDict_GetItemWithError(values.ptr(), names[i]);
+      if (value == nullptr)
+        throw py::type_error(std::string("missing argument ") + entry.fields[i].name);
+      assign(entry.fields[i], value, args.get());
+    }
+    if (values.size() != names.size()) throw py::type_error("unknown argument given");
+    const py::gil_scoped_release released;
+    return entry.call(args.get());
+  }
 };
 
 // A call that is made time and again. Some of its arguments stay; others are taken from a tuple that
@@ -184,28 +108,29 @@ struct StepFunction {
 class Repeat {
  public:
   // constants: by name. given, made: pairs of a name and the place, or list of places, in these.
-  Repeat(StepFunction function, const py::dict& constants, const py::list& given,
+  Repeat(std::shared_ptr<const Function> function, const py::dict& constants, const py::list& given,
          const py::list& made)
-      : function_(function),
-        args_(function.make()),
+      : function_(std::move(function)),
+        args_(function_->entry.make()),
         given_(sources(given)),
         made_(sources(made)) {
     for (const auto& [name, value] : constants) assign(find(name), value, args_.get());
-    if (constants.size() + given.size() + made.size() != function.fields->size())
+    if (constants.size() + given.size() + made.size() != function_->names.size())
       throw py::type_error("missing argument");
   }
 
   void operator()(const py::tuple& given, const py::list& made) const {
-    const std::shared_ptr<void> args = function_.copy(args_.get());  // for this call, on this thread
+    // For this call, on this thread.
+    const std::shared_ptr<void> args = function_->entry.copy(args_.get());
     take(given_, PySequence_Fast_ITEMS(given.ptr()), args.get());
     take(made_, PySequence_Fast_ITEMS(made.ptr()), args.get());
     const py::gil_scoped_release released;
-    function_.call(args.get());
+    function_->entry.call(args.get());
   }
 
  private:
   struct Source {
-    NamedField field;
+    Field field;
     bool is_list;
     std::vector<Py_ssize_t> places;
   };
@@ -222,12 +147,13 @@ class Repeat {
     return found;
   }
 
-  NamedField find(py::handle name) const {
+  Field find(py::handle name) const {
     PyObject* interned = name.inc_ref().ptr();
     PyUnicode_InternInPlace(&interned);
     const auto owner = py::reinterpret_steal<py::object>(interned);
-    for (const NamedField& field : *function_.fields)
-      if (field.interned == interned) return field;
+    const auto& names = function_->names;
+    const auto found = std::find(names.begin(), names.end(), interned);
+    if (found != names.end()) return function_->entry.fields[found - names.begin()];
     throw py::type_error("unknown argument " + text(name));
   }
 
@@ -243,157 +169,31 @@ class Repeat {
     }
   }
 
-  StepFunction function_;
+  std::shared_ptr<const Function> function_;
   std::shared_ptr<void> args_;
   std::vector<Source> given_, made_;
 };
 
-void define_repeat(py::module_& m, const char* name, StepFunction function) {
-  m.def(name, [=](const py::dict& constants, const py::list& given, const py::list& made) {
-    return Repeat(function, constants, given, made);
-  });
-}
-
-// Binds what makes a `Repeat` of a function that is bound already.
-template <class Args, void (*function)(const Args&)>
-void bind_repeat(py::module_& m, const char* name) {
-  define_repeat(m, name,
-                {&fields_of<Args>,
-                 []() -> std::shared_ptr<void> { return std::make_shared<Args>(); },
-                 [](const void* args) -> std::shared_ptr<void> {
-                   return std::make_shared<Args>(*static_cast<const Args*>(args));
-                 },
-                 [](const void* args) { function(*static_cast<const Args*>(args)); }});
-}
-
-#endif  // DLA_CPU
-
-using Function = std::function<std::int64_t(const py::kwargs&)>;
-
-void define(py::module_& m, const char* name, Function function) { m.def(name, function); }
-
-// Binds a function of a struct as one that wants every field by keyword. Returns 0 for void.
-template <class Args, class Result>
-void bind(py::module_& m, const char* name, Result (*function)(const Args&)) {
-  define(m, name, [function](const py::kwargs& values) -> std::int64_t {
-    Args args{};
-    assign_all(fields_of<Args>, values, &args);
-    const py::gil_scoped_release released;
-    if constexpr (std::is_void_v<Result>)
-      return function(args), 0;
-    else
-      return function(args);
-  });
-}
-
-// DLA_BIND(m, function, Struct, field, field, ...): __VA_OPT__ recursion over the field names.
-#define DLA_PARENS ()
-#define DLA_REPEAT1(...) DLA_REPEAT2(DLA_REPEAT2(DLA_REPEAT2(DLA_REPEAT2(__VA_ARGS__))))
-#define DLA_REPEAT2(...) DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(DLA_REPEAT3(__VA_ARGS__))))
-#define DLA_REPEAT3(...) DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(DLA_REPEAT4(__VA_ARGS__))))
-#define DLA_REPEAT4(...) __VA_ARGS__
-#define DLA_FIELD(Struct, field, ...)                                                        \
-  {#field, offsetof(Struct, field), &assign_field<decltype(Struct::field)>, nullptr}         \
-  __VA_OPT__(, DLA_FIELD_AGAIN DLA_PARENS(Struct, __VA_ARGS__))
-#define DLA_FIELD_AGAIN() DLA_FIELD
-#define DLA_BIND(m, function, Struct, ...)                                                   \
-  {                                                                                          \
-    static constexpr NamedField fields[] = {DLA_REPEAT1(DLA_FIELD(Struct, __VA_ARGS__))};    \
-    fields_of<Struct> = interned(fields);                                                    \
-    bind(m, #function, &DLA_BACKEND::function);                                              \
-  }
-
-}  // namespace
-
-#ifdef DLA_CPU
-Simd simd_level() {
-  static const Simd level = detect_simd();
-  return level;
-}
-#endif
-
-PYBIND11_MODULE(DLA_MODULE, m) {
+void fill(py::module_& m) {
   m.doc() = "Native kernels of dla-kernels; call them through dla_kernels.ops.";
-  m.def("build_info", &build_info);
-
-  DLA_BIND(m, global_pool_forward, GlobalPoolForward, x, out, batch, channels, area, dtype,
-           channels_last, threads, stream);
-  DLA_BIND(m, global_pool_backward, GlobalPoolBackward, grad, dx, batch, channels, area, dtype,
-           channels_last, threads, stream);
-
-  DLA_BIND(m, gate_forward, GateForward, x, gates, out, batch, channels, area, channels_last, dtype,
-           threads, stream);
-  DLA_BIND(m, gate_backward, GateBackward, grad, x, gates, dx, dgates, batch, channels, area,
-           channels_last, dtype, threads, stream);
-
-  DLA_BIND(m, residual_gate_forward, ResidualGateForward, u, h, shortcut, out, batch, channels, area,
-           channels_last, dtype, threads, stream);
-  DLA_BIND(m, residual_gate_backward, ResidualGateBackward, grad, u, h, out, du, dh, dshortcut,
-           batch, channels, area, channels_last, dtype, threads, stream);
-
-  DLA_BIND(m, cell_forward, CellForward, y, state, params, out, batch, channels, hidden, kind,
-           activation, dtype, threads, stream);
-  DLA_BIND(m, cell_backward, CellBackward, grad_out, y, state, params, grad_y, grad_state,
-           grad_params, scratch, batch, channels, hidden, kind, activation, dtype, threads, stream);
-
-  DLA_BIND(m, residual_norm_forward, ResidualNormForward, x, weight, bias, batch, channels, height,
-           width, channels_last, dtype, norm, eps, threads, stream, scratch, pieces, shortcut,
-           mean_in, var_in, out, mean, var);
-  DLA_BIND(m, residual_norm_backward, ResidualNormBackward, x, weight, bias, batch, channels, height,
-           width, channels_last, dtype, norm, eps, threads, stream, scratch, pieces, grad, out, mean,
-           var, dx, dshortcut, dweight, dbias);
-
-  DLA_BIND(m, light_attention_forward, LightAttentionForward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, stream, scratch, mean_in, var_in, branch_mean_in,
-           branch_var_in, out, o, new_state, mean, var, branch_mean, branch_var, summary);
-
-  DLA_BIND(m, light_attention_backward, LightAttentionBackward, x, p, state, cell_params, q_weight,
-           k_weight, v_weight, prev_weight, lam, norm_weight, norm_bias, branch_weight, branch_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, branch_norm, channels_last, sigmoid_gate, first_sample, residual, join,
-           eps, branch_eps, threads, stream, scratch, grad_out, grad_o, grad_state, mean,
-           var, branch_mean, branch_var, new_state, summary, dx, dp, dstate, dq_weight, dk_weight,
-           dv_weight, dprev_weight, dlam, dnorm_weight, dnorm_bias, dbranch_weight, dbranch_bias,
-           dcell_params);
-
-  DLA_BIND(m, base_attention_forward, BaseAttentionForward, x, values, state, keys, gates, pooled,
-           cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, channels_last, sigmoid_gate, first_sample, relu, residual,
-           gated_features, eps, threads, stream, scratch, mean_in, var_in, out, v, state_out,
-           keys_out, gates_out, pooled_v, scores, mean, var, pooled_x);
-  DLA_BIND(m, base_attention_backward, BaseAttentionBackward, x, values, state, keys, gates,
-           pooled, cell_params, q_weight, k_weight, key_weights, v_weight, norm_weight, norm_bias,
-           drop_scale, batch, channels, height, width, head_dim, kernel_size, hidden, dtype, cell,
-           activation, norm, channels_last, sigmoid_gate, first_sample, relu, residual,
-           gated_features, eps, threads, stream, scratch, grad_out, grad_v, grad_state, grad_keys,
-           grad_gates, grad_pooled_v, grad_pooled_x, later_grads, later_weights, mean, var, scores,
-           pooled_x, dx, g, weights, dv, dstate, dkeys, dgates, dpooled, dcell_params, dq_weight,
-           dk_weight, dkey_weights, dv_weight, dnorm_weight, dnorm_bias);
-
-#ifdef DLA_CPU
+  for (const Fact& fact : facts()) m.def(fact.name, fact.tell);
   py::class_<Forms>(m, "Forms", py::module_local())
       .def(py::init<py::capsule, py::object, py::object>())
       .def("__call__", &Forms::operator());
   py::class_<Repeat>(m, "Repeat", py::module_local()).def("__call__", &Repeat::operator());
-  bind_repeat<LightAttentionForward, &cpu::light_attention_forward>(
-      m, "repeat_light_attention_forward");
-  bind_repeat<LightAttentionBackward, &cpu::light_attention_backward>(
-      m, "repeat_light_attention_backward");
-  bind_repeat<BaseAttentionForward, &cpu::base_attention_forward>(
-      m, "repeat_base_attention_forward");
-  bind_repeat<BaseAttentionBackward, &cpu::base_attention_backward>(
-      m, "repeat_base_attention_backward");
-  m.def("simd_level", [] { return simd_name(simd_level()); });
-#else
-  bind(m, "light_attention_forward_scratch", &cuda::light_attention_forward_scratch);
-  bind(m, "light_attention_backward_scratch", &cuda::light_attention_backward_scratch);
-  bind(m, "base_attention_forward_scratch", &cuda::base_attention_forward_scratch);
-  bind(m, "base_attention_backward_scratch", &cuda::base_attention_backward_scratch);
-#endif
+  for (const Entry& entry : entries()) {
+    const auto function = std::make_shared<const Function>(entry);
+    m.def(entry.name, [function](const py::kwargs& values) { return (*function)(values); });
+    m.def((std::string("repeat_") + entry.name).c_str(),
+          [function](const py::dict& constants, const py::list& given, const py::list& made) {
+            return Repeat(function, constants, given, made);
+          });
+  }
 }
 
+}  // namespace
 }  // namespace dla
+
+PYBIND11_MODULE(_dla_native, m) { dla::fill(m); }
+PYBIND11_MODULE(_dla_native_cuda, m) { dla::fill(m); }
+PYBIND11_MODULE(_dla_native_cuda_emulated, m) { dla::fill(m); }  // tests/emulation

@@ -50,19 +50,19 @@ def facts() -> dict[str, str]:
         "triton": installed("triton") + (", DLA_AUTOTUNE=0" if NOT_TUNED else ""),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-    found["CUDA kernels"] = native.cuda_error() or (
-        f"for compute capability {native.load_cuda().build_info()['targets']}"
+    found["CUDA kernels"] = (
+        native.cuda_error() or f"for compute capability {native.load_cuda().targets()}"
     )
     if problem := native.error():
         return found | {"native module": problem}
     module = native.load()
-    build = module.build_info()
+    alone = "" if module.thread_pool() else ", without OpenMP: one thread"
     cap = os.environ.get("DLA_SIMD")
     capped = f" (DLA_SIMD={cap} caps it)" if cap else ""
     return found | {
         "native module": str(module.__file__),
-        "compiler": build["compiler"] + ("" if build["openmp"] else ", without OpenMP: one thread"),
-        "SIMD level": f"{module.simd_level()} of {', '.join(build['isas'])}{capped}",
+        "compiler": module.compiler() + alone,
+        "SIMD level": f"{module.simd_level()} of {module.simd_levels()}{capped}",
     }
 
 

@@ -41,7 +41,7 @@ def _try_load(name: str) -> tuple[ModuleType | None, str | None]:
 def _because(name: str) -> str:
     """What the build has to say about a missing CUDA module."""
     module = _try_load(_CPU)[0] if name == _CUDA else None
-    reason = module.build_info()["without_cuda"] if module else ""
+    reason = module.without_cuda() if module else ""
     return f": {reason}" if reason else ""
 
 
