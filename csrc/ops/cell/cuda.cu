@@ -8,7 +8,7 @@
 #include "ops/cell/tails.h"
 
 namespace dla::cuda {
-namespace {
+namespace cell {
 
 constexpr int kThreads = 256;
 constexpr int kMostGates = 4;
@@ -572,9 +572,10 @@ void with_compute_type(DType dtype, const Body& body) {
   }
 }
 
-}  // namespace
+}  // namespace cell
 
 void cell_forward(const CellForward& args) {
+  using namespace cell;
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     Step<A> step = step_of<A>(args);
@@ -585,6 +586,7 @@ void cell_forward(const CellForward& args) {
 }
 
 void cell_backward(const CellBackward& args) {
+  using namespace cell;
   with_compute_type(args.dtype, [&](auto zero) {
     using A = decltype(zero);
     Step<A> step = step_of<A>(args);

@@ -5,7 +5,7 @@
 #include "common/cuda/map.h"
 
 namespace dla::cuda {
-namespace {
+namespace gate {
 
 constexpr int kFeatures = 16;  // of one launch
 
@@ -93,9 +93,10 @@ void launch_lists(const char* op, void (*kernel)(Features<T>), const GateShapes&
   }
 }
 
-}  // namespace
+}  // namespace gate
 
 void gate_forward(const GateForward& args) {
+  using namespace gate;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     launch_lists<T>("gate", scale_kernel<T>, args, false, [&](std::size_t i, Feature<T>& f) {
@@ -107,6 +108,7 @@ void gate_forward(const GateForward& args) {
 }
 
 void gate_backward(const GateBackward& args) {
+  using namespace gate;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     launch_lists<T>(

@@ -4,7 +4,7 @@
 #include "common/cuda/map.h"
 
 namespace dla::cuda {
-namespace {
+namespace global_pool {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -36,9 +36,10 @@ Call call_of(const char* op, const Args& args) {
   return {op, args.batch, args.channels, args.area, args.stream};
 }
 
-}  // namespace
+}  // namespace global_pool
 
 void global_pool_forward(const GlobalPoolForward& args) {
+  using namespace global_pool;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     const Cut cut = cut_map<T>(args.batch, args.channels, args.area, args.channels_last, true,
@@ -49,6 +50,7 @@ void global_pool_forward(const GlobalPoolForward& args) {
 }
 
 void global_pool_backward(const GlobalPoolBackward& args) {
+  using namespace global_pool;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     const Cut cut = cut_map<T>(args.batch, args.channels, args.area, args.channels_last, false,

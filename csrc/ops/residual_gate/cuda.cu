@@ -5,7 +5,7 @@
 #include "common/cuda/map.h"
 
 namespace dla::cuda {
-namespace {
+namespace residual_gate {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -56,9 +56,10 @@ Call call_of(const char* op, const ResidualGateInputs& args) {
   return {op, args.batch, args.channels, args.area, args.stream};
 }
 
-}  // namespace
+}  // namespace residual_gate
 
 void residual_gate_forward(const ResidualGateForward& args) {
+  using namespace residual_gate;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     const Cut cut = cut_maps<T>(args, false, {args.u, args.shortcut, args.out});
@@ -69,6 +70,7 @@ void residual_gate_forward(const ResidualGateForward& args) {
 }
 
 void residual_gate_backward(const ResidualGateBackward& args) {
+  using namespace residual_gate;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     const Cut cut = cut_maps<T>(args, true, {args.grad, args.u, args.out, args.du, args.dshortcut});

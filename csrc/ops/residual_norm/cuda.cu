@@ -7,7 +7,7 @@
 #include "common/cuda/statistics.h"
 
 namespace dla::cuda {
-namespace {
+namespace residual_norm {
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -81,9 +81,10 @@ Call call_of(const char* op, const ResidualNormInputs& args) {
   return {op, args.batch, args.channels, args.height * args.width, args.stream};
 }
 
-}  // namespace
+}  // namespace residual_norm
 
 void residual_norm_forward(const ResidualNormForward& args) {
+  using namespace residual_norm;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Compute<T>;
@@ -106,6 +107,7 @@ void residual_norm_forward(const ResidualNormForward& args) {
 }
 
 void residual_norm_backward(const ResidualNormBackward& args) {
+  using namespace residual_norm;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Compute<T>;
