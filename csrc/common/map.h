@@ -62,6 +62,7 @@ struct Grid {
   int64_t vectors;      // vectors of a row
   int64_t strip_rows;   // rows that are worked on at a time
   bool safe_rows;       // a vector that starts in a row, or a pixel before it, ends in the next
+  bool foreseen;        // small planes, one after the other: the processor itself fetches what is next
   std::vector<Mask<A>> columns;  // [vectors][3]: lanes whose neighbour at dx = -1, 0, 1 is in the row
   std::vector<A> zeros;          // a row, with a pixel before and after it
   std::vector<int64_t> offsets;  // channel lanes: of a strip's pixels in working memory
@@ -79,6 +80,8 @@ struct Grid {
     together = s.channels_last ? 4 : 1;
     vectors = channel_lanes ? s.width : ceil_div(s.width, kV);
     safe_rows = channel_lanes || vectors * kV + 1 - s.width <= s.width;
+    foreseen = !channel_lanes && kVectorBytes == 64 &&
+               s.pixels() * static_cast<int64_t>(sizeof(A)) <= 2048;
     // A strip of six maps in the L1 cache.
     const int64_t row_bytes = row_stride() * static_cast<int64_t>(sizeof(A));
     const int64_t fitting = 48 * 1024 / (6 * row_bytes) / 8 * 8;

@@ -166,8 +166,9 @@ struct PlaneSumsPass {
       const int64_t k = i + middle < grid.vectors ? i + middle : i + middle - grid.vectors;
       const Taps<A> taps = grid.taps(row, R, k, plane.channels);
       const Mask<A> own = taps.own();
-      for (const In& w : in)
-        if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
+      if (!grid.foreseen)
+        for (const In& w : in)
+          if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
       V u[R], e[R];
       fill_block(u, kBackward ? -plane.shift[0] : V{});
       fill_block(e, kBackward ? -plane.shift[2] : V{});
@@ -345,8 +346,10 @@ struct StencilPass {
       for (int64_t k = 0; k < grid.vectors; ++k) {
         const Taps<A> taps = grid.taps(row, R, k, plane.channels);
         const Mask<A> own = taps.own();
-        prefetch_block<R, kPixelLanes>(x_in.next, row, k);
-        if (p) prefetch_block<R, kPixelLanes>(p_in.next, row, k);
+        if (!grid.foreseen) {
+          prefetch_block<R, kPixelLanes>(x_in.next, row, k);
+          if (p) prefetch_block<R, kPixelLanes>(p_in.next, row, k);
+        }
         for (const Upcoming& map : later)
           if (map.origin != nullptr) prefetch_block<R, kPixelLanes>(map, row, k);
         V acc[R];
@@ -458,8 +461,9 @@ struct GradientsPass {
       for (int64_t k = 0; k < grid.vectors; ++k) {
         const Taps<A> taps = grid.taps(row, R, k, c.channels);
         const Mask<A> own = taps.own();
-        for (const In& w : in)
-          if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
+        if (!grid.foreseen)
+          for (const In& w : in)
+            if (w) prefetch_block<R, kPixelLanes>(w.next, row, k);
         V g[R];
         fill_block(g, V{});
         if (o_scale != nullptr) {
