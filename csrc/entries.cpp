@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+#include <type_traits>
 
 #include "common/args.h"
 #include "common/isa.h"
@@ -18,6 +19,30 @@
 
 namespace dla {
 namespace {
+
+template <class T>
+constexpr Kind kind_of() {
+  if constexpr (std::is_same_v<T, const void*>) return Kind::source;
+  else if constexpr (std::is_same_v<T, void*>) return Kind::target;
+  else if constexpr (std::is_same_v<T, bool>) return Kind::flag;
+  else if constexpr (std::is_same_v<T, double>) return Kind::real;
+  else if constexpr (std::is_same_v<T, std::int64_t>) return Kind::int64;
+  else if constexpr (std::is_enum_v<T>) return kind_of<std::underlying_type_t<T>>();
+  else static_assert(std::is_same_v<T, int>, "no kind of field");
+  return Kind::int32;
+}
+
+template <class T>
+struct FieldType {
+  static constexpr Kind kind = kind_of<T>();
+  static constexpr bool is_list = false;
+};
+template <class T>
+struct FieldType<std::vector<T>> {
+  static_assert(!std::is_enum_v<T>);
+  static constexpr Kind kind = kind_of<T>();
+  static constexpr bool is_list = true;
+};
 
 template <class Args>
 std::span<const Field> fields_of;  // set by DLA_ENTRY

@@ -7,7 +7,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 namespace dla {
@@ -40,29 +39,5 @@ struct Fact {
 
 std::vector<Entry> entries();
 std::vector<Fact> facts();
-
-template <class T>
-constexpr Kind kind_of() {
-  if constexpr (std::is_same_v<T, const void*>) return Kind::source;
-  else if constexpr (std::is_same_v<T, void*>) return Kind::target;
-  else if constexpr (std::is_same_v<T, bool>) return Kind::flag;
-  else if constexpr (std::is_same_v<T, double>) return Kind::real;
-  else if constexpr (std::is_same_v<T, std::int64_t>) return Kind::int64;
-  else if constexpr (std::is_enum_v<T>) return kind_of<std::underlying_type_t<T>>();
-  else static_assert(std::is_same_v<T, int>, "no kind of field");
-  return Kind::int32;
-}
-
-template <class T>
-struct FieldType {
-  static constexpr Kind kind = kind_of<T>();
-  static constexpr bool is_list = false;
-};
-template <class T>
-struct FieldType<std::vector<T>> {
-  static_assert(!std::is_enum_v<T>);
-  static constexpr Kind kind = kind_of<T>();
-  static constexpr bool is_list = true;
-};
 
 }  // namespace dla
