@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "entries.h"
+#include "facts.h"
 #include "forms.h"
 
 namespace py = pybind11;
@@ -177,6 +178,7 @@ class Repeat {
 void fill(py::module_& m) {
   m.doc() = "Native kernels of dla-kernels; call them through dla_kernels.ops.";
   for (const Fact& fact : facts()) m.def(fact.name, fact.tell);
+  m.def("unchanged", &unchanged);
   py::class_<Forms>(m, "Forms", py::module_local())
       .def(py::init<py::capsule, py::object, py::object>())
       .def("__call__", &Forms::operator());

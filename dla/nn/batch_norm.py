@@ -23,6 +23,8 @@ class BatchNormArguments(NamedTuple):
     var: Tensor | None
 
 
+# Where a module keeps the hooks that run when it is called.
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 NO_NORM = BatchNormArguments("none", 0.0, None, None, None, None)
 
 
@@ -109,10 +111,5 @@ def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does what its class's forward does, hooks of all modules aside
     (``register_module_forward_hook``)."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    held = vars(module)
+    return not any(held[name] for name in HOOKS) and "forward" not in held

@@ -1,7 +1,8 @@
 """One DLA layer: attention of a layer to itself and to earlier layers of its stage."""
 
 import math
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import Cell
 from dla.nn.checks import boolean, check_features, match_autocast, positive_int
 from dla.nn.drop import DropPath
+from dla.nn.facts import Facts
 from dla.nn.form import (
     DepthwiseConv,
     channel_kernel_size,
@@ -28,13 +30,73 @@ from dla.nn.form import (
     shared_parts,
 )
 from dla.nn.recording import record, recordings
-from dla.nn.state import DLAState, check_memory, check_state, check_tensors, has_no_memory
+from dla.nn.state import DLAState, check_memory, check_state, check_tensors
 from dla.nn.tensors import child, parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.checks import like, one_of
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
 from dla_kernels.ops.step_checks import CONTEXTS, STATIC
+
+
+class LightArguments(NamedTuple):
+    """What a layer passes to light_attention beside features and state, and what is left to it.
+
+    tensors: those from q_weight to drop_scale.
+    finishes: whether the op goes on from o to the end.
+    keep_output: whether the next state has o.
+    branch_norm: the module that the op stands for, if any.
+    """
+
+    cell_params: list[Tensor]
+    tensors: tuple[Tensor | None, ...]
+    flags: dict[str, Any]
+    finishes: bool
+    keep_output: bool
+    branch_norm: nn.BatchNorm2d | None
+
+
+class Recalled(NamedTuple):
+    """Arguments that a layer found, for calls to which they apply, too. In these everything else is
+    left to the op, which is called before anything has an effect, and finds whatever is wrong:
+    to check and to find arguments takes as long as a small map.
+
+    choices: of the call, by identity.
+    facts: what the arguments follow from.
+    dtype: of features.
+    reads_output: whether p is the output in the state, unless it is given.
+    rest: of the state, from ``cell`` on.
+    """
+
+    choices: tuple[Any, ...]
+    arguments: LightArguments
+    facts: Facts
+    dtype: torch.dtype
+    reads_output: bool
+    rest: tuple[Any, ...]
+
+    def previous(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        prev: Tensor | None,
+        state: DLAState | None,
+        choices: tuple[Any, ...],
+    ) -> Tensor | None:
+        """p of a call, which may be wrong in any way; None where the arguments do not apply."""
+        if type(state) is not DLAState or not all(map(is_, choices, self.choices)):
+            return None
+        p = state.output if prev is None and self.reads_output else prev
+        applies = (
+            isinstance(x, Tensor)
+            and isinstance(p, Tensor)
+            and isinstance(state.context, Tensor)
+            and x.dtype == p.dtype == self.dtype
+            and x.shape[2:] == state.size
+            and state[3:] == self.rest
+            and self.facts.hold(layer)
+        )
+        return p if applies else None
 
 
 class DLALayer(nn.Module):
@@ -114,6 +176,8 @@ class DLALayer(nn.Module):
         ValueError, TypeError: an argument out of its range or of the wrong type.
     """
 
+    _recalled: Recalled | None = None  # from the last call
+
     def __init__(
         self,
         channels: int,
@@ -167,6 +231,10 @@ class DLALayer(nn.Module):
         if self.lam is not None:
             nn.init.normal_(self.lam)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has modules of its own.
+        return {name: value for name, value in vars(self).items() if name != "_recalled"}
+
     def extra_repr(self) -> str:
         choices = self.form._asdict().items()
         form = ", ".join(f"{name}={value!r}" for name, value in choices if value is not None)
@@ -209,18 +277,21 @@ class DLALayer(nn.Module):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        cell, prev_conv = self._parts(cell, prev_conv)
-        if self._leaves_checks_to_op(x, prev, state, keep_output, join, branch_norm):
+        choices = cell, prev_conv, keep_output, join, branch_norm
+        compiling = torch.compiler.is_dynamo_compiling()
+        recalled = None if compiling else self._recalled
+        failure = None
+        if recalled is not None:
             try:
-                return self._light_step(
-                    x, prev, state, cell, prev_conv, keep_output, join, branch_norm
-                )
-            except (AttributeError, TypeError, ValueError) as error:
-                found = error
-            # In this method's words, if it finds what is wrong.
-            self._check(x, prev, state, cell, keep_output, join, branch_norm)
-            raise found
+                p = recalled.previous(self, x, prev, state, choices)
+                if p is not None:
+                    return self._light_step(x, p, state, recalled.arguments)
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                failure = error
+        cell, prev_conv = self._parts(cell, prev_conv)
         self._check(x, prev, state, cell, keep_output, join, branch_norm)
+        if failure is not None:  # which the checks would have put in words of this method
+            raise failure
         state = self._start(x, cell) if state is None else state
         if self.variant == "base":
             return self._base_step(x, state, cell, keep_output)
@@ -228,9 +299,15 @@ class DLALayer(nn.Module):
         if join and not self._joins(branch_norm):
             x = join_parts(x, branch_norm, prev, self.fused)
             join, branch_norm = False, None
-        return self._light_step(x, prev, state, cell, prev_conv, keep_output, join, branch_norm)
+        arguments = self._light_arguments(
+            x, prev, state, cell, prev_conv, keep_output, join, branch_norm
+        )
+        results = self._light_step(x, prev, state, arguments)
+        if not compiling:
+            self._recalled = self._recall(x, prev, cell, prev_conv, choices, arguments)
+        return results
 
-    def _light_step(
+    def _light_arguments(
         self,
         x: Tensor,
         prev: Tensor | None,
@@ -240,23 +317,14 @@ class DLALayer(nn.Module):
         keep_output: bool,
         join: bool,
         branch_norm: nn.BatchNorm2d | None,
-    ) -> tuple[Tensor, DLAState]:
+    ) -> LightArguments:
         keep_output = keep_output and self.form.prev_from == "output"
-        attend = (dla_kernels if self.fused else light_reference).light_attention
         dtype = state.context.dtype
-        cell_weights = cell.weights(dtype) if cell else []
-        q_weight, k_weight, v_weight = self._filters(dtype)
         has_conv = prev_conv is not None and prev is not None
         branch = batch_norm_arguments(branch_norm, x, dtype)
         norm, drop_scale, finishes = self._finish(x, dtype)
-        out, o, context, mean, var, branch_mean, branch_var, summary = attend(
-            x,
-            prev,
-            state.context,
-            cell_weights,
-            q_weight,
-            k_weight,
-            v_weight,
+        tensors = (
+            *self._filters(dtype),
             parameter(prev_conv, "weight", dtype) if has_conv else None,
             parameter(self, "lam", dtype),
             norm.weight,
@@ -268,6 +336,8 @@ class DLALayer(nn.Module):
             branch.mean,
             branch.var,
             drop_scale,
+        )
+        flags = dict(
             **self._flags(cell),
             norm=norm.mode,
             eps=norm.eps,
@@ -277,17 +347,72 @@ class DLALayer(nn.Module):
             branch_eps=branch.eps,
             return_o=keep_output and finishes,
         )
+        cell_params = cell.weights(dtype) if cell else []
+        return LightArguments(cell_params, tensors, flags, finishes, keep_output, branch_norm)
+
+    def _light_step(
+        self, x: Tensor, prev: Tensor | None, state: DLAState, arguments: LightArguments
+    ) -> tuple[Tensor, DLAState]:
+        cell_params, tensors, flags, finishes, keep_output, branch_norm = arguments
+        attend = (dla_kernels if self.fused else light_reference).light_attention
+        out, o, context, mean, var, branch_mean, branch_var, summary = attend(
+            x, prev, state.context, cell_params, *tensors, **flags
+        )
         if not finishes:
             o, out = out, self._finished_by_modules(x, out)
-        if norm.mode == "batch":
+        if flags["norm"] == "batch":
             track_statistics(child(self, "norm"), mean, var, x)
-        if branch.mode == "batch":
+        if flags["branch_norm"] == "batch":
             track_statistics(branch_norm, branch_mean, branch_var, x)
         if recordings:
             scores, gates = summary[2:4]
-            gated = cell_weights and prev is not None
+            gated = cell_params and prev is not None
             record(self, scores[:, :: self.head_dim], gates if gated else None)
         return out, DLAState(context, o if keep_output else None, state.size, state.cell)
+
+    def _recall(
+        self,
+        x: Tensor,
+        prev: Tensor | None,
+        cell: Cell | None,
+        prev_conv: nn.Conv2d | None,
+        choices: tuple[Any, ...],
+        arguments: LightArguments,
+    ) -> Recalled | None:
+        """What spares the next call to find these arguments again; None where it has to."""
+        *_, join, branch_norm = choices
+        weight = parameter(child(self, "v_conv"), "weight", None)
+        if (
+            not (self.fused and arguments.finishes and arguments.flags["join"] is join)
+            or prev is None
+            or x.dtype != weight.dtype
+        ):
+            return None
+        facts = Facts()
+        facts.own(self, "fused", "variant", "form", "context", "head_dim")
+        facts.own(self, "_modules", "_parameters")
+        facts.items(self._modules, "cell", "prev_conv", "q_conv", "k_conv", "v_conv")
+        facts.items(self._modules, "norm", "drop_path")
+        facts.items(self._parameters, "lam")
+        for conv in (self.q_conv, self.k_conv, self.v_conv, prev_conv):
+            if conv is not None:
+                facts.items(conv._parameters, "weight")
+        if cell is not None:
+            facts.attributes(cell, "activation")
+            facts.items(cell._parameters, *cell._bounds)
+        for norm in (self.norm, branch_norm):
+            if norm is not None:
+                facts.plain(norm)
+                facts.attributes(norm, "training", "eps")
+                facts.items(norm._parameters, "weight", "bias")
+                facts.items(norm._buffers, "running_mean", "running_var")
+        facts.plain(self.drop_path)
+        facts.attributes(self.drop_path, "training", "rate")
+        if not facts.cover([*arguments.cell_params, *arguments.tensors]):
+            return None
+        reads_output = self.form.prev_from == "output"
+        rest = DLAState(x, None, (), self.form.cell)[3:]
+        return Recalled(choices, arguments, facts, x.dtype, reads_output, rest)
 
     def _base_step(
         self, x: Tensor, state: DLAState, cell: Cell | None, keep_output: bool
@@ -393,35 +518,6 @@ class DLALayer(nn.Module):
         context = none if cell is None else cell.initial_state(x.shape[0], dtype, x.device)
         memory = {"keys": none, "gates": none} if self.variant == "base" else {}
         return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, **memory)
-
-    def _leaves_checks_to_op(
-        self,
-        x: Tensor,
-        prev: Tensor | None,
-        state: DLAState | None,
-        keep_output: bool,
-        join: bool,
-        branch_norm: nn.Module | None,
-    ) -> bool:
-        """Whether the fused op is called before anything has an effect, and would find whatever is
-        wrong with a call. Most calls are so: what `_check` does would take as long as a small map.
-        """
-        return (
-            not torch.compiler.is_dynamo_compiling()
-            and self.fused
-            and self.variant == "light"
-            and isinstance(x, Tensor)
-            and isinstance(prev, Tensor)
-            and type(state) is DLAState
-            and x.dtype == prev.dtype == parameter(child(self, "v_conv"), "weight", None).dtype
-            and not x.is_nested
-            and x.shape[2:] == state.size
-            and state.cell == self.form.cell
-            and has_no_memory(state)
-            and type(keep_output) is type(join) is bool
-            and (self._joins(branch_norm) if join else branch_norm is None)
-            and not getattr(child(self, "drop_path"), "draws", False)
-        )
 
     def _check(
         self,

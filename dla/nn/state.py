@@ -67,11 +67,6 @@ def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype)
         raise ValueError(f"state: expected that of a cell of kind {kind!r}, got {state.cell!r}")
 
 
-def has_no_memory(state: DLAState) -> bool:
-    """Whether ``state`` is as layers of ``variant="light"`` leave it."""
-    return state[4:] == ((), None, None, (), ())
-
-
 def check_memory(state: DLAState, variant: str, static: bool, gated: str | None) -> None:
     """Raises unless ``state`` has the memory that layers of this form make, or none for "light"."""
     if (state.keys is None) != (variant == "light"):
