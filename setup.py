@@ -22,8 +22,8 @@ class CMakeBuild(build_ext):
         try:
             self.cmake()
         except subprocess.CalledProcessError:
-            # The reason may be in the C++ sources: then this fails as well.
-            if os.environ.get("DLA_BUILD_CUDA"):
+            # The reason may be in the C++ sources: then the second attempt fails as well.
+            if os.environ.get("DLA_BUILD_CUDA") or not self.tries_cuda():
                 self.give_up()
             print("dla-kernels: the build failed; trying again without CUDA kernels", flush=True)
             try:
@@ -46,6 +46,11 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
         except FileNotFoundError:
             sys.exit("dla-kernels: no cmake found; pip install cmake ninja pybind11 provides it")
+
+    def tries_cuda(self) -> bool:
+        """Whether the attempt got as far as nvcc."""
+        cache = Path(self.build_temp) / "CMakeCache.txt"
+        return cache.exists() and "DLA_TRIES_CUDA:" in cache.read_text()
 
     def give_up(self) -> None:
         """Ends the installation."""

@@ -46,6 +46,13 @@ def decide(folder: Path, nvcc: str, **env: str) -> tuple[int, str]:
     return run(["cmake", "-P", ROOT / "csrc" / "cuda.cmake"], folder, **env)
 
 
+def build(folder: Path, **env: str) -> tuple[int, str]:
+    """What pip runs, with setup.py's own words."""
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    return run(command, folder, **env)
+
+
 @pytest.mark.parametrize("nvcc", REASONS)
 @pytest.mark.parametrize("must", ["", "1"])
 def test_nvcc_that_will_not_do(tmp_path: Path, nvcc: str, must: str) -> None:
@@ -87,6 +94,7 @@ CMAKE = """
 echo "cmake $*"
 case "$*" in
   *--fresh*DLA_CUDA_FAILED*) touch {folder}/without ;;
+  *--fresh*) mkdir {folder}/temp; echo DLA_TRIES_CUDA:INTERNAL=ON > {folder}/temp/CMakeCache.txt ;;
   *--build*) test -e {folder}/without && {without} ;;
 esac
 """
@@ -97,9 +105,15 @@ esac
 def test_nvcc_that_fails_to_compile(tmp_path: Path, must: str, without: str) -> None:
     """Tried again without CUDA, unless CUDA is a must; a second failure is no fault of nvcc's."""
     script(tmp_path, "cmake", CMAKE.format(folder=tmp_path, without=without))
-    command = [sys.executable, "setup.py", "-q", "build_ext"]
-    command += ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
-    status, said = run(command, tmp_path, DLA_BUILD_CUDA=must)
+    status, said = build(tmp_path, DLA_BUILD_CUDA=must)
     assert (status == 0) == (must == "" and without == "true"), said
     assert ("trying again without CUDA kernels" in said) == (must == ""), said
     assert ("cmake failed" in said) == (status != 0), said
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    """Says once what to install."""
+    status, said = build(tmp_path, CXX=str(tmp_path / "missing"))
+    assert status != 0
+    for word in ("needs a C++20 compiler", "apt-get install g++", "environment variable CXX"):
+        assert said.count(word) == 1, said
