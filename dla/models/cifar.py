@@ -11,6 +11,7 @@ from dla.models.blocks import BLOCKS, ResidualBlock, init_convolutions
 from dla.models.registry import VARIANTS, register_family
 from dla.nn.checks import positive_int
 from dla_kernels.ops.checks import one_of
+from dla_kernels.ops.common import describe
 
 _DEPTHS = (20, 29, 47, 56, 110, 164)
 _WIDTHS = (16, 32, 64)
@@ -26,6 +27,16 @@ def _blocks_per_stage(depth: int, block: str) -> int:
             f"block: {block!r} blocks need a depth of {per_block}n + 2, which {depth} is not"
         )
     return count
+
+
+def _check_images(x: Any) -> None:
+    # What is no tensor is left to torch, since torch.fx traces with its own objects.
+    if not isinstance(x, Tensor):
+        return
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected images of floating point, got {describe(x)}")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected images [B, 3, H, W], got {describe(x)}")
 
 
 def _classifier(in_features: int, num_classes: int) -> nn.Module:
@@ -95,7 +106,13 @@ class CifarResNet(nn.Module):
         self.num_classes = num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> features [B, num_features, ceil(H / 4), ceil(W / 4)]."""
+        """Images [B, 3, H, W] -> features [B, num_features, ceil(H / 4), ceil(W / 4)].
+
+        Raises:
+            ValueError, TypeError: images of another rank, or not of floating point. What else does
+                not fit meets the checks of torch and of the layers.
+        """
+        _check_images(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for stage in self.stages:
             x = stage(x)

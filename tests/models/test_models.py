@@ -191,6 +191,26 @@ def test_bad_values_are_named(name: str, options: dict, words: str) -> None:
         create_model(name, **options)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.rand(3, 32, 32), r"x: expected images \[B, 3, H, W\], got .*\[3, 32, 32\]"),
+        (torch.ones(2, 3, 32, 32, dtype=torch.uint8), "x: expected .* floating point, got .*uint8"),
+        (torch.rand(2, 1, 32, 32), "expected input.* to have 3 channels, but got 1"),
+    ],
+    ids=["rank", "dtype", "channels"],
+)
+def test_bad_images_are_named(variant: str, images: Tensor, words: str) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=words):
+        create_model(f"resnet20_{variant}")(images)
+
+
+def test_plain_models_are_traced() -> None:
+    model = create_model("resnet20_plain").eval()
+    assert torch.equal(torch.fx.symbolic_trace(model)(batch()), model(batch()))
+
+
 def test_depths_must_fit_the_blocks() -> None:
     with pytest.raises(ValueError, match=r"9n \+ 2, which 21 is not"):
         CifarResNet(21)
