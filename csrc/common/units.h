@@ -40,8 +40,10 @@ struct Units {
   Units(const Grid<A>& grid, int64_t bytes_of_sample) {
     const int64_t group_bytes =
         grid.shape.pixels() * grid.planes * static_cast<int64_t>(sizeof(A));
-    // Of many small planes the sums that are kept for each would fall out of the L1 cache.
-    const int64_t wanted = std::clamp<int64_t>(bytes_of_sample / group_bytes, grid.together, 32);
+    // Of many small planes the sums that are kept for each would fall out of the L1 cache. And with
+    // all channels in a unit, every unit of samples would leave such sums of them all to be added up.
+    const int64_t most = std::clamp<int64_t>(grid.groups / 4, grid.together, 32);
+    const int64_t wanted = std::clamp<int64_t>(bytes_of_sample / group_bytes, grid.together, most);
     // Units of equal work, but for the last groups.
     const int64_t even = ceil_div(grid.groups, ceil_div(grid.groups, wanted));
     groups_per_unit = std::min(round_up(even, grid.together), grid.groups);
