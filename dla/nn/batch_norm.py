@@ -98,7 +98,7 @@ def join(branch: Tensor, norm: nn.Module | None, shortcut: Tensor, fused: bool) 
     shortcut = match_autocast(shortcut, branch)
     if not (fused and is_plain(norm)):
         like("shortcut", shortcut, branch.shape, branch.dtype, branch.device)
-        if not isinstance(norm, nn.Module | None):
+        if norm is not None and not isinstance(norm, nn.Module):
             raise TypeError(f"branch_norm: expected a Module or None, got {describe(norm)}")
         return torch.relu((branch if norm is None else norm(branch)) + shortcut)
     mode, eps, *tensors = batch_norm_arguments(norm, branch, compute_dtype(branch.dtype))

@@ -172,7 +172,7 @@ class DIAStage(nn.Module):
 
 
 _PARTS = {"output": Tensor, "shortcut": Tensor}
-_RAW_PARTS = {"branch": Tensor, "norm": nn.Module | None, "shortcut": Tensor}
+_RAW_PARTS = {"branch": Tensor, "norm": (nn.Module, type(None)), "shortcut": Tensor}
 
 
 def parts_of(index: int, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def at_least_zero(name: str, value: float) -> None:
 
 def a_list(name: str, value: object) -> None:
     """A list or tuple; torch itself would take one tensor for a list."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
 
 

@@ -21,9 +21,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``; the meta device, for one, has none."""
+    """Whether autocast is on for the device of ``x``; the meta device has none."""
+    # Not by torch.amp.is_autocast_available, which torch.compile does not know before torch 2.12.
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def dense_format(x: Tensor) -> torch.memory_format:
@@ -77,7 +78,7 @@ def describe(value: object) -> str:
     for long ones its beginning."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return f"{type(value).__name__} of {len(value)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

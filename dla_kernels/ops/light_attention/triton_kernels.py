@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What arrives at out and at o; may be None."""
+    """What arrives at out and at o; may be None, both of them forward."""
 
     out: Any
     o: Any
@@ -196,7 +196,7 @@ def means_kernel(inputs, of_x, of_p, channels, cut):
 def fields(count: tl.constexpr, gradients):
     """The fields of `terms`, in the same order, where ``count`` of u, p and e are there."""
     found = ()
-    if gradients is None:
+    if gradients.out is None and gradients.o is None:
         for i in tl.static_range(count + 1):
             found = found + (X + i,)
         for i in tl.static_range(count):
@@ -216,7 +216,7 @@ def fields(count: tl.constexpr, gradients):
 def terms(x, values, gradients, offset, inside):
     """What is summed up over the pixels of planes."""
     found = ()
-    if gradients is None:
+    if gradients.out is None and gradients.o is None:
         found = (x,) + values
         for i in tl.static_range(len(values)):
             for j in tl.static_range(i, len(values)):
