@@ -167,8 +167,7 @@ def forward(
     inputs = _inputs(x, p, v_weight, prev_weight, join, branch)
     gated = p is not None and cell != STATIC
     if norm == "batch":
-        nothing = Gradients(None, None)
-        found = _moments(inputs, nothing, state.new_zeros(3, batch, channels), KNOWN=False)
+        found = _moments(inputs, None, state.new_zeros(3, batch, channels), KNOWN=False)
         y = found.sums[X.value] / area
         pooled_p = found.shifts[1] + found.sums[P.value] / area if gated else None
     else:
@@ -346,21 +345,23 @@ def _inputs(
     return Inputs(x, p, *filters, *(branch or (None, None)), p if join else None)
 
 
-def _moments(inputs: Inputs, gradients: Gradients, shifts: Tensor, *, KNOWN: bool) -> Moments:
+def _moments(
+    inputs: Inputs, gradients: Gradients | None, shifts: Tensor, *, KNOWN: bool
+) -> Moments:
     """The numbers of all planes: forward, or with gradients. See `moments_kernel`."""
     x = inputs.x
     batch, channels, height, width = x.shape
     plan = tiles(x, summing=True, size=STENCIL)
-    forward = all(gradient is None for gradient in gradients)
-    fields = FIELDS if forward else GRADIENT_FIELDS
+    fields = FIELDS if gradients is None else GRADIENT_FIELDS
     found = Moments(
         shifts.new_zeros(fields, batch, channels, plan.chunks), shifts, batch * channels
     )
     launch_tiles(
         plan,
         moments_kernel,
-        *(inputs, gradients, found, Size(channels, height, width)),
+        *(inputs, gradients or Gradients(None, None), found, Size(channels, height, width)),
         KNOWN=KNOWN,
+        FORWARD=gradients is None,
         maxnreg=REGISTERS,
     )
     (sums,) = finish([found.sums.view(fields * batch, channels, plan.chunks)])

@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What arrives at out and at o; may be None, both of them forward."""
+    """What arrives at out and at o; may be None."""
 
     out: Any
     o: Any
@@ -193,10 +193,10 @@ def means_kernel(inputs, of_x, of_p, channels, cut):
 
 
 @triton.jit
-def fields(count: tl.constexpr, gradients):
+def fields(count: tl.constexpr, gradients, FORWARD: tl.constexpr):
     """The fields of `terms`, in the same order, where ``count`` of u, p and e are there."""
     found = ()
-    if gradients.out is None and gradients.o is None:
+    if FORWARD:
         for i in tl.static_range(count + 1):
             found = found + (X + i,)
         for i in tl.static_range(count):
@@ -213,10 +213,10 @@ def fields(count: tl.constexpr, gradients):
 
 
 @triton.jit
-def terms(x, values, gradients, offset, inside):
+def terms(x, values, gradients, offset, inside, FORWARD: tl.constexpr):
     """What is summed up over the pixels of planes."""
     found = ()
-    if gradients.out is None and gradients.o is None:
+    if FORWARD:
         found = (x,) + values
         for i in tl.static_range(len(values)):
             for j in tl.static_range(i, len(values)):
@@ -281,8 +281,10 @@ def known_values(count: tl.constexpr, moments, row, exists):
 
 
 @triton.jit
-def moments_kernel(inputs, gradients, moments, size, cut, KNOWN: tl.constexpr):
-    """Sums over one chunk of planes; and shifts, unless these are KNOWN."""
+def moments_kernel(
+    inputs, gradients, moments, size, cut, KNOWN: tl.constexpr, FORWARD: tl.constexpr
+):
+    """Sums over one chunk of planes, with gradients unless FORWARD; and shifts, unless KNOWN."""
     first, row, exists, slot, pixels = place(cut)
     channel = row % size.channels
     step = step_of(cut)
@@ -291,14 +293,14 @@ def moments_kernel(inputs, gradients, moments, size, cut, KNOWN: tl.constexpr):
         shifts = known_values(count, moments, row, exists)
     else:
         shifts = middle_values(inputs, moments, first, row, exists, pixels, size, cut)
-    of: tl.constexpr = fields(count, gradients)
+    of: tl.constexpr = fields(count, gradients, FORWARD)
     totals = zeros(len(of), cut, moments.sums.dtype.element_ty)
     for start in range(0, tl.minimum(pixels, cut.CHUNK), cut.PIXELS):
         offset, inside = tile(cut, start, pixels, exists)
         pixel = in_plane(cut, start, pixels)
         x, values = features(inputs, first, offset, inside, pixel, channel, exists, size, step)
         values = deviations(values, shifts, inside)
-        totals = added(totals, terms(x, values, gradients, first + offset, inside))
+        totals = added(totals, terms(x, values, gradients, first + offset, inside, FORWARD))
     stride = tl.cast(moments.planes, tl.int64) * tl.cdiv(cut.area, cut.CHUNK)
     for i in tl.static_range(len(of)):
         tl.store(moments.sums + stride * of[i] + slot, tl.sum(totals[i], axis=1), exists)
