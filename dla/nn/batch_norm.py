@@ -47,13 +47,17 @@ def batch_norm_arguments(
         bias = torch.zeros_like(weight)
     elif bias is not None and weight is None:
         weight = torch.ones_like(bias)
-    if not norm.training:
+    if not norm.training or norm.track_running_stats:
         mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
-        if mean is not None or var is not None:
+        if (mean is None) != (var is None):
+            # The words of torch.nn.functional.batch_norm, here and below.
+            raise ValueError(
+                "running_mean and running_var must either both be None or neither be None"
+            )
+        if mean is not None and not norm.training:
             statistics = cast(mean, dtype), cast(var, dtype)
             return BatchNormArguments("running", norm.eps, weight, bias, *statistics)
     if x.numel() == x.shape[1]:
-        # The words of torch.nn.functional.batch_norm.
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )

@@ -34,6 +34,14 @@ class Facts:
         """Those of another module."""
         self.items(vars(module), *names)
 
+    def parameters(self, module: nn.Module, *names: str) -> None:
+        self.attributes(module, "_parameters")
+        self.items(module._parameters, *names)
+
+    def buffers(self, module: nn.Module, *names: str) -> None:
+        self.attributes(module, "_buffers")
+        self.items(module._buffers, *names)
+
     def items(self, held: dict[str, Any], *names: str) -> None:
         for name in names:
             self._values += (held, name, held.get(name))

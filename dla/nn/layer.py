@@ -1,8 +1,7 @@
 """One DLA layer: attention of a layer to itself and to earlier layers of its stage."""
 
 import math
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from dla.nn.batch_norm import join as join_parts
 from dla.nn.cells import Cell
 from dla.nn.checks import boolean, check_features, match_autocast, positive_int
 from dla.nn.drop import DropPath
-from dla.nn.facts import Facts
 from dla.nn.form import (
     DepthwiseConv,
     channel_kernel_size,
@@ -29,74 +27,15 @@ from dla.nn.form import (
     resolve_form,
     shared_parts,
 )
+from dla.nn.recalled import LightArguments, Recalled, recall
 from dla.nn.recording import record, recordings
 from dla.nn.state import DLAState, check_memory, check_state, check_tensors
-from dla.nn.tensors import child, parameter
+from dla.nn.tensors import cast, child, parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.checks import like, one_of
 from dla_kernels.ops.common import compute_dtype, describe
 from dla_kernels.ops.light_attention import reference as light_reference
 from dla_kernels.ops.step_checks import CONTEXTS, STATIC
-
-
-class LightArguments(NamedTuple):
-    """What a layer passes to light_attention beside features and state, and what is left to it.
-
-    tensors: those from q_weight to drop_scale.
-    finishes: whether the op goes on from o to the end.
-    keep_output: whether the next state has o.
-    branch_norm: the module that the op stands for, if any.
-    """
-
-    cell_params: list[Tensor]
-    tensors: tuple[Tensor | None, ...]
-    flags: dict[str, Any]
-    finishes: bool
-    keep_output: bool
-    branch_norm: nn.BatchNorm2d | None
-
-
-class Recalled(NamedTuple):
-    """Arguments that a layer found, for calls to which they apply, too. In these everything else is
-    left to the op, which is called before anything has an effect, and finds whatever is wrong:
-    to check and to find arguments takes as long as a small map.
-
-    choices: of the call, by identity.
-    facts: what the arguments follow from.
-    dtype: of features.
-    reads_output: whether p is the output in the state, unless it is given.
-    rest: of the state, from ``cell`` on.
-    """
-
-    choices: tuple[Any, ...]
-    arguments: LightArguments
-    facts: Facts
-    dtype: torch.dtype
-    reads_output: bool
-    rest: tuple[Any, ...]
-
-    def previous(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        prev: Tensor | None,
-        state: DLAState | None,
-        choices: tuple[Any, ...],
-    ) -> Tensor | None:
-        """p of a call, which may be wrong in any way; None where the arguments do not apply."""
-        if type(state) is not DLAState or not all(map(is_, choices, self.choices)):
-            return None
-        p = state.output if prev is None and self.reads_output else prev
-        applies = (
-            isinstance(x, Tensor)
-            and isinstance(p, Tensor)
-            and isinstance(state.context, Tensor)
-            and x.dtype == p.dtype == self.dtype
-            and x.shape[2:] == state.size
-            and state[3:] == self.rest
-            and self.facts.hold(layer)
-        )
-        return p if applies else None
 
 
 class DLALayer(nn.Module):
@@ -280,32 +219,27 @@ class DLALayer(nn.Module):
         choices = cell, prev_conv, keep_output, join, branch_norm
         compiling = torch.compiler.is_dynamo_compiling()
         recalled = None if compiling else self._recalled
-        failure = None
         if recalled is not None:
-            try:
-                p = recalled.previous(self, x, prev, state, choices)
-                if p is not None:
-                    return self._light_step(x, p, state, recalled.arguments)
-            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-                failure = error
+            results = recalled.attend(self, x, prev, state, choices)
+            if results is not None:
+                return self._light_end(x, state, results, recalled.arguments)
         cell, prev_conv = self._parts(cell, prev_conv)
-        self._check(x, prev, state, cell, keep_output, join, branch_norm)
-        if failure is not None:  # which the checks would have put in words of this method
-            raise failure
+        v_weight = parameter(child(self, "v_conv"), "weight", None)
+        self._check(x, prev, state, cell, v_weight, keep_output, join, branch_norm)
         state = self._start(x, cell) if state is None else state
         if self.variant == "base":
-            return self._base_step(x, state, cell, keep_output)
+            return self._base_step(x, state, cell, v_weight, keep_output)
         prev = self._previous(x, prev, state)
         if join and not self._joins(branch_norm):
             x = join_parts(x, branch_norm, prev, self.fused)
             join, branch_norm = False, None
         arguments = self._light_arguments(
-            x, prev, state, cell, prev_conv, keep_output, join, branch_norm
+            x, prev, state, cell, prev_conv, v_weight, keep_output, join, branch_norm
         )
-        results = self._light_step(x, prev, state, arguments)
+        results = self.attend(x, prev, state, arguments)
         if not compiling:
-            self._recalled = self._recall(x, prev, cell, prev_conv, choices, arguments)
-        return results
+            self._recalled = recall(self, x, prev, cell, prev_conv, choices, arguments)
+        return self._light_end(x, state, results, arguments)
 
     def _light_arguments(
         self,
@@ -314,6 +248,7 @@ class DLALayer(nn.Module):
         state: DLAState,
         cell: Cell | None,
         prev_conv: nn.Conv2d | None,
+        v_weight: Tensor,
         keep_output: bool,
         join: bool,
         branch_norm: nn.BatchNorm2d | None,
@@ -324,7 +259,7 @@ class DLALayer(nn.Module):
         branch = batch_norm_arguments(branch_norm, x, dtype)
         norm, drop_scale, finishes = self._finish(x, dtype)
         tensors = (
-            *self._filters(dtype),
+            *self._filters(v_weight, dtype),
             parameter(prev_conv, "weight", dtype) if has_conv else None,
             parameter(self, "lam", dtype),
             norm.weight,
@@ -348,79 +283,43 @@ class DLALayer(nn.Module):
             return_o=keep_output and finishes,
         )
         cell_params = cell.weights(dtype) if cell else []
-        return LightArguments(cell_params, tensors, flags, finishes, keep_output, branch_norm)
-
-    def _light_step(
-        self, x: Tensor, prev: Tensor | None, state: DLAState, arguments: LightArguments
-    ) -> tuple[Tensor, DLAState]:
-        cell_params, tensors, flags, finishes, keep_output, branch_norm = arguments
-        attend = (dla_kernels if self.fused else light_reference).light_attention
-        out, o, context, mean, var, branch_mean, branch_var, summary = attend(
-            x, prev, state.context, cell_params, *tensors, **flags
+        gated = bool(cell_params) and prev is not None
+        return LightArguments(
+            cell_params, tensors, flags, finishes, keep_output, gated, branch_norm
         )
-        if not finishes:
-            o, out = out, self._finished_by_modules(x, out)
-        if flags["norm"] == "batch":
-            track_statistics(child(self, "norm"), mean, var, x)
+
+    def attend(
+        self, x: Tensor, prev: Tensor | None, state: DLAState, arguments: LightArguments
+    ) -> tuple[Tensor, ...]:
+        """The op's results. Has no effects."""
+        cell_params, tensors, flags, *_ = arguments
+        attend = (dla_kernels if self.fused else light_reference).light_attention
+        return attend(x, prev, state.context, cell_params, *tensors, **flags)
+
+    def _light_end(
+        self, x: Tensor, state: DLAState, results: tuple[Tensor, ...], arguments: LightArguments
+    ) -> tuple[Tensor, DLAState]:
+        """What follows the op. Of two norms that are one module, the branch's comes first."""
+        _, _, flags, finishes, keep_output, gated, branch_norm = arguments
+        out, o, context, mean, var, branch_mean, branch_var, summary = results
         if flags["branch_norm"] == "batch":
             track_statistics(branch_norm, branch_mean, branch_var, x)
+        if flags["norm"] == "batch":
+            track_statistics(child(self, "norm"), mean, var, x)
+        if not finishes:
+            o, out = out, self._finished_by_modules(x, out)
         if recordings:
             scores, gates = summary[2:4]
-            gated = cell_params and prev is not None
             record(self, scores[:, :: self.head_dim], gates if gated else None)
         return out, DLAState(context, o if keep_output else None, state.size, state.cell)
 
-    def _recall(
-        self,
-        x: Tensor,
-        prev: Tensor | None,
-        cell: Cell | None,
-        prev_conv: nn.Conv2d | None,
-        choices: tuple[Any, ...],
-        arguments: LightArguments,
-    ) -> Recalled | None:
-        """What spares the next call to find these arguments again; None where it has to."""
-        *_, join, branch_norm = choices
-        weight = parameter(child(self, "v_conv"), "weight", None)
-        if (
-            not (self.fused and arguments.finishes and arguments.flags["join"] is join)
-            or prev is None
-            or x.dtype != weight.dtype
-        ):
-            return None
-        facts = Facts()
-        facts.own(self, "fused", "variant", "form", "context", "head_dim")
-        facts.own(self, "_modules", "_parameters")
-        facts.items(self._modules, "cell", "prev_conv", "q_conv", "k_conv", "v_conv")
-        facts.items(self._modules, "norm", "drop_path")
-        facts.items(self._parameters, "lam")
-        for conv in (self.q_conv, self.k_conv, self.v_conv, prev_conv):
-            if conv is not None:
-                facts.items(conv._parameters, "weight")
-        if cell is not None:
-            facts.attributes(cell, "activation")
-            facts.items(cell._parameters, *cell._bounds)
-        for norm in (self.norm, branch_norm):
-            if norm is not None:
-                facts.plain(norm)
-                facts.attributes(norm, "training", "eps")
-                facts.items(norm._parameters, "weight", "bias")
-                facts.items(norm._buffers, "running_mean", "running_var")
-        facts.plain(self.drop_path)
-        facts.attributes(self.drop_path, "training", "rate")
-        if not facts.cover([*arguments.cell_params, *arguments.tensors]):
-            return None
-        reads_output = self.form.prev_from == "output"
-        rest = DLAState(x, None, (), self.form.cell)[3:]
-        return Recalled(choices, arguments, facts, x.dtype, reads_output, rest)
-
     def _base_step(
-        self, x: Tensor, state: DLAState, cell: Cell | None, keep_output: bool
+        self, x: Tensor, state: DLAState, cell: Cell | None, v_weight: Tensor, keep_output: bool
     ) -> tuple[Tensor, DLAState]:
         attend = (dla_kernels if self.fused else base_reference).base_attention
         dtype = state.context.dtype
         cell_weights = cell.weights(dtype) if cell else []
-        q_weight, k_weight, v_weight = self._filters(dtype)
+        q_weight, k_weight, v_weight = self._filters(v_weight, dtype)
         norm, drop_scale, finishes = self._finish(x, dtype)
         out, v, context, keys, gates, own_mean, scores, mean, var, _ = attend(
             x,
@@ -468,11 +367,11 @@ class DLALayer(nn.Module):
             key_weights=(*state.key_weights, k_weight) if features else (),
         )
 
-    def _filters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        q_weight, k_weight, v_weight = [
-            parameter(child(self, name), "weight", dtype) for name in ("q_conv", "k_conv", "v_conv")
-        ]
-        return q_weight, k_weight, v_weight
+    def _filters(self, v_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of q_conv, k_conv and v_conv in ``dtype``."""
+        q_weight = parameter(child(self, "q_conv"), "weight", dtype)
+        k_weight = parameter(child(self, "k_conv"), "weight", dtype)
+        return q_weight, k_weight, cast(v_weight, dtype)
 
     def _flags(self, cell: Cell | None) -> dict[str, Any]:
         """Of both ops."""
@@ -525,12 +424,14 @@ class DLALayer(nn.Module):
         prev: Tensor | None,
         state: DLAState | None,
         cell: Cell | None,
+        v_weight: Tensor,
         keep_output: bool,
         join: bool,
         branch_norm: nn.Module | None,
     ) -> None:
         """Raises if an argument does not fit."""
-        check_features("x", x, self.channels, parameter(child(self, "v_conv"), "weight", None))
+        check_features("x", x, self.channels, v_weight)
+        one_of("context", self.context, CONTEXTS)
         boolean("keep_output", keep_output)
         boolean("join", join)
         if state is not None:

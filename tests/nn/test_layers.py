@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from dla.nn import DLALayer, DLAStage, DLAState, DropPath, DSUCell, DSUSplitCell, MRLALayer
@@ -171,6 +172,50 @@ def test_gradients_with_the_norm_in_evaluation_mode(training: bool) -> None:
         assert all(torch.equal(before[n], v) for n, v in stage.state_dict().items())
         gradients.append({name: p.grad for name, p in stage.named_parameters()})
     assert_gradients_close(*gradients, case=torch.float64, table=MODELS)
+
+
+def test_one_norm_at_both_ends() -> None:
+    """Its running statistics see the branch first."""
+
+    def make() -> DLALayer:
+        torch.manual_seed(0)
+        return DLALayer(CHANNELS, spec="official", head_dim=4)
+
+    fused, unfused = both(make)
+    for layer in (fused, unfused):
+        layer(features(), features(seed=2), join=True, branch_norm=layer.norm)
+    assert_same_state(fused, unfused)
+
+
+@each_fused
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_half_of_the_running_statistics_is_refused(missing: str, fused: bool) -> None:
+    stage = make_stage(fused=fused).double()
+    setattr(stage.layers[0].norm, missing, None)
+    with pytest.raises(ValueError, match="must either both be None or neither"):
+        stage(features())
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return weight
+
+
+@each_fused
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_a_parametrized_weight_is_computed_once(variant: str, fused: bool) -> None:
+    layer = DLALayer(CHANNELS, variant, "official", head_dim=4, fused=fused)
+    counted = {name: Counted() for name in ("q_conv", "k_conv", "v_conv")}
+    for name, parametrization in counted.items():
+        register_parametrization(getattr(layer, name), "weight", parametrization, unsafe=True)
+    before = [parametrization.calls for parametrization in counted.values()]
+    x = torch.randn(2, CHANNELS, *SIZE)
+    layer(x, x if variant == "light" else None)
+    after = [parametrization.calls for parametrization in counted.values()]
+    assert after == [calls + 1 for calls in before]
 
 
 class FrozenBatchNorm2d(nn.Module):

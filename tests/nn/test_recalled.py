@@ -118,6 +118,9 @@ CHANGES: dict[str, Change] = {
     "type of the norm": lambda layer, _: setattr(layer.norm, "__class__", DoubledNorm),
     "type of the branch's norm": lambda _, norm: setattr(norm, "__class__", DoubledNorm),
     "norm": lambda layer, _: setattr(layer, "norm", Doubled()),
+    "parameters": lambda layer, _: vars(layer.v_conv).update(
+        _parameters={"weight": doubled(layer.v_conv.weight)}
+    ),
     "no norm": lambda layer, _: setattr(layer, "norm", None),
     "drop_path": lambda layer, _: setattr(layer, "drop_path", Doubled()),
     "hook": lambda layer, _: layer.norm.register_forward_hook(lambda *a: 2 * a[-1]),
@@ -164,6 +167,18 @@ BUFFERS: dict[str, Change] = {
     )
     for name in ("running_mean", "running_var")
     for whose in ("of the norm", "of the branch")
+} | {
+    "buffers": lambda layer, _: vars(layer.norm).update(
+        _buffers={name: 3.0 * buffer for name, buffer in layer.norm._buffers.items()}
+    )
+}
+DTYPES: dict[str, Change] = {
+    "cell": lambda layer, _: layer.cell.double(),
+    "q_conv": lambda layer, _: layer.q_conv.double(),
+    "prev_conv": lambda layer, _: layer.prev_conv.double(),
+    "lam": lambda layer, _: setattr(layer.lam, "data", layer.lam.data.double()),
+    "norm": lambda layer, _: layer.norm.double(),
+    "norm of the branch": lambda _, norm: norm.double(),
 }
 
 
@@ -248,6 +263,17 @@ def test_wrong_dtype() -> None:
     layer.double()
     with pytest.raises(TypeError, match=r"x: expected torch.float64 as the layer's parameters"):
         run(layer, norm)
+
+
+@pytest.mark.parametrize("change", DTYPES)
+def test_parts_of_another_dtype(change: str, searches: list[DLALayer]) -> None:
+    """They are cast in every call, as by a layer that never saw them in another dtype."""
+    layer, norm = make_layer()
+    layer.eval(), norm.eval()
+    before = [run(layer, norm) for _ in range(2)][-1]
+    DTYPES[change](layer, norm)
+    torch.testing.assert_close(run(layer, norm), before)
+    assert len(searches) == 2
 
 
 def test_copies(searches: list[DLALayer]) -> None:
