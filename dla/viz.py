@@ -51,6 +51,8 @@ def attention_matrix(records: Sequence[AttentionRecord], stage: int = -1) -> Ten
         ValueError, TypeError: no such records, or no such stage.
     """
     integer("stage", stage)
+    if not isinstance(records, Sequence):
+        raise TypeError(f"records: expected a list of AttentionRecord, got {describe(records)}")
     stages: list[list[Tensor]] = []
     for entry in records:
         if not isinstance(entry, AttentionRecord):
@@ -65,6 +67,8 @@ def attention_matrix(records: Sequence[AttentionRecord], stage: int = -1) -> Ten
                 f"layer that attends to {len(entry.scores)} where another was due"
             )
         stages[-1].append(entry.scores.mean(dim=(1, 2)).cpu())
+    if not stages:
+        raise ValueError("records: expected those of layers of variant='base', got none of any")
     if not -len(stages) <= stage < len(stages):
         raise ValueError(
             f"stage: expected one of the {len(stages)} stages with layers of variant='base' in "

@@ -61,7 +61,7 @@ def test_scores_and_gates_of_light_layers(fused: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["light", "base"])
 def test_static_layers_have_no_gates(variant: str) -> None:
-    stage = DLAStage([torch.nn.Identity()], 8, variant, static=True, head_dim=4)
+    stage = DLAStage([torch.nn.Identity()], 8, variant, cell="none", head_dim=4)
     with record_attention() as records:
         stage(images(2, 8, 5, 6))
     assert [r.gates for r in records] == [None]
@@ -98,6 +98,8 @@ def test_attention_matrix() -> None:
     assert_refused(lambda: attention_matrix(records, "2"), "stage", "integer", "str '2'")
     assert_refused(lambda: attention_matrix(records[1:]), "records", "whole stages", "2")
     assert_refused(lambda: attention_matrix(records[:1] * 2 + records[2:]), "records", "3")
+    assert_refused(lambda: attention_matrix([]), "records", "none")
+    assert_refused(lambda: attention_matrix(None), "records", "list", "NoneType")
     assert_refused(lambda: attention_matrix([model]), "records", "AttentionRecord", "CifarResNet")
 
 
@@ -115,4 +117,4 @@ def test_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     assert_refused(lambda: plot_attention(records, ax=[axes]), "ax", "Axes", "list")
     with record_attention() as records:
         DLALayer(8, head_dim=4)(images(2, 8, 5, 6))
-    assert_refused(lambda: plot_attention(records), "stage", "0 stages", "base")
+    assert_refused(lambda: plot_attention(records), "records", "base", "none")

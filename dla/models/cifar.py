@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dla.models.blocks import BLOCKS, ResidualBlock, init_convolutions
 from dla.models.registry import VARIANTS, register_family
-from dla.nn.checks import positive_int
+from dla.nn.checks import integer, positive_int
 from dla_kernels.ops.checks import one_of
 from dla_kernels.ops.common import describe
 
@@ -40,8 +40,8 @@ def _check_images(x: Any) -> None:
 
 
 def _classifier(in_features: int, num_classes: int) -> nn.Module:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-        raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
+    if integer("num_classes", num_classes) < 0:
+        raise ValueError(f"num_classes: expected at least 0, got {num_classes}")
     return nn.Linear(in_features, num_classes) if num_classes else nn.Identity()
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import nn
 
+from dla_kernels.ops.common import describe
+
 BLOCK_OPTION = "block"
 
 
@@ -81,7 +83,12 @@ def register_variant(
     of an anchored regular expression and its replacement (first match wins), from the authors'
     parameter names (their stages spelt ``stages.<i>.``) to ours, and ``official_options`` the
     options of the models they trained; see `dla.models.load_official`.
+
+    Raises:
+        ValueError: there is a variant ``name`` already.
     """
+    if name in VARIANTS:
+        raise ValueError(f"name: there is a variant {name!r} already")
 
     def register(build_stage: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         parameters = inspect.signature(build_stage).parameters.values()
@@ -100,8 +107,10 @@ def register_family(
     Families share the name scheme.
 
     Raises:
-        ValueError: another family has one of the ``depths``.
+        ValueError: there is a family ``name`` already, or another has one of the ``depths``.
     """
+    if name in FAMILIES:
+        raise ValueError(f"name: there is a family {name!r} already")
     depths = tuple(depths)
     for other in FAMILIES.values():
         if shared := set(other.depths) & set(depths):
@@ -159,11 +168,13 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
 
     Raises:
         ValueError: unknown name, or an option's value that cannot be served.
-        TypeError: an option that this model does not have.
+        TypeError: ``name`` is no string, or an option that this model does not have.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {describe(name)}")
     catalogue = _catalogue()
     if name not in catalogue:
-        raise ValueError(f"name: no model is called {name!r}; {_hint(str(name), catalogue)}")
+        raise ValueError(f"name: no model is called {name!r}; {_hint(name, catalogue)}")
     family, depth, variant = catalogue[name]
     allowed = (BLOCK_OPTION, *variant.options)
     unknown = [option for option in options if option not in allowed]

@@ -6,7 +6,7 @@ The patterns beside a variant say where the authors' CIFAR code keeps the same p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from dla.nn.checks import match_autocast
 from dla.nn.form import SPECS
 from dla.nn.stage import parts_of
 from dla_kernels.ops.checks import one_of
+from dla_kernels.ops.step_checks import STATIC
 
 # In the authors' key: the stem and the head, then what a block consists of.
 _STEM_AND_HEAD = (r"^(conv1|bn1|fc)\.", r"\1.")
@@ -124,34 +125,26 @@ _MRLA_KEYS = (
 _MRLA_LAM = (r"^stages\.(\d+)\.(\d+)\.mrla\.lambda_t$", r"stages.\1.layers.\2.lam")
 
 
-@register_variant("mrla_l", official_keys=(_MRLA_LAM, *_MRLA_KEYS))
-def mrla_l(
-    blocks: Sequence[nn.Module],
-    channels: int,
-    *,
-    spec: str = "paper",
-    fused: bool = True,
-    head_dim: int = 32,
-    drop_path: float = 0.0,
-) -> nn.Module:
-    """MRLA-L, the static counterpart of DLA-L; ``spec`` only sets the initialisation."""
-    options = {"spec": spec, "fused": fused, "head_dim": head_dim, "drop_path": drop_path}
-    return DLAStage(blocks, channels, "light", static=True, **options)
+def _mrla(variant: str) -> Callable[..., nn.Module]:
+    """Builds stages of the static counterpart; ``spec`` only sets the initialisation."""
+
+    def build_stage(
+        blocks: Sequence[nn.Module],
+        channels: int,
+        *,
+        spec: str = "paper",
+        fused: bool = True,
+        head_dim: int = 32,
+        drop_path: float = 0.0,
+    ) -> nn.Module:
+        options = {"fused": fused, "head_dim": head_dim, "drop_path": drop_path}
+        return DLAStage(blocks, channels, variant, spec, STATIC, **options)
+
+    return build_stage
 
 
-@register_variant("mrla_b", official_keys=_MRLA_KEYS)
-def mrla_b(
-    blocks: Sequence[nn.Module],
-    channels: int,
-    *,
-    spec: str = "paper",
-    fused: bool = True,
-    head_dim: int = 32,
-    drop_path: float = 0.0,
-) -> nn.Module:
-    """MRLA-B, the static counterpart of DLA-B; ``spec`` only sets the initialisation."""
-    options = {"spec": spec, "fused": fused, "head_dim": head_dim, "drop_path": drop_path}
-    return DLAStage(blocks, channels, "base", static=True, **options)
+register_variant("mrla_l", official_keys=(_MRLA_LAM, *_MRLA_KEYS))(_mrla("light"))
+register_variant("mrla_b", official_keys=_MRLA_KEYS)(_mrla("base"))
 
 
 _ATTENTION = r"^stages\.(\d+)\.attention\.(\d+)\."
@@ -171,65 +164,41 @@ _DLA_LIGHT_KEYS = (
 )
 
 
-@register_variant(
-    "dla_l",
-    official_keys=(*_DLA_LIGHT_KEYS, *_DLA_KEYS),
-    official_options={"spec": "official"},
+def _dla(variant: str) -> Callable[..., nn.Module]:
+    """Builds stages of dynamic layer attention. ``cell=None`` is the spec's own cell."""
+
+    def build_stage(
+        blocks: Sequence[nn.Module],
+        channels: int,
+        *,
+        spec: str = "paper",
+        fused: bool = True,
+        cell: str | None = None,
+        activation: str = "sigmoid",
+        reduction: int = 4,
+        head_dim: int = 32,
+        context: str = "per_sample",
+        drop_path: float = 0.0,
+    ) -> nn.Module:
+        return DLAStage(
+            blocks,
+            channels,
+            variant,
+            spec,
+            cell,
+            reduction,
+            drop_path,
+            activation,
+            fused=fused,
+            head_dim=head_dim,
+            context=context,
+        )
+
+    return build_stage
+
+
+_OFFICIAL = {"spec": "official"}
+register_variant("dla_l", official_keys=(*_DLA_LIGHT_KEYS, *_DLA_KEYS), official_options=_OFFICIAL)(
+    _dla("light")
 )
-def dla_l(
-    blocks: Sequence[nn.Module],
-    channels: int,
-    *,
-    spec: str = "paper",
-    fused: bool = True,
-    cell: str | None = None,
-    activation: str = "sigmoid",
-    reduction: int = 4,
-    head_dim: int = 32,
-    context: str = "per_sample",
-    drop_path: float = 0.0,
-) -> nn.Module:
-    """DLA-L: dynamic layer attention, "light". ``cell=None`` is the spec's own cell."""
-    return DLAStage(
-        blocks,
-        channels,
-        "light",
-        spec=spec,
-        fused=fused,
-        cell=cell,
-        activation=activation,
-        reduction=reduction,
-        head_dim=head_dim,
-        context=context,
-        drop_path=drop_path,
-    )
-
-
-@register_variant("dla_b", official_keys=_DLA_KEYS, official_options={"spec": "official"})
-def dla_b(
-    blocks: Sequence[nn.Module],
-    channels: int,
-    *,
-    spec: str = "paper",
-    fused: bool = True,
-    cell: str | None = None,
-    activation: str = "sigmoid",
-    reduction: int = 4,
-    head_dim: int = 32,
-    context: str = "per_sample",
-    drop_path: float = 0.0,
-) -> nn.Module:
-    """DLA-B: dynamic layer attention, "base". ``cell=None`` is the spec's own cell."""
-    return DLAStage(
-        blocks,
-        channels,
-        "base",
-        spec=spec,
-        fused=fused,
-        cell=cell,
-        activation=activation,
-        reduction=reduction,
-        head_dim=head_dim,
-        context=context,
-        drop_path=drop_path,
-    )
+register_variant("dla_b", official_keys=_DLA_KEYS, official_options=_OFFICIAL)(_dla("base"))

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from dla.nn.batch_norm import is_unhooked, join
 from dla.nn.cells import CELLS
 from dla.nn.channel import DIALayer
-from dla.nn.checks import boolean, module_list
+from dla.nn.checks import module_list
 from dla.nn.form import shared_parts
 from dla.nn.layer import DLALayer
 from dla_kernels.ops.base_attention import MAX_LAYERS
-from dla_kernels.ops.step_checks import STATIC
 
 
 class DLAStage(nn.Module):
@@ -33,7 +32,6 @@ class DLAStage(nn.Module):
             ``context`` ..).
         reduction, activation, initial_state: of the shared cell, see `DLALayer`.
         drop_path: one rate, or one per block.
-        static: make the layers static (MRLA): ``cell="none"``.
 
     Attributes:
         blocks, layers: lists of equal length.
@@ -54,16 +52,13 @@ class DLAStage(nn.Module):
         drop_path: float | Sequence[float] = 0.0,
         activation: str = "sigmoid",
         initial_state: str = "zeros",
-        static: bool = False,
         **layer_options: Any,
     ) -> None:
         super().__init__()
         self.blocks = module_list("blocks", blocks)
         rates = _one_per_block(drop_path, len(self.blocks))
-        if boolean("static", static):
-            if cell not in (None, STATIC):
-                raise ValueError(f"cell: expected None in a static stage, got {cell!r}")
-            cell = STATIC
+        if "shared" in layer_options:
+            raise TypeError("shared: the layers of a stage always share; expected it not given")
         self.layers = nn.ModuleList(
             DLALayer(
                 channels,
@@ -221,7 +216,7 @@ def _checked_parts(block: nn.Module, method: str, parts: Any, types: Mapping[str
 
 
 def _one_per_block(drop_path: float | Sequence[float], count: int) -> list[float]:
-    if not isinstance(drop_path, Sequence):
+    if isinstance(drop_path, str) or not isinstance(drop_path, Sequence):
         return [drop_path] * count
     if len(drop_path) != count:
         raise ValueError(

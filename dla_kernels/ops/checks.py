@@ -1,5 +1,6 @@
 """Checks of what the ops are called with: messages name the argument, what fits and what came."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -68,9 +69,9 @@ def more_than_one_per_channel(name: str, x: Tensor) -> None:
 
 
 def at_least_zero(name: str, value: float) -> None:
-    """No negative number, nor NaN."""
-    if not value >= 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
+    """No negative number, infinity or NaN."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
 
 
 def a_list(name: str, value: object) -> None:

@@ -168,12 +168,13 @@ def test_an_option_that_does_not_apply_is_a_type_error(name: str, option: str) -
         ("resnet21_dla_l", {}, "name: no model"),
         ("resnet20", {}, "did you mean resnet20_plain, resnet20_se, .*resnet20_dla_b"),
         ("plain", {}, "resnet<depth>_<variant>, .* plain, se, .* list_models"),
-        (20, {}, "name: no model is called 20"),
+        (20, {}, "name: expected a string, got int 20"),
         ("resnet29_plain", {"block": "basic"}, r"block: .* 6n \+ 2, which 29 is not"),
         ("resnet47_dla_l", {"block": "basic"}, r"block: .* 6n \+ 2, which 47 is not"),
         ("resnet20_plain", {"block": "wide"}, "block: expected one of bottleneck, basic"),
         ("resnet20_plain", {"num_classes": -1}, "num_classes: .* got -1"),
-        ("resnet20_plain", {"num_classes": 2.5}, "num_classes: .* got 2.5"),
+        ("resnet20_plain", {"num_classes": 2.5}, "num_classes: .* got float 2.5"),
+        ([], {}, "name: expected a string, got list"),
         ("resnet20_dla_l", {"spec": "theirs"}, "spec"),
         ("resnet20_mrla_l", {"spec": "theirs"}, "spec"),
         ("resnet20_dia", {"spec": "theirs", "cell": "dsu"}, "spec"),
@@ -187,7 +188,7 @@ def test_an_option_that_does_not_apply_is_a_type_error(name: str, option: str) -
     ],
 )
 def test_bad_values_are_named(name: str, options: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         create_model(name, **options)
 
 
@@ -231,6 +232,8 @@ def test_a_new_variant_is_one_function() -> None:
         assert create_model("resnet20_twice", spec="official")(batch()).shape == (4, 10)
         with pytest.raises(TypeError, match="takes block, spec"):
             create_model("resnet20_twice", fused=True)
+        with pytest.raises(ValueError, match="a variant 'twice' already"):
+            register_variant("twice")
     finally:
         del VARIANTS["twice"]
 
@@ -238,6 +241,8 @@ def test_a_new_variant_is_one_function() -> None:
 def test_families_do_not_take_each_others_names() -> None:
     with pytest.raises(ValueError, match=r"depths: .*'cifar'.*\[56\]"):
         register_family("other", depths=(55, 56), num_classes=10)
+    with pytest.raises(ValueError, match="a family 'cifar' already"):
+        register_family("cifar", depths=(8,), num_classes=10)
 
 
 # --- the network as a component ------------------------------------------------------------------

@@ -24,7 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "official_first_sample": {"spec": "official", "context": "first_sample"},
     "official_dsu": {"spec": "official", "cell": "dsu"},
     "paper_sigmoid": {"spec": "paper", "gate": "sigmoid", "initial_state": "learned"},
-    "static": {"static": True},
+    "static": {"cell": "none"},
 }
 each_form = pytest.mark.parametrize("form", FORMS)
 each_fused = pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])

@@ -63,7 +63,7 @@ FORMS = {
     "light paper": {"spec": "paper"},
     "light, own norm": {"spec": "official", "norm": False},
     "base": {"variant": "base", "spec": "official"},
-    "static": {"static": True, "spec": "official", "prev_from": "shortcut", "prev_conv": False},
+    "static": {"cell": "none", "spec": "official", "prev_from": "shortcut", "prev_conv": False},
 }
 each_form = pytest.mark.parametrize("form", FORMS)
 

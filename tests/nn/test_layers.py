@@ -26,14 +26,14 @@ SIZE = (5, 6)
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {"spec": "paper"},
     "official": {"spec": "official"},
-    "static": {"static": True},
+    "static": {"cell": "none"},
     "first_sample": {"spec": "official", "context": "first_sample"},
     "official_dsu": {"spec": "official", "cell": "dsu", "activation": "tanh"},
     "paper_conv": {"prev_conv": True, "gate": "sigmoid", "initial_state": "learned"},
     "random_start": {"spec": "official", "initial_state": "normal"},
     "base_paper": {"variant": "base"},
     "base_official": {"variant": "base", "spec": "official"},
-    "base_static": {"variant": "base", "static": True},
+    "base_static": {"variant": "base", "cell": "none"},
     "base_first_sample": {"variant": "base", "spec": "official", "context": "first_sample"},
     "base_paper_first_sample": {"variant": "base", "cell": "dsu_split", "context": "first_sample"},
 }
@@ -185,15 +185,6 @@ def test_one_norm_at_both_ends() -> None:
     for layer in (fused, unfused):
         layer(features(), features(seed=2), join=True, branch_norm=layer.norm)
     assert_same_state(fused, unfused)
-
-
-@each_fused
-@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
-def test_half_of_the_running_statistics_is_refused(missing: str, fused: bool) -> None:
-    stage = make_stage(fused=fused).double()
-    setattr(stage.layers[0].norm, missing, None)
-    with pytest.raises(ValueError, match="must either both be None or neither"):
-        stage(features())
 
 
 class Counted(nn.Module):
@@ -661,13 +652,17 @@ BAD_CALLS: dict[str, tuple[Callable[[DLALayer], Any], ...]] = {
 
 
 @each_fused
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
-def test_norm_with_one_of_its_statistics(missing: str, fused: bool) -> None:
-    """In evaluation an error, as in torch; not the statistics of the batch."""
-    layer = DLALayer(CHANNELS, head_dim=4, fused=fused).eval()
+def test_norm_with_one_of_its_statistics(missing: str, training: bool, fused: bool) -> None:
+    """An error, as in torch; neither the statistics of the batch nor half an update."""
+    layer = DLALayer(CHANNELS, head_dim=4, fused=fused).train(training)
     setattr(layer.norm, missing, None)
+    before = copy.deepcopy(layer.norm.state_dict())
+    del before["num_batches_tracked"]  # which torch has counted by then
     with pytest.raises((ValueError, RuntimeError), match=r"mean|var"):
         layer(map_())
+    assert all(torch.equal(layer.norm.state_dict()[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("variant", ["light", "base"])
@@ -811,6 +806,7 @@ BAD_OPTIONS = {
     "prev_conv": ({"prev_conv": 1}, "prev_conv", "True or False", "int 1"),
     "eps": ({"eps": -1e-5}, "eps", "at least 0", "-1e-05"),
     "eps NaN": ({"eps": math.nan}, "eps", "at least 0", "nan"),
+    "eps infinite": ({"eps": math.inf}, "eps", "finite", "inf"),
     "eps no number": ({"eps": "a"}, "eps", "number", "str 'a'"),
     "momentum": ({"momentum": 1.5}, "momentum", "[0, 1]", "1.5"),
     "momentum NaN": ({"momentum": math.nan}, "momentum", "[0, 1]", "nan"),
@@ -830,9 +826,9 @@ def test_bad_options_of_a_stage() -> None:
     assert_refused(lambda: DLAStage([], CHANNELS), "blocks", "one", "none")
     assert_refused(lambda: DLAStage([block, None], CHANNELS), "blocks[1]", "Module", "NoneType")
     assert_refused(lambda: DLAStage(block, CHANNELS), "blocks", "list", "Identity")
-    assert_refused(lambda: DLAStage([block], CHANNELS, static=None), "static", "True", "NoneType")
+    assert_refused(lambda: DLAStage([block], CHANNELS, shared=False), "shared")
     assert_refused(lambda: DLAStage([block], CHANNELS, drop_path=[0.1, 0.2]), "drop_path", "1", "2")
-    assert_refused(lambda: DLAStage([block], CHANNELS, static=True, cell="dsu"), "cell", "dsu")
+    assert_refused(lambda: DLAStage([block], CHANNELS, drop_path="x"), "drop_path", "number", "x")
     assert_refused(lambda: DLALayer(0), "channels", "1", "0")
     assert_refused(lambda: DLALayer(12, shared=2), "shared", "True or False", "int 2")
     assert_refused(lambda: DLALayer(12.0), "channels", "integer", "12.0")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,16 +16,15 @@ CHANNELS = 4
 
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 @pytest.mark.parametrize("context", ["per_sample", "first_sample"])
-@pytest.mark.parametrize("cell", [*CELLS, None], ids=str)
+@pytest.mark.parametrize("cell", [*CELLS, "none"])
 @pytest.mark.parametrize("spec", ["paper", "official"])
 @pytest.mark.parametrize("variant", ["light", "base"])
-def test_gradients(variant: str, spec: str, cell: str | None, context: str, fused: bool) -> None:
+def test_gradients(variant: str, spec: str, cell: str, context: str, fused: bool) -> None:
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.Tanh()) for _ in range(3)]
-    options: dict[str, Any] = {"static": True} if cell is None else {"cell": cell}
     stage = DLAStage(
-        blocks, CHANNELS, variant, spec=spec, context=context, head_dim=2, reduction=2,
-        initial_state="zeros" if cell is None else "learned", fused=fused, **options,
+        blocks, CHANNELS, variant, spec, cell, context=context, head_dim=2, reduction=2,
+        initial_state="zeros" if cell == "none" else "learned", fused=fused,
     ).double()  # fmt: skip
     x = torch.randn(2, CHANNELS, 3, 3, dtype=torch.float64, requires_grad=True)
 
