@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 
-from dla_kernels.ops.common import dense_format, without_autocast
-
-
-def dense_as(x: Tensor, result: Tensor) -> Tensor:
-    """``result`` dense in the format of ``x``, as results of the ops are."""
-    return result.contiguous(memory_format=dense_format(x))
+from dla_kernels.ops.common import without_autocast
 
 
 class Recorded:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from dla_kernels.ops._registration import flatten, sizes_of, unflatten
 from dla_kernels.ops.common import dense_format, without_autocast
-from dla_kernels.ops.differentiate import dense_as, differentiate
+from dla_kernels.ops.differentiate import differentiate
 from dla_kernels.ops.global_pool.reference import global_pool
+from dla_kernels.ops.reference_common import dense_as
+from dla_kernels.ops.reference_common import unsupported as unsupported
 from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.step_formulas import (
     add_branch,
@@ -168,11 +170,6 @@ def _finish(
     branch, mean, var = normalise(o, norm, norm_weight, norm_bias, mean_in, var_in, eps)
     branch = torch.relu(branch) if relu else branch
     return add_branch(x.to(o.dtype), branch, drop_scale, residual).to(x.dtype), mean, var
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:

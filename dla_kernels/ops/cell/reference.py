@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from dla_kernels.ops.common import without_autocast
 from dla_kernels.ops.differentiate import differentiate
+from dla_kernels.ops.reference_common import unsupported as unsupported
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -153,11 +154,6 @@ CELLS = {
     "lstm": Kind(lstm, 2, 0, 4, lambda h, c: _two_matrices(4, c)),
     "rnn": Kind(rnn, 1, 0, 1, lambda h, c: _two_matrices(1, c)),
 }
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(

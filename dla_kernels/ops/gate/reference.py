@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dla_kernels.ops.differentiate import dense_as, differentiate
+from dla_kernels.ops.differentiate import differentiate
+from dla_kernels.ops.reference_common import dense_as
+from dla_kernels.ops.reference_common import unsupported as unsupported
 
 
 def gate(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
@@ -21,11 +23,6 @@ def gate(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
         (feature.to(factor.dtype) * factor[:, :, None, None]).to(feature.dtype)
         for feature, factor in zip(features, gates, strict=True)
     ]
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(features: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:

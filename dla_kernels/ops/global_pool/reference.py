@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels.ops.common import compute_dtype, features_like
+from dla_kernels.ops.reference_common import unsupported as unsupported
 
 
 def global_pool(x: Tensor) -> Tensor:
@@ -18,11 +19,6 @@ def global_pool(x: Tensor) -> Tensor:
         [B, C] in the compute dtype (float64 for float64 features, else float32).
     """
     return x.mean(dim=(2, 3), dtype=compute_dtype(x.dtype))
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(x: Tensor) -> Tensor:

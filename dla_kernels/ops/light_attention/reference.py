@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from dla_kernels.ops.common import compute_dtype, without_autocast
-from dla_kernels.ops.differentiate import dense_as, differentiate
+from dla_kernels.ops.differentiate import differentiate
 from dla_kernels.ops.global_pool.reference import global_pool
+from dla_kernels.ops.reference_common import dense_as
+from dla_kernels.ops.reference_common import unsupported as unsupported
 from dla_kernels.ops.step_checks import STATIC
 from dla_kernels.ops.step_formulas import (
     add_branch,
@@ -147,11 +149,6 @@ def scores_of(y: Tensor, q_weight: Tensor, k_weight: Tensor, head_dim: int) -> T
     q, k = (filter_channels(y, weight).view(heads) for weight in (q_weight, k_weight))
     scores = (q * k).sum(dim=2, keepdim=True) / math.sqrt(head_dim)
     return torch.sigmoid(scores).expand(heads).reshape(batch, channels)
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:

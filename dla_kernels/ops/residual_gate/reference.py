@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dla_kernels.ops.differentiate import dense_as
+from dla_kernels.ops.reference_common import dense_as
+from dla_kernels.ops.reference_common import unsupported as unsupported
 from dla_kernels.ops.step_formulas import scale
 
 
@@ -18,11 +19,6 @@ def residual_gate(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:
         A map in the dtype of ``u``.
     """
     return torch.relu(scale(h, u.to(h.dtype)) + shortcut.to(h.dtype)).to(u.dtype)
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(u: Tensor, h: Tensor, shortcut: Tensor) -> Tensor:

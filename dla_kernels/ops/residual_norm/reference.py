@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from dla_kernels.ops.common import compute_dtype, without_autocast
-from dla_kernels.ops.differentiate import dense_as, differentiate
+from dla_kernels.ops.differentiate import differentiate
+from dla_kernels.ops.reference_common import dense_as
+from dla_kernels.ops.reference_common import unsupported as unsupported
 from dla_kernels.ops.step_formulas import normalise
 
 
@@ -27,11 +29,6 @@ def residual_norm(
     with without_autocast(x):
         normed, mean, var = normalise(x.to(dtype), norm, weight, bias, mean_in, var_in, eps)
         return torch.relu(normed + shortcut.to(dtype)).to(x.dtype), mean, var
-
-
-def unsupported(x: Tensor) -> str | None:
-    """The formulas run wherever torch does."""
-    return None
 
 
 def forward(
