@@ -113,7 +113,7 @@ def dia(
 ) -> nn.Module:
     """DIANet; with another ``cell``, the LII family. It has one form: ``spec`` changes nothing."""
     one_of("spec", spec, SPECS)
-    return DIAStage(blocks, channels, cell, reduction, fused, activation)
+    return DIAStage(blocks, channels, cell, reduction, fused=fused, activation=activation)
 
 
 _MRLA_KEYS = (
@@ -138,7 +138,7 @@ def _mrla(variant: str) -> Callable[..., nn.Module]:
         drop_path: float = 0.0,
     ) -> nn.Module:
         options = {"fused": fused, "head_dim": head_dim, "drop_path": drop_path}
-        return DLAStage(blocks, channels, variant, spec, STATIC, **options)
+        return DLAStage(blocks, channels, variant, spec, cell=STATIC, **options)
 
     return build_stage
 
@@ -185,10 +185,10 @@ def _dla(variant: str) -> Callable[..., nn.Module]:
             channels,
             variant,
             spec,
-            cell,
-            reduction,
-            drop_path,
-            activation,
+            cell=cell,
+            reduction=reduction,
+            drop_path=drop_path,
+            activation=activation,
             fused=fused,
             head_dim=head_dim,
             context=context,

@@ -96,6 +96,7 @@ class DIALayer(nn.Module):
         channels: int,
         cell: str = "dia",
         reduction: int = 4,
+        *,
         fused: bool = True,
         activation: str = "sigmoid",
         initial_state: str = "zeros",

@@ -89,7 +89,7 @@ def test_lone_layers_make_a_stage(fused: bool) -> None:
     stage = make_stage("dsu_split", fused=fused)
     x, state = images(), None
     for block in stage.blocks:
-        layer = DIALayer(CHANNELS, "dsu_split", 2, fused).double()
+        layer = DIALayer(CHANNELS, "dsu_split", 2, fused=fused).double()
         layer.cell = stage.cell
         x, state = layer(*block.parts(x), state)
     assert_close(x, stage(images()), table=MODELS)

@@ -55,7 +55,7 @@ def test_stages(variant: str, spec: str, cell: str, blocks: int) -> None:
     def stage(fused: bool) -> DLAStage:
         convs = [nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(blocks)]
         options = {"initial_state": "learned", "fused": fused}
-        return DLAStage(convs, CHANNELS, variant, spec, cell, **options)
+        return DLAStage(convs, CHANNELS, variant, spec, cell=cell, **options)
 
     fused, unfused = stage(True), stage(False)
     x = torch.randn(3, CHANNELS, 5, 6)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 from dla.nn import DLALayer, DLAState, DSUCell
 from dla.nn import facts as facts_of_layers
 from dla_kernels import native
+from tolerances import assert_close
 
 CHANNELS = 8
 SHAPE = (3, CHANNELS, 4, 5)
@@ -223,7 +224,7 @@ def test_unfused(searches: list[DLALayer]) -> None:
     layer.eval(), norm.eval()
     fused = [run(layer, norm) for _ in range(2)][-1]
     layer.fused = False
-    torch.testing.assert_close(run(layer, norm), fused)
+    assert_close(run(layer, norm), fused)
     assert searches == 2 * [layer]
 
 
@@ -272,7 +273,7 @@ def test_parts_of_another_dtype(change: str, searches: list[DLALayer]) -> None:
     layer.eval(), norm.eval()
     before = [run(layer, norm) for _ in range(2)][-1]
     DTYPES[change](layer, norm)
-    torch.testing.assert_close(run(layer, norm), before)
+    assert_close(run(layer, norm), before)
     assert len(searches) == 2
 
 

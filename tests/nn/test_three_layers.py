@@ -23,7 +23,7 @@ def test_gradients(variant: str, spec: str, cell: str, context: str, fused: bool
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.Tanh()) for _ in range(3)]
     stage = DLAStage(
-        blocks, CHANNELS, variant, spec, cell, context=context, head_dim=2, reduction=2,
+        blocks, CHANNELS, variant, spec, cell=cell, context=context, head_dim=2, reduction=2,
         initial_state="zeros" if cell == "none" else "learned", fused=fused,
     ).double()  # fmt: skip
     x = torch.randn(2, CHANNELS, 3, 3, dtype=torch.float64, requires_grad=True)
