@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "entries.h"
-#include "facts.h"
 #include "forms.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 

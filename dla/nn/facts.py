@@ -72,7 +72,7 @@ def _unchanged() -> Callable[..., bool]:
 def _unchanged_in_python(
     owner: dict[str, Any], values: list[Any], empty: list[Any], types: list[Any]
 ) -> bool:
-    """As in csrc/facts.h."""
+    """As in csrc/unchanged.h."""
     return (
         all(
             (owner if held is None else held).get(name) is value
