@@ -3,7 +3,8 @@
 # the stages of ResNet-50, looks for bad memory accesses.
 #
 #     bench/gpu_check.sh [FOLDER]       # default: gpu-check; PYTHON names another python3
-#     STEPS="build layer_bfloat16 dispatch" bench/gpu_check.sh     # these steps only
+#     STEPS="build layer_bfloat16 dispatch" bench/gpu_check.sh     # these alone, each for as long
+#                                                                  # as is left of the 9 minutes
 #
 # FOLDER then holds the logs of all steps, of the benchmark JSON and PNG, and the dispatch.json that
 # follows (bench/README.md says how to adopt it). The exit status is 0 if every step passed. Needs
@@ -20,7 +21,8 @@ deadline=530 # seconds; the last step gets what is left
   exit 1
 }
 mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 # this checkout, installed or not
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, installed or not
+export PYTHONUNBUFFERED=1
 # For this GPU alone: the build is serial in the number of targets.
 export DLA_CUDA_ARCHS=${DLA_CUDA_ARCHS:-$("$python" -c \
   'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
@@ -28,7 +30,8 @@ failed=()
 
 # step NAME SECONDS COMMAND...: runs it for so long at most, keeps what it says, shows the end.
 step() {
-  local name=$1 limit=$2 left=$((deadline - SECONDS))
+  local name=$1 limit=${STEPS:+$deadline} left=$((deadline - SECONDS))
+  limit=${limit:-$2}
   shift 2
   [[ " ${STEPS:-$name} " == *" $name "* ]] || return 0
   printf '\n==== %s (%d s)\n' "$name" "$SECONDS"
@@ -46,8 +49,37 @@ step() {
 build() {
   cmake -S csrc -B build -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" && ninja -C build
 }
-export -f build
-export python
+# Both formats, all backends that have kernels for the device.
+dla() {
+  "$python" bench/bench_dla.py --device cuda --backends all "$@"
+}
+# Fills the caches of compiled kernels, all shapes and dtypes at once: one after the other they would
+# take most of the time. Settings chosen meanwhile are thrown away, since the runs disturb each other.
+compile() {
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache} TORCHINDUCTOR_COMPILE_THREADS=1
+  for dtype in bfloat16 float32; do
+    for shape in $shapes; do
+      dla --suite layer,ops --dtype $dtype --shapes "$shape" --repeats 1 --threads 1 &
+    done
+  done
+  wait
+  find "$TRITON_CACHE_DIR" -name dla_kernels.json -delete
+}
+# bench NAME OPTIONS...
+bench() {
+  step "$1" 100 bash -c 'dla "$@"' dla --shapes $shapes --repeats 20 \
+    --json "$out/$1.json" --plot "$out/$1.png" "${@:2}"
+}
+dispatch() {
+  local name results=()
+  for name in layer_bfloat16 ops_bfloat16 float32; do
+    [[ ! -s $out/$name.json ]] || results+=("$out/$name.json") # one that was cut may have left none
+  done
+  "$python" bench/dispatch.py --output "$out/dispatch.json" "${results[@]}"
+}
+shapes="128x256x56x56 128x512x28x28 128x1024x14x14 128x2048x7x7"
+export -f build dla compile dispatch
+export python out shapes
 
 # What is compiled only, for three generations of GPUs, is tested without a GPU as well.
 tests=(-q -p no:cacheprovider tests/ops --ignore tests/ops/test_triton_compile.py
@@ -58,23 +90,17 @@ parallel=()
   echo "expecttest is not installed: the schemas go untested (pip install expecttest)"
   tests+=(--deselect tests/ops/test_every_op.py::test_schema_fake_and_autograd)
 }
-shapes=(128x256x56x56 128x512x28x28 128x1024x14x14 128x2048x7x7)
-# bench NAME OPTIONS...: NCHW and channels_last, all backends that have kernels for the device.
-bench() {
-  step "$1" 120 "$python" bench/bench_dla.py --device cuda --backends all --shapes "${shapes[@]}" \
-    --repeats 20 --json "$out/$1.json" --plot "$out/$1.png" "${@:2}"
-}
 
 step build 120 bash -c build
-step report 120 "$python" -m dla_kernels # compiles Triton kernels of every op
 step tests_cuda 120 "$python" -m pytest "${tests[@]}" "${parallel[@]}" \
   -k "cuda and not triton and not 32_bits"
+step compile 150 bash -c compile
+bench layer_bfloat16 --suite layer --dtype bfloat16
+bench ops_bfloat16 --suite ops --dtype bfloat16
+bench float32 --suite layer,ops --dtype float32
+step dispatch 30 bash -c dispatch
+step report 60 "$python" -m dla_kernels
 step tests_large 90 "$python" -m pytest "${tests[@]}" -k "32_bits and (cuda or triton)"
-bench ops_bfloat16 --suite ops --no-compile --dtype bfloat16
-bench layer_bfloat16 --suite layer --dtype bfloat16 # with torch.compile, which takes its time
-bench float32 --suite layer,ops --no-compile --dtype float32
-step dispatch 30 "$python" bench/dispatch.py --output "$out/dispatch.json" \
-  "$out"/{ops_bfloat16,layer_bfloat16,float32}.json
 step tests_triton 300 "$python" -m pytest "${tests[@]}" "${parallel[@]}" \
   -k "triton and not 32_bits" # thousands of kernels to compile
 bench first --suite first --dtype bfloat16 # compiles everything anew

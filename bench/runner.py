@@ -21,6 +21,9 @@ import cases
 import measure
 import report
 from cases import MODES, Contestant, Network, Peer, Settings, Shape
+from dla.models import list_models
+
+torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for all contestants alike
 
 Row = dict[str, Any]
 REPEATS = {"layer": 30, "ops": 30, "model": 10, "family": 10, "depth": 5}
@@ -291,7 +294,10 @@ def default_device(name: str | None) -> torch.device:
     Raises:
         SystemExit: the device is not there or is neither a CPU nor a CUDA device.
     """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SystemExit(f"--device: expected cpu, cuda or cuda:1 .., not {name}") from error
     if device.type not in ("cpu", "cuda"):
         raise SystemExit(f"--device: expected cpu or cuda, not {name}")
     if device.type == "cuda":
@@ -304,6 +310,10 @@ def default_device(name: str | None) -> torch.device:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     quick = options.quick
+    model = options.model or ("resnet20" if quick else "resnet56")
+    known = [name.removesuffix("_plain") for name in list_models("*_plain")]
+    if model not in known:
+        raise SystemExit(f"--model: expected one of {', '.join(known)}, not {model}")
     return Settings(
         device=default_device(options.device),
         dtype=getattr(torch, options.dtype),
@@ -311,7 +321,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         spec=options.spec,
         compile=not (options.no_compile or quick),
         channels_last=options.channels_last,
-        model=options.model or ("resnet20" if quick else "resnet56"),
+        model=model,
         batch=options.batch or (4 if quick else 32),
     )
 

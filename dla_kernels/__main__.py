@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import os
@@ -119,10 +120,16 @@ def check(op: str, backend: str) -> tuple[str, str | None]:
     return f"[green]ok[/] {error:.0e}", None
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prints the report; the exit status is 1 if an available implementation fails its check."""
+    argparse.ArgumentParser(
+        prog="python -m dla_kernels",
+        description="Prints versions and, for every op, which backends serve it and if not, why; "
+        "checks each on a small call. The exit status is 1 if one fails.",
+    ).parse_args(arguments)
     console = Console()
     os.environ["DLA_AUTOTUNE"] = "0"  # for small calls that nobody waits for again
+    torch.backends.cudnn.allow_tf32 = False  # in what kernels are compared with
     grid = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts().items():
         grid.add_row(f"[bold]{name}[/]", escape(value))

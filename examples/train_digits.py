@@ -84,15 +84,21 @@ def run(name: str, *, steps: int, batch: int, lr: float, seed: int, **options: s
     return accuracy(model, held_out)
 
 
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, not {text!r}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="resnet20_dla_l", help="see dla.models.list_models()")
-    parser.add_argument("--spec", choices=["paper", "official"], help="not for plain models")
-    parser.add_argument("--unfused", action="store_true", help="plain PyTorch layers")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--spec", choices=["paper", "official"], help="of layer attention")
+    parser.add_argument("--unfused", action="store_true", help="layer attention in plain PyTorch")
+    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--batch", type=positive, default=24)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -54,6 +54,21 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
     assert arguments[1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "foo"], "--model: expected one of resnet20, .*, not foo"),
+        (["--device", "foo"], "--device: expected cpu, cuda or cuda:1 .., not foo"),
+        (["--device", "meta"], "--device: expected cpu or cuda, not meta"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_runs(
+    arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit, match=words):
+        quick_bench(*arguments)
+
+
 def test_quick_only_sets_defaults() -> None:
     asked = quick_bench("--model", "resnet29", "--batch", "2").settings
     assert (asked.model, asked.batch) == ("resnet29", 2)
@@ -304,8 +319,12 @@ def test_dispatch_table_wants_a_gpu(tmp_path: Path) -> None:
     """The results of a CPU say nothing about backends for GPUs."""
     with pytest.raises(SystemExit, match="cpu_xeon"):
         dispatch.main(
-            [str(BENCH / "results/cpu_xeon_cascade_lake_2_cores.json"), "--output", "none.json"]
+            [
+                str(BENCH / "results/cpu_xeon_cascade_lake_2_cores.json"),
+                *("--output", str(tmp_path / "none.json")),
+            ]
         )
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_suit_the_dispatch_table() -> None:

@@ -18,6 +18,16 @@ def example() -> ModuleType:
     return module
 
 
+def test_bad_arguments_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--steps", "--batch"):
+        monkeypatch.setattr("sys.argv", ["train_digits.py", option, "0"])
+        with pytest.raises(SystemExit):
+            example().main()
+        assert f"{option}: expected a positive integer, not '0'" in capsys.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])

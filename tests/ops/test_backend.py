@@ -47,6 +47,16 @@ x = torch.ones(2, 3, 4, 4)
 """
 
 
+def test_report_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    report = importlib.import_module("dla_kernels.__main__").main
+    with pytest.raises(SystemExit):
+        report(["--bad"])
+    assert "--bad" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report(["--help"])
+    assert "which backends serve it" in capsys.readouterr().out
+
+
 def first_sample(op: str) -> Call:
     return sample(op, next(variant for name, variant in NAMES if name == op), SMALL)
 

@@ -197,13 +197,14 @@ def test_launches(tuning: Any, timer: Timer) -> None:
 
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("op", OPS)
-def test_halved_tiles(op: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["triton"])
+def test_halved_tiles(backend: str, op: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other settings compute the same (warps make no difference to an interpreter)."""
     tuning = importlib.import_module("dla_kernels.ops.triton_tuning")
     monkeypatch.setattr(tuning, "fastest", lambda kernel, about, settings, run: settings[-1])
     variant = "static" if "static" in SAMPLES[op] else next(iter(SAMPLES[op]))
     call = sample(op, variant, SHAPES[layout], layout=layout)
-    compare(op, "triton", call.inputs, call.cotangents, case=torch.float32, **call.options)
+    compare(op, backend, call.inputs, call.cotangents, case=torch.float32, **call.options)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU: kernels are timed")
