@@ -45,7 +45,7 @@ class use_backend(ContextDecorator):
     """Runs the ops in a ``with`` block on one backend, in this thread (or asyncio task) only.
 
     Backward passes follow their forward pass, or a ``with`` block around them. A graph made by
-    torch.compile asks at every run, forward and backward each for itself.
+    torch.compile looks up the backend at every run, forward and backward separately.
 
     Args:
         name: "cuda", "triton", "cpp" or "reference", which then must serve every call; or "auto":

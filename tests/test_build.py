@@ -18,7 +18,7 @@ NVCC = {
     "of CUDA 13.0": "echo 'release 13.0'; for a in 75 80 90 100 120; do echo compute_$a; done",
 }
 REASONS = {
-    "failing": ["does not tell its version"],
+    "failing": ["did not report its version"],
     "of CUDA 11.4": ["CUDA 11.4", "12.0"],
     "of CUDA 12.4": ["CUDA 12.4", "capability 100", "DLA_CUDA_ARCHS", "12.8"],
 }

@@ -117,7 +117,7 @@ def assert_gradients_close(
 ) -> None:
     """Compares all gradients of a case; None stands for zeros. The scale is theirs together.
 
-    dtypes: what each gradient must have; default: the dtype of the expected one.
+    dtypes: what each gradient must have, if that is to be checked.
     """
     assert actual.keys() == expected.keys()
     scale = largest_norm(expected)

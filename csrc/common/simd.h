@@ -299,7 +299,6 @@ class Results {
       : data_(data),
         streamed_(count * static_cast<std::int64_t>(sizeof(T)) > kMostCachedBytes &&
                   are_aligned(data, run)) {}
-  explicit operator bool() const { return data_ != nullptr; }
   void put(std::int64_t i, Vec<Compute<T>> v, int n) const { put_n(data_ + i, v, n, streamed_); }
 
  private:

@@ -85,7 +85,8 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise TypeError(
-                f"state_dict: expected names of tensors, got {key!r}: {type(value).__name__}"
+                "state_dict: expected a mapping from names to tensors, "
+                f"got {key!r}: {type(value).__name__}"
             )
     return {key.removeprefix("module."): value for key, value in state_dict.items()}
 

@@ -1,4 +1,9 @@
-"""Recurrent cells that a stage's layers share. Their formulas are in dla_kernels.ops.cell."""
+"""Recurrent cells that a stage's layers share ("Dyn", Eq. 5 of the paper).
+
+In the formulas y is the input [B, C], s the logistic sigmoid, W and b weights and biases. Gates
+i, f, o and the candidate g, [B, C] each, are the parts of one product; with them
+c' = s(f) c + s(i) tanh(g).
+"""
 
 import math
 from typing import ClassVar
@@ -25,7 +30,7 @@ class Cell(nn.Module):
         channels: C, of input and state.
         reduction: the hidden width is C // reduction; "lstm" and "rnn" have no hidden layer.
         activation: what normalises c on its way into a ``dsu`` cell: "sigmoid", "tanh", "relu"
-            or "identity". Other kinds take no notice.
+            or "identity". Ignored by other kinds.
         initial_state: "zeros"; "normal", drawn anew from N(0, 1) for every stage and batch; or
             "learned", a parameter [S, C] that starts at zero.
 
@@ -106,7 +111,10 @@ class Cell(nn.Module):
 
 
 class DSUCell(Cell):
-    """Dynamic sharing unit of the paper (Eq. 7-9). State: (c); 5 C h + 3 C parameters."""
+    """Dynamic sharing unit of the paper (Eq. 7-9): (i, f, g) = W2 relu(W1 [act(c), y]) + b2.
+
+    State: (c), which is the output; 5 C h + 3 C parameters, h being the hidden width.
+    """
 
     kind = "dsu"
     slots = 1
@@ -119,7 +127,14 @@ class DSUCell(Cell):
 
 
 class DSUSplitCell(Cell):
-    """Dynamic sharing unit of the official code. State: (h, c); 2 (4 C h + h + 3 C) parameters."""
+    """Dynamic sharing unit of the official code::
+
+        F(u)      = W2 relu(W1 u + b1) + b2     one for y, one for h
+        (i, f, g) = F_y(y) + F_h(h)
+        h'        = s(c')
+
+    State: (h, c); 2 (4 C h + h + 3 C) parameters, h there being the hidden width.
+    """
 
     kind = "dsu_split"
     slots = 2
@@ -136,14 +151,20 @@ class DSUSplitCell(Cell):
 
 
 class DIACell(DSUSplitCell):
-    """Cell of DIANet: `DSUSplitCell` with an output gate. 2 (5 C h + h + 4 C) parameters."""
+    """Cell of DIANet: `DSUSplitCell` with (i, f, g, o), and h' = s(o) s(c').
+
+    State: (h, c); 2 (5 C h + h + 4 C) parameters, h there being the hidden width.
+    """
 
     kind = "dia"
     gates = 4
 
 
 class LSTMCell(Cell):
-    """torch.nn.LSTMCell with its parameters' names. State: (h, c); 8 C^2 + 8 C parameters."""
+    """torch.nn.LSTMCell with its parameters' names: h' = s(o) tanh(c').
+
+    State: (h, c); 8 C^2 + 8 C parameters.
+    """
 
     kind = "lstm"
     slots = 2
@@ -160,7 +181,10 @@ class LSTMCell(Cell):
 
 
 class RNNCell(LSTMCell):
-    """torch.nn.RNNCell with its parameters' names. State: (h); 2 C^2 + 2 C parameters."""
+    """torch.nn.RNNCell with its parameters' names: h' = tanh(W_ih y + b_ih + W_hh h + b_hh).
+
+    State: (h); 2 C^2 + 2 C parameters.
+    """
 
     kind = "rnn"
     slots = 1

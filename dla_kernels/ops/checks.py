@@ -15,7 +15,7 @@ def a_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {describe(x)}")
     if x.layout is not torch.strided or x.is_nested:
-        came = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        came = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
         raise TypeError(f"{name}: expected a dense (strided) tensor, got {came}")
 
 

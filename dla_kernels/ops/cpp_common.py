@@ -31,7 +31,7 @@ def unsupported(x: Tensor) -> str | None:
 
 def misplaced(kernels: str, x: Tensor, missing: str | None) -> str:
     """Why kernels cannot serve ``x`` where it is; and what, besides, is missing."""
-    elsewhere = f"{kernels}, x is on {x.device}"
+    elsewhere = f"{kernels}; x is on {x.device}"
     return f"{elsewhere}; {missing}" if missing else elsewhere
 
 

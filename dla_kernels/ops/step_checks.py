@@ -89,7 +89,7 @@ def check_norm(
         )
     if given and len(given) < len(affine):
         missing = next(key for key, value in affine.items() if value is None)
-        raise ValueError(f"{missing}: expected {' and '.join(affine)} both or neither, got None")
+        raise ValueError(f"{missing}: expected both {' and '.join(affine)}, or neither; got None")
     checks.like_if_given(affine, (channels,), dtype, device)
     for key, value in statistics.items():
         if norm != "running":

@@ -42,7 +42,7 @@ def unsupported(x: Tensor) -> str | None:
         )
     if x.is_cuda or (INTERPRETED and x.is_cpu):
         return None
-    return f"Triton kernels run on GPUs, x is on {x.device} (TRITON_INTERPRET=1: slowly on CPUs)"
+    return f"Triton kernels run on GPUs; x is on {x.device} (TRITON_INTERPRET=1: slowly on CPUs)"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

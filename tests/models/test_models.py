@@ -19,7 +19,7 @@ from tolerances import MODELS, ROUNDED_MODELS, assert_close, assert_gradients_cl
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OFFICIAL = {"spec": "official"}
-# Design section 7: parameters for (CIFAR-10, CIFAR-100), with the official form where there is one.
+# For (CIFAR-10, CIFAR-100), which the paper rounds; of DLA and MRLA in the official form.
 PARAMETERS = {
     "resnet20_plain": (220_378, 243_508),
     "resnet56_plain": (591_322, 614_452),

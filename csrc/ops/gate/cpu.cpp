@@ -79,7 +79,7 @@ void scale_rows(const GatedFeature<T>& f, const Results<T>& out) {
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// `count` elements of a plane from `first` on: writes dx (unless null) and returns sum grad * x.
+// `count` elements of a plane from `first` on: writes dx and returns sum grad * x.
 template <class T>
 Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size first, Size count,
                        const Results<T>& dx) {
@@ -89,7 +89,7 @@ Compute<T> plane_block(const T* grad, const T* x, Vec<Compute<T>> d, Size first,
   const auto step = [&](Size i, int n, Vec<A>& total) {
     const Vec<A> g = load_n(grad + first + i, n);
     total += g * load_n(x + first + i, n);
-    if (dx) dx.put(first + i, g * d, n);
+    dx.put(first + i, g * d, n);
   };
   Size i = 0;
   for (; i + chains * kLanes<A> <= count; i += chains * kLanes<A>)
@@ -108,11 +108,11 @@ void planes_backward(const GatedFeature<T>& f, const T* grad, const Results<T>& 
     double total = 0;
     for (Size i = start; i < start + f.area; i += kBlock)
       total += plane_block(grad, f.x, d, i, std::min(kBlock, start + f.area - i), dx);
-    if (dgates != nullptr) dgates[plane] = static_cast<A>(total);
+    dgates[plane] = static_cast<A>(total);
   });
 }
 
-// `pixels` rows of a tile of `width` channels, from element `first` on: writes dx (unless null), adds
+// `pixels` rows of a tile of `width` channels, from element `first` on: writes dx, adds
 // grad * x to partial.
 template <class T>
 void row_group(const T* grad, const T* x, const Compute<T>* d, Size first, Size stride, Size pixels,
@@ -125,7 +125,7 @@ void row_group(const T* grad, const T* x, const Compute<T>* d, Size first, Size 
       const Size at = first + pixel * stride + c;
       const Vec<A> g = load_n(grad + at, n);
       total += g * load_n(x + at, n);
-      if (dx) dx.put(at, g * factor, n);
+      dx.put(at, g * factor, n);
     }
     store(partial + c, load(partial + c) + total);
   });
@@ -154,7 +154,6 @@ void rows_backward(const GatedFeature<T>& f, const T* grad, const Results<T>& dx
       }
       for (Size c = 0; c < width; ++c) totals[c] += partial[c];
     }
-    if (dgates == nullptr) return;
     for (Size c = 0; c < width; ++c)
       dgates[b * f.channels + first + c] = static_cast<A>(totals[c]);
   });

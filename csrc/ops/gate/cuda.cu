@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(kThreads)
       sums[e] += values[0][e] * values[1][e];
       dx[e] = values[0][e] * gates[e];
     }
-    if (f.out != nullptr) store(f.out, place, dx);
+    store(f.out, place, dx);
   });
   finish_sums(f.cut, part, sums, [&](Size plane, Compute<T> total) {
-    if (f.dgates != nullptr) f.dgates[plane] = total;
+    f.dgates[plane] = total;
   });
 }
 

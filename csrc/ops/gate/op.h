@@ -27,7 +27,7 @@ struct GateForward : GateShapes {
 
 struct GateBackward : GateShapes {
   std::vector<const void*> grad, x, gates;
-  std::vector<void*> dx, dgates;  // null entries are not computed
+  std::vector<void*> dx, dgates;
 };
 
 }  // namespace dla
