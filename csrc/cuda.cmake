@@ -4,7 +4,7 @@
 #   DLA_CUDA_ARCHS  compute capabilities, "80;90" say; the newest also as PTX, for GPUs to come
 #   DLA_CUDA_FAILED setup.py's reason to do without them, after an attempt
 # Sets DLA_WITHOUT_CUDA (the reason) or else DLA_NVCC, DLA_NVCC_VERSION and DLA_CUDA_ARCHS.
-set(oldest_nvcc 12.0) # older ones are untried
+set(oldest_nvcc 12.0) # 12.8 for compute capability 100, a default; 13.0 is what has been tried
 
 foreach(name IN ITEMS DLA_BUILD_CUDA DLA_CUDA_ARCHS)
   if(NOT DEFINED ${name})

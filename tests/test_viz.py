@@ -103,7 +103,7 @@ def test_attention_matrix() -> None:
     assert_refused(lambda: attention_matrix([model]), "records", "AttentionRecord", "CifarResNet")
 
 
-def test_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_plot(tmp_path: Any) -> None:
     matplotlib.use("Agg")
     stage = DLAStage([torch.nn.Identity()] * 4, 8, "base", head_dim=4)
     with record_attention() as records:

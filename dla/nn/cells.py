@@ -1,8 +1,8 @@
 """Recurrent cells that a stage's layers share ("Dyn", Eq. 5 of the paper).
 
-In the formulas y is the input [B, C], s the logistic sigmoid, W and b weights and biases. Gates
-i, f, o and the candidate g, [B, C] each, are the parts of one product; with them
-c' = s(f) c + s(i) tanh(g).
+In the formulas y is the input, h and c are slots of the state, h' and c' of the new one, i, f, o
+gates and g the candidate, all [B, C]; s is the logistic sigmoid, r the hidden width. Where the
+state has a c, c' = s(f) c + s(i) tanh(g).
 """
 
 import math
@@ -113,7 +113,7 @@ class Cell(nn.Module):
 class DSUCell(Cell):
     """Dynamic sharing unit of the paper (Eq. 7-9): (i, f, g) = W2 relu(W1 [act(c), y]) + b2.
 
-    State: (c), which is the output; 5 C h + 3 C parameters, h being the hidden width.
+    W1 is [r, 2 C], W2 [3 C, r]. State: (c), which is the output; 5 C r + 3 C parameters.
     """
 
     kind = "dsu"
@@ -133,7 +133,7 @@ class DSUSplitCell(Cell):
         (i, f, g) = F_y(y) + F_h(h)
         h'        = s(c')
 
-    State: (h, c); 2 (4 C h + h + 3 C) parameters, h there being the hidden width.
+    W1 is [r, C], W2 [3 C, r]. State: (h, c); 2 (4 C r + r + 3 C) parameters.
     """
 
     kind = "dsu_split"
@@ -153,7 +153,7 @@ class DSUSplitCell(Cell):
 class DIACell(DSUSplitCell):
     """Cell of DIANet: `DSUSplitCell` with (i, f, g, o), and h' = s(o) s(c').
 
-    State: (h, c); 2 (5 C h + h + 4 C) parameters, h there being the hidden width.
+    W1 is [r, C], W2 [4 C, r]. State: (h, c); 2 (5 C r + r + 4 C) parameters.
     """
 
     kind = "dia"
@@ -161,9 +161,12 @@ class DIACell(DSUSplitCell):
 
 
 class LSTMCell(Cell):
-    """torch.nn.LSTMCell with its parameters' names: h' = s(o) tanh(c').
+    """torch.nn.LSTMCell with its parameters' names::
 
-    State: (h, c); 8 C^2 + 8 C parameters.
+        (i, f, g, o) = W_ih y + b_ih + W_hh h + b_hh
+        h'           = s(o) tanh(c')
+
+    W_ih and W_hh are [4 C, C]. State: (h, c); 8 C^2 + 8 C parameters.
     """
 
     kind = "lstm"
@@ -183,7 +186,7 @@ class LSTMCell(Cell):
 class RNNCell(LSTMCell):
     """torch.nn.RNNCell with its parameters' names: h' = tanh(W_ih y + b_ih + W_hh h + b_hh).
 
-    State: (h); 2 C^2 + 2 C parameters.
+    W_ih and W_hh are [C, C]. State: (h); 2 C^2 + 2 C parameters.
     """
 
     kind = "rnn"
