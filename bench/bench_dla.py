@@ -80,7 +80,11 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=positive, help="batch size of the networks; by default 32")
     add("--channels-last", action="store_true", help="run the networks in channels_last")
     add("--threads", type=positive, help="CPU threads; by default what torch chooses")
-    add("--repeats", type=positive, help="rounds over all peers; by default 30, models 10, depth 5")
+    add(
+        "--repeats",
+        type=positive,
+        help="rounds over all peers; by default 30, model 20, family 10, depth 5",
+    )
     add("--no-compile", action="store_true", help="leave out the torch.compile peer (slow start)")
     add("--quick", action="store_true", help="smoke test: tiny shapes, 2 repeats, no torch.compile")
     add(

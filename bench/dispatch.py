@@ -35,7 +35,7 @@ Times = dict[tuple, dict[str, float]]  # by what was run, by backend
 def shape_class(row: Row) -> str:
     """As `dla_kernels.ops.common.shape_class` says it of the op's first tensor."""
     _, channels, height, width = row["shape"]
-    if row["op"] == "cell":  # [B, C]
+    if "ideal_bytes" not in row:  # it moves no maps
         return class_of("rows", channels)
     return class_of("nhwc" if row["peer"].endswith(NHWC) else "nchw", height * width)
 

@@ -23,10 +23,11 @@ import report
 from cases import MODES, Contestant, Network, Peer, Settings, Shape
 from dla.models import list_models
 
-torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for all contestants alike
+# float32 means float32, for all contestants alike.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 Row = dict[str, Any]
-REPEATS = {"layer": 30, "ops": 30, "model": 10, "family": 10, "depth": 5}
+REPEATS = {"layer": 30, "ops": 30, "model": 20, "family": 10, "depth": 5}
 DEPTHS = (20, 29, 56, 110)
 QUICK_REPEATS = 2
 PEAK_STEPS = 3
@@ -56,11 +57,13 @@ class Bench:
             "family": lambda: self.model("family"),
             "depth": self.depth,
         }
-        for suite in self.options.suite:
-            suites[suite]()
-        if self.options.plot:
-            report.plot(self.store.rows, self.store.meta, self.options.plot)
-            self.view.say(f"drawn: {self.options.plot}")
+        try:
+            for suite in self.options.suite:
+                suites[suite]()
+        finally:  # of an interrupted run, what there is
+            if self.options.plot:
+                report.plot(self.store.rows, self.store.meta, self.options.plot)
+                self.view.say(f"drawn: {self.options.plot}")
 
     def layer(self) -> None:
         """The main suite: one complete layer."""

@@ -9,7 +9,8 @@ import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,21 @@ def run(
     return [*(t.detach() for t in results), *gradients], outputs
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """What kernels are compared with is float32 itself."""
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [one.allow_tf32 for one in settings]
+    try:
+        for one in settings:
+            one.allow_tf32 = False
+        yield
+    finally:
+        for one, allowed in zip(settings, before, strict=True):
+            one.allow_tf32 = allowed
+
+
+@without_tf32()
 def error_of(op: str, backend: str, device: torch.device) -> float:
     """Largest relative error of an op's outputs and gradients against its reference."""
     package = f"{ops.__name__}.{op}"
@@ -129,7 +145,6 @@ def main(arguments: list[str] | None = None) -> int:
     ).parse_args(arguments)
     console = Console()
     os.environ["DLA_AUTOTUNE"] = "0"  # for small calls that nobody waits for again
-    torch.backends.cudnn.allow_tf32 = False  # in what kernels are compared with
     grid = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts().items():
         grid.add_row(f"[bold]{name}[/]", escape(value))

@@ -105,6 +105,10 @@ def main() -> None:
     options: dict[str, str | bool] = {"spec": args.spec} if args.spec else {}
     if args.unfused:
         options["fused"] = False
+    try:  # before the data are loaded; not every model has every option
+        create_model(args.model, **options)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     start = time.perf_counter()
     score = run(
         args.model, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, **options

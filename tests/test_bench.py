@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,40 @@ def test_check_on_a_gpu_says_that_there_is_none(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "no GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# Finds a GPU, and measures one of two suites on it.
+STUB = """#!/bin/sh
+case "$*" in
+  *dispatch.py*) echo "$@" ;;
+  *layer_bfloat16.json*) echo "{}" >"$out/layer_bfloat16.json" ;;
+  *bench_dla.py*) exit 3 ;;
+esac
+"""
+
+
+def test_check_on_a_gpu_keeps_what_it_has(tmp_path: Path) -> None:
+    """Whatever fails, the steps after it run, and all there is comes in one file."""
+    python, out = tmp_path / "python", tmp_path / "results"
+    python.write_text(STUB)
+    python.chmod(0o755)
+    done = subprocess.run(
+        [str(BENCH / "gpu_check.sh"), str(out)],
+        env={
+            **os.environ,
+            "PYTHON": str(python),
+            "STEPS": "layer_bfloat16 ops_bfloat16 dispatch",
+            "TRITON_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "FAILED: ops_bfloat16 (exit status 3)\n" in done.stdout
+    assert (out / "dispatch.log").read_text().count(".json") == 2  # what is written, what is read
+    with tarfile.open(f"{out}.tar.gz") as archive:
+        names = {"layer_bfloat16.json", "layer_bfloat16.log", "ops_bfloat16.log", "dispatch.log"}
+        assert set(archive.getnames()) == {"results", *(f"results/{name}" for name in names)}
 
 
 def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
@@ -220,6 +255,17 @@ def test_a_peer_that_fails_is_skipped_with_the_reason() -> None:
     assert not bench.failures
 
 
+def test_interrupted_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    bench = quick_bench("--plot", str(tmp_path / "rows.png"))
+    monkeypatch.setattr(bench, "layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("value", [None, 1.5])
 def test_ours_failing_or_computing_something_else_fails_the_run(value: float | None) -> None:
     bench = quick_bench()
@@ -278,6 +324,7 @@ def synthetic_results(times: dict[tuple[str, tuple[int, ...], str], float]) -> d
             "peer": peer,
             "role": "ours",
             "ms": ms,
+            **({} if op == "cell" else {"ideal_bytes": 1}),
         }
         for (op, shape, peer), ms in times.items()
     ]

@@ -21,11 +21,16 @@ def example() -> ModuleType:
 def test_bad_arguments_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for option in ("--steps", "--batch"):
-        monkeypatch.setattr("sys.argv", ["train_digits.py", option, "0"])
+    for arguments, words in (
+        ("--steps 0", "--steps: expected a positive integer, not '0'"),
+        ("--batch 0", "--batch: expected a positive integer, not '0'"),
+        ("--model foo", "no model is called 'foo'"),
+        ("--model resnet20_se --unfused", "'resnet20_se') has no option 'fused'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["train_digits.py", *arguments.split()])
         with pytest.raises(SystemExit):
             example().main()
-        assert f"{option}: expected a positive integer, not '0'" in capsys.readouterr().err
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.long
