@@ -284,7 +284,7 @@ class DLALayer(nn.Module):
             return_o=keep_output and finishes,
         )
         cell_params = cell.weights(dtype) if cell else []
-        gated = bool(cell_params) and prev is not None
+        gated = cell is not None and prev is not None
         return LightArguments(
             cell_params, tensors, flags, finishes, keep_output, gated, branch_norm
         )

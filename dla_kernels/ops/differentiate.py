@@ -49,7 +49,8 @@ class Recorded:
                     materialize_grads=True,
                 )
             )
-        return [None if leaf is None else next(found) for leaf in self._leaves]
+        # Detached: zeros that torch 2.9 puts in for missing gradients require gradients themselves.
+        return [None if leaf is None else next(found).detach() for leaf in self._leaves]
 
 
 def differentiate(
