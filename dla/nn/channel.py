@@ -14,7 +14,7 @@ from dla.nn.checks import (
     positive_int,
 )
 from dla.nn.form import channel_kernel_size, check_kind
-from dla.nn.state import DLAState, check_state
+from dla.nn.state import DLAState, check_state, stage_of
 from dla.nn.tensors import cast
 from dla_kernels.ops.cell import reference as cell_reference
 from dla_kernels.ops.checks import like, one_of
@@ -136,6 +136,7 @@ class DIALayer(nn.Module):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         cell = self.cell if cell is None else cell
+        stage = stage_of(self.cell, cell)
         check_kind(cell, self.kind, self.channels)
         weights = cell.weights(None)
         check_features("u", u, self.channels, weights[0])
@@ -143,8 +144,8 @@ class DIALayer(nn.Module):
         if state is None:
             context = cell.initial_state(u.shape[0], dtype, u.device)
         else:
-            check_state(state, cell, u, dtype)
-            context = state.context
+            check_state(state, cell, stage, u, dtype)
+            context, stage = state.context, state.stage
         shortcut = match_autocast(shortcut, u)
         like("shortcut", shortcut, u.shape, u.dtype, u.device)
         pool = (dla_kernels if self.fused else pool_reference).global_pool
@@ -154,4 +155,4 @@ class DIALayer(nn.Module):
         context = step(pool(u), context, weights, cell.kind, cell.activation)
         h = torch.sigmoid(context[0]) if cell.kind == "dsu" else context[0]
         out = finish(u, h, shortcut)
-        return out, DLAState(context, None, (u.shape[2], u.shape[3]), cell.kind)
+        return out, DLAState(context, None, (u.shape[2], u.shape[3]), cell.kind, stage)

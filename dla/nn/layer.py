@@ -29,7 +29,7 @@ from dla.nn.form import (
 )
 from dla.nn.recalled import LightArguments, Recalled, recall
 from dla.nn.recording import record, recordings
-from dla.nn.state import DLAState, check_memory, check_state, check_tensors
+from dla.nn.state import DLAState, check_memory, check_state, check_tensors, stage_of
 from dla.nn.tensors import cast, child, parameter
 from dla_kernels.ops.base_attention import reference as base_reference
 from dla_kernels.ops.checks import like, one_of
@@ -312,7 +312,8 @@ class DLALayer(nn.Module):
         if recordings:
             scores, gates = summary[2:4]
             record(self, scores[:, :: self.head_dim], gates if gated else None)
-        return out, DLAState(context, o if keep_output else None, state.size, state.cell)
+        o = o if keep_output else None
+        return out, DLAState(context, o, state.size, state.cell, state.stage)
 
     def _base_step(
         self, x: Tensor, state: DLAState, cell: Cell | None, v_weight: Tensor, keep_output: bool
@@ -354,13 +355,14 @@ class DLALayer(nn.Module):
         if recordings:
             record(self, scores, gates if cell_weights else None)
         if not keep_output:
-            return out, DLAState(context, None, state.size, state.cell)
+            return out, DLAState(context, None, state.size, state.cell, state.stage)
         static, features = self.form.cell == STATIC, self.form.gated == "features"
         return out, DLAState(
             context,
             None,
             state.size,
             state.cell,
+            state.stage,
             values=(*state.values, v),
             keys=keys,
             gates=gates,
@@ -417,7 +419,8 @@ class DLALayer(nn.Module):
         none = torch.empty((0, *x.shape[:2]), dtype=dtype, device=x.device)
         context = none if cell is None else cell.initial_state(x.shape[0], dtype, x.device)
         memory = {"keys": none, "gates": none} if self.variant == "base" else {}
-        return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, **memory)
+        stage = stage_of(child(self, "cell"), cell)
+        return DLAState(context, None, (x.shape[2], x.shape[3]), self.form.cell, stage, **memory)
 
     def _check(
         self,
@@ -463,7 +466,8 @@ class DLALayer(nn.Module):
     def _check_state(
         self, x: Tensor, prev: Tensor | None, state: DLAState, cell: Cell | None
     ) -> None:
-        check_state(state, cell, x, compute_dtype(x.dtype))
+        stage = stage_of(child(self, "cell"), cell)
+        check_state(state, cell, stage, x, compute_dtype(x.dtype))
         check_memory(state, self.variant, cell is None, self.form.gated)
         if not self.fused:
             check_tensors(state, x, self.form.gated)

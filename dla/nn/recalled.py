@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla.nn.cells import Cell
 from dla.nn.facts import Facts
-from dla.nn.state import DLAState
+from dla.nn.state import DLAState, stage_of
 
 if TYPE_CHECKING:
     from dla.nn.layer import DLALayer
@@ -133,5 +133,5 @@ def recall(
     if not facts.cover([*arguments.cell_params, *arguments.tensors]):
         return None
     reads_output = layer.form.prev_from == "output"
-    rest = DLAState(x, None, (), layer.form.cell)[3:]
+    rest = DLAState(x, None, (), layer.form.cell, stage_of(layer.cell, cell))[3:]
     return Recalled(choices, arguments, facts, x.dtype, reads_output, rest)

@@ -24,6 +24,7 @@ class DLAState(NamedTuple):
             (``variant="light"``, ``prev_from="output"``), else None.
         size: (H, W) of the features.
         cell: the kind of cell that ``context`` is the state of, or "none".
+        stage: `stage_of` the layers that made it.
         values, keys, gates, pooled, key_weights: memory of the T layers so far, under
             ``variant="base"``; the arguments of these names of ``dla_kernels.base_attention``.
             ``keys`` is None where there is none.
@@ -33,6 +34,7 @@ class DLAState(NamedTuple):
     output: Tensor | None
     size: tuple[int, int]
     cell: str
+    stage: int | None = None
     values: tuple[Tensor, ...] = ()
     keys: Tensor | None = None
     gates: Tensor | None = None
@@ -40,8 +42,17 @@ class DLAState(NamedTuple):
     key_weights: tuple[Tensor, ...] = ()
 
 
-def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype) -> None:
-    """Raises unless ``state`` fits features ``x`` and the cell."""
+def stage_of(own: Cell | None, cell: Cell | None) -> int | None:
+    """What tells one stage from others: the cell that its layers share. Layers with cells of their
+    ``own`` may form stages as they like, and compiled code does not look: both give None."""
+    shared = own is None and cell is not None and not torch.compiler.is_compiling()
+    return id(cell) if shared else None
+
+
+def check_state(
+    state: object, cell: Cell | None, stage: int | None, x: Tensor, dtype: torch.dtype
+) -> None:
+    """Raises unless ``state`` fits features ``x``, the cell and its stage."""
     if not isinstance(state, DLAState):
         raise TypeError(f"state: expected a DLAState or None, got {type(state).__name__}")
     batch, channels, height, width = x.shape
@@ -65,6 +76,11 @@ def check_state(state: object, cell: Cell | None, x: Tensor, dtype: torch.dtype)
         )
     if state.cell != kind:
         raise ValueError(f"state: expected that of a cell of kind {kind!r}, got {state.cell!r}")
+    if None not in (stage, state.stage) and state.stage != stage:
+        raise ValueError(
+            "state: expected one made with the cell of this call, got one of a stage with another "
+            "cell: a new stage starts with state=None"
+        )
 
 
 def check_memory(state: DLAState, variant: str, static: bool, gated: str | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dla.nn import Cell, DIALayer, DIAStage, DLALayer, DSUCell, ECAGate, SEGate
+from dla.nn import Cell, DIALayer, DIAStage, DLALayer, DSUCell, DSUSplitCell, ECAGate, SEGate
 from refusals import assert_refused
 from tolerances import MODELS, assert_close, assert_gradients_close
 
@@ -135,6 +135,9 @@ def test_bad_input() -> None:
     assert_refused(lambda: layer()(u, u, cell=DSUCell(CHANNELS)), "cell", "dsu_split", "'dsu'")
     lone = DIALayer(CHANNELS, "dsu_split", shared=True)
     assert_refused(lambda: lone(u, u), "cell", "shared=True", "'none'")
+    ours, theirs = (DSUSplitCell(CHANNELS, 2).double() for _ in range(2))
+    middle = lone(u, u, lone(u, u, cell=theirs)[1], cell=theirs)[1]
+    assert_refused(lambda: lone(u, u, middle, cell=ours), "state", "another cell", "state=None")
 
 
 @pytest.mark.parametrize("kind", ["lstm", "rnn"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -742,6 +743,23 @@ def test_shared_layer_needs_its_owners_parts() -> None:
     wide = DSUSplitCell(2 * CHANNELS)
     assert_refused(lambda: layer(map_(), map_(), cell=wide), "cell", str(CHANNELS), "24")
     assert_refused(lambda: cell(map_()[:, :5, 0, 0]), "y", f"[B, {CHANNELS}]", "[2, 5]")
+
+
+@each_fused
+@pytest.mark.parametrize("variant", ["light", "base"])
+def test_state_of_an_equal_stage(variant: str, fused: bool) -> None:
+    """Told by its cell, in the middle of a stage and by a layer that remembers its last call, too.
+    Nothing tells the stages of layers that have cells of their own."""
+    layer = DLALayer(CHANNELS, variant, head_dim=4, fused=fused, shared=True)
+    x, ours, theirs = map_(), DSUCell(CHANNELS), DSUCell(CHANNELS)
+    first, foreign = (layer(x, cell=cell)[1] for cell in (ours, theirs))
+    _, middle = layer(x, None, first, cell=ours)
+    for state, cell in ((foreign, ours), (first, theirs), (middle, theirs)):
+        wrong = functools.partial(layer, x, None, state, cell=cell)
+        assert_refused(wrong, "state", "another cell", "state=None")
+    alone = DLALayer(CHANNELS, variant, head_dim=4, fused=fused)
+    alone(x, None, first)
+    layer(x, None, alone(x)[1], cell=ours)
 
 
 @each_fused
